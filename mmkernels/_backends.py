@@ -1,0 +1,147 @@
+"""Which backend runs an op: capability as lists of reasons, one rule for choosing, one error that quotes them all.
+
+An op family describes itself with a `Family`. `choose` runs while an op is called (and while it is traced, so it uses
+plain Python only); `explain` runs the same code and reports instead of computing.
+"""
+
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import _library
+
+NAMES = ("cuda", "triton", "cpp", "sdpa", "reference")
+_local = threading.local()
+
+
+class BackendError(RuntimeError):
+    """A named backend cannot run a problem; the message carries every reason."""
+
+
+class use_backend:
+    """Context manager: ops called with `backend="auto"` in this thread use `name` and raise where it cannot run.
+
+    Raises ValueError for an unknown name.
+    """
+
+    def __init__(self, name: str):
+        check_name(name)
+        self.name = name
+
+    def __enter__(self):
+        self.previous = getattr(_local, "backend", "auto")
+        _local.backend = self.name
+        return self
+
+    def __exit__(self, *_):
+        _local.backend = self.previous
+
+
+def check_name(name: str) -> None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend is {name!r}; allowed are 'auto', {', '.join(map(repr, NAMES))}")
+
+
+class Explanation(NamedTuple):
+    """What `explain` returns: the backend that would run, the plan where an op has several, and the refusals."""
+
+    op: str
+    backend: str
+    detail: str
+    refusals: dict  # backend name -> list of reasons; an empty list: it could run, another one is preferred
+
+    def __str__(self):
+        lines = [f"{self.op} runs on {self.backend!r}" + (f" ({self.detail})" if self.detail else "")]
+        for name, reasons in self.refusals.items():
+            if name != self.backend:
+                lines.append(f"  {name}: " + ("; ".join(reasons) if reasons else "could run; another one is preferred"))
+        return "\n".join(lines)
+
+
+def explain(op_name: str, *args, **kwargs) -> Explanation:
+    """Says which backend would run `mmkernels.ops.<op_name>(*args, **kwargs)` and why the others would not.
+
+    Computes nothing. Bad arguments raise the same errors as the op itself.
+    """
+    from . import ops
+
+    explainers = ops.EXPLAINERS
+    if op_name not in explainers:
+        raise ValueError(f"op_name is {op_name!r}; allowed are {', '.join(map(repr, sorted(explainers)))}")
+    return explainers[op_name](*args, **kwargs)
+
+
+def choose(op: str, requested: str, order: tuple, refusals: Callable[[str], list]) -> str:
+    """The first backend of `order` that has no reason to refuse; a named one runs or raises `BackendError`.
+
+    `order` is what `auto` prefers for this problem, best first; `refusals(name)` gives the reasons of a backend, and must
+    answer for every name of `NAMES`.
+    """
+    if requested == "auto":
+        requested = getattr(_local, "backend", "auto")
+    if requested == "auto":
+        for name in order:
+            if not refusals(name):
+                return name
+    elif requested in NAMES:
+        if not refusals(requested):
+            return requested
+    else:
+        check_name(requested)
+    lines = [f"{op}: backend {requested!r} cannot run this problem."]
+    for name in NAMES:
+        reasons = refusals(name)
+        lines.append(f"  {name}: " + ("; ".join(reasons) if reasons else "could run it"))
+    raise BackendError("\n".join(lines))
+
+
+@functools.cache
+def triton_missing() -> str:
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@functools.cache
+def _capability(index: int) -> tuple:
+    return torch.cuda.get_device_capability(index)
+
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def platform_refusals(name: str, device: torch.device, dtype: torch.dtype) -> list:
+    """Reasons that hold for every op: device, dtype, what is installed. `reference` and `sdpa` refuse nothing here."""
+    reasons = []
+    if name in ("reference", "sdpa"):
+        return reasons
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"dtype is {dtype}, it takes float32, bfloat16 and float16")
+    if name == "cpp":
+        if device.type != "cpu":
+            reasons.append(f"tensors are on {device.type!r}, it runs on 'cpu'")
+        elif not _library.load("cpu").loaded:
+            reasons.append(_library.load("cpu").reason)
+    elif name == "triton":
+        if triton_missing():
+            reasons.append(triton_missing())
+        if device.type != "cuda" and not (device.type == "cpu" and INTERPRET):
+            reasons.append(f"tensors are on {device.type!r}, it runs on 'cuda' (TRITON_INTERPRET=1 allows 'cpu')")
+    elif name == "cuda":
+        if device.type == "cpu" and emulating():
+            return reasons
+        if device.type != "cuda":
+            reasons.append(f"tensors are on {device.type!r}, it runs on 'cuda'")
+        elif not _library.load("cuda").loaded:
+            reasons.append(_library.load("cuda").reason)
+        elif _capability(device.index or 0) < (8, 0):
+            reasons.append(f"the GPU has compute capability {_capability(device.index or 0)}, it needs 8.0 or newer")
+    return reasons
+
+
+def emulating() -> bool:
+    """True after `mmkernels.testing.emulate_cuda()`: the `cuda` backend then takes CPU tensors."""
+    return getattr(_local, "emulating", False)

@@ -1,0 +1,47 @@
+"""The native libraries: found once, loaded once, their absence remembered and explained.
+
+`cpu` defines every op schema and the CPU kernels; `cuda` adds implementations for CUDA tensors and is loaded only under a
+CUDA torch; `emulator` is the CUDA source compiled for the CPU, which tests load by hand (`mmkernels.testing`).
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class Status(NamedTuple):
+    loaded: bool
+    reason: str  # empty when loaded, else a sentence saying why it is not
+
+
+@functools.cache
+def build_facts() -> dict:
+    """What `setup.py` built and why it left something out; empty for a tree that was never built."""
+    try:
+        return json.loads((PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def load(name: str) -> Status:
+    """Loads `_C_<name>.so` (`cpu`, `cuda` or `emulator`) and registers its ops. Never raises: the reason is kept."""
+    path = PACKAGE / f"_C_{name}.so"
+    if name == "cuda":
+        if torch.version.cuda is None:
+            return Status(False, f"torch {torch.__version__} is built without CUDA")
+        if not load("cpu").loaded:
+            return Status(False, f"it needs the CPU library, and {load('cpu').reason}")
+    if not path.is_file():
+        why = build_facts().get(name, {}).get("why", "this installation was made without building it")
+        return Status(False, f"the {name} library is not there: {why}")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Status(False, f"the {name} library does not load: {error}")
+    return Status(True, "")

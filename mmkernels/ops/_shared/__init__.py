@@ -1,0 +1,1 @@
+"""What at least two op families use."""

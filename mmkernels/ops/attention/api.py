@@ -1,0 +1,182 @@
+"""`ops.attention`: signature, validation, choice of backend."""
+
+from typing import NamedTuple
+
+import torch
+
+from ... import _backends
+from .._shared import dropout
+from . import autograd, reference
+
+MAX_HEAD_DIM = 1024
+
+
+class Problem(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int  # D, of q and k
+    value_dim: int  # E, of v
+    dropout: bool
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    key_mask=None,
+    bias=None,
+    scale=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    return_lse=False,
+    backend="auto",
+):
+    """softmax(scale q k^T + bias) v with masked keys left out, forward and backward without the N x M matrix.
+
+    Args:
+        q: queries (B, H, N, D), float32, bfloat16 or float16 (`reference` takes every float dtype). Any strides.
+        k: keys (B, H, M, D); D from 1 to 1024, odd sizes included.
+        v: values (B, H, M, E); E may differ from D, 1 to 1024.
+        key_mask: bool (B, M), True where a key may be attended. What stands behind the mask never reaches the result,
+            NaN included; a row without any key gives zeros, zero gradients and an lse of -inf.
+        bias: added to the scaled scores, of q's dtype or float32, broadcastable to (B, H, N, M) with 4 dimensions; -inf
+            leaves a key out. Its gradient is reduced over the broadcast dimensions inside the kernel.
+        scale: default D ** -0.5.
+        dropout_p: probability in [0, 1) of dropping an attention weight. The mask depends on the seed and the position
+            (b, h, n, m) only: every backend drops the same elements.
+        dropout_seed: int64 tensor of one element on q's device; drawn from torch's generator when None.
+        return_lse: also return the log-sum-exp of the scores, float32 (B, H, N), differentiable.
+        backend: "auto", "reference", "sdpa", "cpp", "triton" or "cuda". A named backend runs or raises.
+
+    Returns:
+        (B, H, N, E) of q's dtype, or (that, lse).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
+        BackendError: the named backend cannot run this problem; the message has every reason.
+    """
+    q, k, v, bias, scale = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
+    name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
+    seed = dropout_seed
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout.draw_seed(q.device)
+    if name == "sdpa":
+        return _sdpa(q, k, v, key_mask, scale)
+    if name == "reference":
+        keep = None
+        if dropout_p > 0.0:
+            keep = dropout.keep_mask(seed, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), dropout_p)
+        out, lse = reference.attention(q, k, v, key_mask, bias, scale, keep, dropout_p)
+    else:
+        out, lse = autograd.attention(name, q, k, v, key_mask, bias, seed, scale, dropout_p)
+    return (out, lse) if return_lse else out
+
+
+def explain_attention(
+    q,
+    k,
+    v,
+    *,
+    key_mask=None,
+    bias=None,
+    scale=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    return_lse=False,
+    backend="auto",
+):
+    """The `explain` of `attention`."""
+    q, k, v, bias, scale = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
+    name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
+    problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], dropout_p > 0.0)
+    reasons = {n: _refusals(n, problem, key_mask, bias, return_lse) for n in _backends.NAMES}
+    return _backends.Explanation("attention", name, "", reasons)
+
+
+def _sdpa(q, k, v, key_mask, scale):
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend):
+    problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], dropout_p > 0.0)
+    order = ("cuda", "triton", "cpp", "reference")
+    return _backends.choose("attention", backend, order, lambda name: _refusals(name, problem, key_mask, bias, return_lse))
+
+
+def _refusals(name, problem, key_mask, bias, return_lse):
+    reasons = _backends.platform_refusals(name, problem.device, problem.dtype)
+    if name == "sdpa":
+        if bias is not None:
+            reasons.append("it has no gradient for a broadcast bias")
+        if key_mask is not None:
+            reasons.append("it gives no guarantee for what stands behind the mask")
+        if problem.dropout:
+            reasons.append("its dropout mask is not the one of the other backends")
+        if return_lse:
+            reasons.append("it does not return the log-sum-exp")
+    elif name != "reference":
+        if not 1 <= problem.head_dim <= MAX_HEAD_DIM:
+            reasons.append(f"the head dim of q is {problem.head_dim}, it takes 1 to {MAX_HEAD_DIM}")
+        if not 1 <= problem.value_dim <= MAX_HEAD_DIM:
+            reasons.append(f"the head dim of v is {problem.value_dim}, it takes 1 to {MAX_HEAD_DIM}")
+    return reasons
+
+
+def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
+    """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, scale)."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have 4 dimensions (B, H, length, head dim)")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on q's device, {q.device}")
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be q's, {q.dtype}")
+    batch, heads, queries, head_dim = q.shape
+    keys = k.shape[2]
+    if k.shape[0] != batch or k.shape[1] != heads or k.shape[3] != head_dim:
+        raise ValueError(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be ({batch}, {heads}, M, {head_dim})")
+    if v.shape[0] != batch or v.shape[1] != heads or v.shape[2] != keys:
+        raise ValueError(f"v has shape {tuple(v.shape)}; with k {tuple(k.shape)} it must be ({batch}, {heads}, {keys}, E)")
+    if key_mask is not None:
+        check_key_mask(key_mask, batch, keys, q.device)
+    if bias is not None:
+        if not isinstance(bias, torch.Tensor):
+            raise TypeError(f"bias is a {type(bias).__name__}; it must be a tensor or None")
+        if bias.dtype != q.dtype and bias.dtype != torch.float32:
+            raise TypeError(f"bias has dtype {bias.dtype}; it must be q's, {q.dtype}, or torch.float32")
+        if bias.device != q.device:
+            raise ValueError(f"bias is on {bias.device}; it must be on q's device, {q.device}")
+        full = (batch, heads, queries, keys)
+        if bias.dim() != 4 or any(b != 1 and b != f for b, f in zip(bias.shape, full)):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {full} with any of them 1")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
+    if dropout_seed is not None:
+        if not isinstance(dropout_seed, torch.Tensor) or dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+            raise TypeError(f"dropout_seed is {dropout_seed!r}; it must be an int64 tensor of one element, or None")
+        if dropout_seed.device != q.device:
+            raise ValueError(f"dropout_seed is on {dropout_seed.device}; it must be on q's device, {q.device}")
+    return q, k, v, bias, head_dim**-0.5 if scale is None else float(scale)
+
+
+def check_key_mask(key_mask, batch, keys, device):
+    """Raises unless `key_mask` is a bool tensor (batch, keys) on `device`."""
+    if not isinstance(key_mask, torch.Tensor) or key_mask.dtype != torch.bool:
+        kind = key_mask.dtype if isinstance(key_mask, torch.Tensor) else type(key_mask).__name__
+        raise TypeError(f"key_mask is a {kind}; it must be a bool tensor, True where a key may be attended, or None")
+    if key_mask.dim() != 2 or key_mask.shape[0] != batch or key_mask.shape[1] != keys:
+        raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}; it must be (B, M) = ({batch}, {keys})")
+    if key_mask.device != device:
+        raise ValueError(f"key_mask is on {key_mask.device}; it must be on {device}")

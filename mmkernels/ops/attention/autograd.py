@@ -1,0 +1,79 @@
+"""The registered ops of the family and the gradient around them.
+
+`mmkernels::attention_{fwd,bwd}` (schemas in csrc/library.cpp) serve `cpp` and `cuda`; `mmkernels_triton::` and, in tests,
+`mmkernels_emulator::` have the same signatures. One autograd function serves them all.
+"""
+
+import torch
+
+from .._shared.registration import fake, forward_backward
+
+
+@fake("attention_fwd")
+def _forward_fake(q, k, v, key_mask, bias, seed, scale, dropout_p):
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@fake("attention_bwd")
+def _backward_fake(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dropout_p, wanted):
+    def grad(tensor, bit):
+        return q.new_empty(
+            tensor.shape if tensor is not None and wanted & bit else (0,),
+            dtype=(q if tensor is None else tensor).dtype,
+        )
+
+    return grad(q, 1), grad(k, 2), grad(v, 2), grad(bias, 4)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(backend, q, k, v, key_mask, bias, seed, scale, dropout_p):
+        return forward_backward("attention", backend)[0](q, k, v, key_mask, bias, seed, scale, dropout_p)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, q, k, v, key_mask, bias, seed, ctx.scale, ctx.dropout_p = inputs
+        out, lse = output
+        ctx.save_for_backward(q, k, v, key_mask, bias, seed, out, lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, key_mask, bias, seed, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 9
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs = ctx.needs_input_grad
+        wanted = needs[1] * 1 + (needs[2] or needs[3]) * 2 + (needs[5] * 4 if bias is not None else 0)
+        dq, dk, dv, dbias = forward_backward("attention", ctx.backend)[1](
+            dout, dlse, q, k, v, out, lse, key_mask, bias, seed, ctx.scale, ctx.dropout_p, wanted
+        )
+        return (
+            None,
+            dq if needs[1] else None,
+            dk if needs[2] else None,
+            dv if needs[3] else None,
+            None,
+            dbias if bias is not None and needs[5] else None,
+            None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError(
+            "mmkernels.ops.attention has a batch dimension of its own and no vmap rule: fold the mapped "
+            "dimension into B, or use backend='reference'"
+        )
+
+
+def attention(backend, q, k, v, key_mask, bias, seed, scale, dropout_p):
+    """(out, lse) on one of the kernel backends; differentiable when a gradient is wanted."""
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Attention.apply(backend, q, k, v, key_mask, bias, seed, scale, dropout_p)
+    return forward_backward("attention", backend)[0](q, k, v, key_mask, bias, seed, scale, dropout_p)

@@ -1,0 +1,41 @@
+"""The definition of the op in plain torch: any device, any float dtype, twice differentiable.
+
+    S = scale * q k^T + bias        masked keys and -inf biases are left out
+    P = softmax(S)                  a row without keys gives P = 0
+    out = dropout(P) v              lse = log sum exp S
+
+Low-precision inputs are computed in float32 and the result is rounded once.
+"""
+
+import torch
+
+
+def attention(q, k, v, key_mask=None, bias=None, scale=1.0, keep=None, dropout_p=0.0):
+    """Returns (out, lse) for q (B,H,N,D), k (B,H,M,D), v (B,H,M,E); lse is float32 (float64 for float64 inputs).
+
+    `keep` is the boolean dropout mask (B,H,N,M), or None for no dropout.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, out_dtype = q.to(dtype), k.to(dtype), v.to(dtype), q.dtype
+    if key_mask is not None:
+        # Zeroed before they are used: 0 * NaN would leak what stands behind the mask.
+        visible = key_mask[:, None, :, None]
+        k, v = torch.where(visible, k, 0.0), torch.where(visible, v, 0.0)
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
+    if scores.shape[-1] == 0:
+        lse = scores.new_full(scores.shape[:-1], float("-inf"))
+        return q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=out_dtype), lse
+    top = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - top.masked_fill(top == float("-inf"), 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    probabilities = weights / total
+    if keep is not None:
+        probabilities = torch.where(keep, probabilities / (1.0 - dropout_p), 0.0)
+    lse = (total.log() + top).squeeze(-1)  # top is -inf where the row is empty
+    return (probabilities @ v).to(out_dtype), lse

@@ -1,0 +1,249 @@
+"""`ops.latent_attention`: signature, validation, choice of backend and plan."""
+
+import torch
+
+from ... import _backends
+from ..attention import attention
+from ..attention.api import check_key_mask
+from . import autograd, plan, reference
+
+MAX_CHANNELS = 1024
+
+
+def latent_attention(
+    q,
+    x,
+    w_k,
+    w_v,
+    *,
+    num_heads=1,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    b_k=None,
+    b_v=None,
+    position=None,
+    key_mask=None,
+    scale=None,
+    backend="auto",
+):
+    """Attention of few queries over a long input that is normalised and projected on the way, never in memory.
+
+    Computes softmax(scale Q K^T) V per head with K = LayerNorm([x ; position]) w_k^T + b_k and V likewise: the
+    cross-attention of Perceiver (Jaegle et al. 2021, section 3.1) between its query and its output projection. Where that
+    takes fewer operations (`ops/latent/plan.py`) the projections are absorbed into the N-sized side; then no tensor of
+    M rows is written or saved, and a gradient of M rows exists only if `x` or `position` asks for one.
+
+    Args:
+        q: projected queries (B, N, H * D), or (1, N, H * D) shared by the batch. Any strides.
+        x: input (B, M, Cx), the content channels.
+        w_k: key projection (H * D, C) with C = Cx + Cp, in the layout of `nn.Linear.weight`.
+        w_v: value projection (H * E, C).
+        num_heads: H; head h owns the channels h*D to (h+1)*D.
+        norm_weight, norm_bias: affine part of the LayerNorm over C channels, (C,), of x's dtype or float32, or None.
+        eps: of the LayerNorm; None leaves out the normalisation.
+        b_k: accepted for completeness: it adds the same number to all scores of a row, so neither the result nor any
+            gradient depends on it. Its gradient is zero.
+        b_v: value bias (H * E,).
+        position: (M, Cp), channels that all examples share (Fourier features, a learned table): read once, never copied
+            per example.
+        key_mask: bool (B, M), True where an input may be attended. A row without any gives zeros (before `b_v`, as
+            in DeepMind's code) and zero gradients; NaN behind the mask never reaches the result.
+        scale: default D ** -0.5.
+        backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend runs or raises.
+
+    Returns:
+        (B, N, H * E) of x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
+        BackendError: the named backend cannot run this problem; the message has every reason.
+    """
+    q, x, w_k, w_v, b_k, b_v, position, scale, eps = _check(
+        q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
+    )
+    name = _choose(x, backend)
+    if name == "reference":
+        return reference.latent_attention(
+            q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
+        )
+    chosen = _plan(q, x, w_k, w_v, num_heads)
+    if chosen.absorbed:
+        out = _absorbed(name, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale)
+    else:
+        out = _projected(
+            name, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
+        )
+    if b_k is not None and b_k.requires_grad and chosen.absorbed:
+        out = out + b_k.sum() * 0.0  # a zero gradient, as plain autograd gives, instead of none
+    return out
+
+
+def explain_latent_attention(
+    q,
+    x,
+    w_k,
+    w_v,
+    *,
+    num_heads=1,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    b_k=None,
+    b_v=None,
+    position=None,
+    key_mask=None,
+    scale=None,
+    backend="auto",
+):
+    """The `explain` of `latent_attention`."""
+    q, x, w_k, w_v, *_ = _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale)
+    name = _choose(x, backend)
+    chosen = _plan(q, x, w_k, w_v, num_heads)
+    detail = "" if name == "reference" else f"scores: {chosen.score}, values: {chosen.value}, {chosen.flops:.3g} operations"
+    reasons = {n: _refusals(n, x) for n in _backends.NAMES}
+    return _backends.Explanation("latent_attention", name, detail, reasons)
+
+
+def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
+    batch, rows, channels = x.shape[0], q.shape[1], w_k.shape[1]
+    if norm_weight is not None:
+        gain_k, gain_v = w_k * norm_weight, w_v * norm_weight
+    else:
+        gain_k, gain_v = w_k, w_v
+    gain_k, gain_v = gain_k.to(x.dtype), gain_v.to(x.dtype)
+    heads_q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B|1, H, N, D)
+    absorbed = heads_q @ gain_k.unflatten(0, (num_heads, -1))  # (B|1, H, N, C)
+    out, _ = autograd.core(backend, absorbed.flatten(1, 2), x, position, key_mask, scale, eps)
+    out = out.unflatten(1, (num_heads, rows)) @ gain_v.unflatten(0, (num_heads, -1)).transpose(-1, -2)
+    out = out.transpose(1, 2).reshape(batch, rows, -1)
+    bias = b_v
+    if norm_bias is not None:
+        shift = (w_v @ norm_bias.to(w_v.dtype)).to(x.dtype)
+        bias = shift if bias is None else bias + shift
+    if bias is not None:
+        # A row without keys stays zero: its probabilities do not sum to one.
+        out = out + (bias if key_mask is None else bias * key_mask.any(1)[:, None, None])
+    return out
+
+
+def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
+    batch, rows = x.shape[0], q.shape[1]
+    if position is not None:
+        x = torch.cat([x, position.expand(batch, -1, -1)], -1)
+    if key_mask is not None:
+        x = torch.where(key_mask[..., None], x, 0.0)  # NaN behind the mask must not reach a weight's gradient
+    if eps >= 0:
+        weight = None if norm_weight is None else norm_weight.to(x.dtype)
+        bias = None if norm_bias is None else norm_bias.to(x.dtype)
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def heads(t):
+        return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    q = heads(q.expand(batch, -1, -1))
+    shared = x[:, None].expand(-1, num_heads, -1, -1)
+    if chosen.score == "project":
+        k = heads(torch.nn.functional.linear(x, w_k, b_k))
+    else:
+        q, k = q @ w_k.unflatten(0, (num_heads, -1)), shared
+    v = heads(torch.nn.functional.linear(x, w_v, b_v)) if chosen.value == "project" else shared
+    out = attention(q, k, v, key_mask=key_mask, scale=scale, backend=backend)
+    if chosen.value != "project":
+        out = out @ w_v.unflatten(0, (num_heads, -1)).transpose(-1, -2)
+    out = out.transpose(1, 2).reshape(batch, rows, -1)
+    if chosen.value != "project" and b_v is not None:
+        out = out + (b_v if key_mask is None else b_v * key_mask.any(1)[:, None, None])
+    return out
+
+
+def _plan(q, x, w_k, w_v, num_heads):
+    """The op is given projected queries and returns unprojected values: only those plans are open to it."""
+    qk_channels, channels = w_k.shape
+    score_plans, value_plans = plan.SCORE_PLANS[:2], plan.VALUE_PLANS[:2]
+    if channels > MAX_CHANNELS:
+        score_plans, value_plans = score_plans[:1], value_plans[:1]
+    return plan.choose_plan(
+        q.shape[1],
+        x.shape[1],
+        0,
+        channels,
+        qk_channels,
+        w_v.shape[0],
+        0,
+        num_heads,
+        score_plans=score_plans,
+        value_plans=value_plans,
+    )
+
+
+def _choose(x, backend):
+    order = ("cuda", "triton", "cpp", "reference")
+    return _backends.choose("latent_attention", backend, order, lambda name: _refusals(name, x))
+
+
+def _refusals(name, x):
+    if name == "sdpa":
+        return ["the op normalises and projects its input, which is no backend of its own"]
+    return _backends.platform_refusals(name, x.device, x.dtype)
+
+
+def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
+    """Validates, applies autocast, resolves scale and eps (None becomes -1)."""
+    named = (("q", q, 3), ("x", x, 3), ("w_k", w_k, 2), ("w_v", w_v, 2), ("b_k", b_k, 1), ("b_v", b_v, 1))
+    named += (("position", position, 2), ("norm_weight", norm_weight, 1), ("norm_bias", norm_bias, 1))
+    for name, tensor, rank in named:
+        if tensor is None and rank < 3 and name not in ("w_k", "w_v"):
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+        if tensor.dim() != rank:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have {rank} dimensions")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        q, x, w_k, w_v, b_k, b_v, position = (None if t is None else t.to(dtype) for t in (q, x, w_k, w_v, b_k, b_v, position))
+    for name, tensor in (("q", q), ("w_k", w_k), ("w_v", w_v), ("b_k", b_k), ("b_v", b_v), ("position", position)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be x's, {x.dtype}")
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tensor is not None and tensor.dtype != x.dtype and tensor.dtype != torch.float32:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be x's, {x.dtype}, or torch.float32")
+    batch, keys, content = x.shape
+    channels = content + (0 if position is None else position.shape[1])
+    if position is not None and position.shape[0] != keys:
+        raise ValueError(f"position has shape {tuple(position.shape)}; with x {tuple(x.shape)} it must be ({keys}, Cp)")
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads!r}; it must be a positive integer")
+    if w_k.shape[1] != channels or w_k.shape[0] % num_heads or w_k.shape[0] == 0:
+        raise ValueError(
+            f"w_k has shape {tuple(w_k.shape)}; it must be (H * D, {channels}) with a multiple of num_heads = {num_heads} rows"
+        )
+    if w_v.shape[1] != channels or w_v.shape[0] % num_heads or w_v.shape[0] == 0:
+        raise ValueError(
+            f"w_v has shape {tuple(w_v.shape)}; it must be (H * E, {channels}) with a multiple of num_heads = {num_heads} rows"
+        )
+    if q.shape[0] not in (1, batch) or q.shape[2] != w_k.shape[0]:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be ({batch} or 1, N, {w_k.shape[0]}), the rows of w_k")
+    for name, tensor, size in (
+        ("norm_weight", norm_weight, channels),
+        ("norm_bias", norm_bias, channels),
+        ("b_k", b_k, w_k.shape[0]),
+        ("b_v", b_v, w_v.shape[0]),
+    ):
+        if tensor is not None and tensor.shape[0] != size:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({size},)")
+    if key_mask is not None:
+        check_key_mask(key_mask, batch, keys, x.device)
+    if eps is None:
+        if norm_weight is not None or norm_bias is not None:
+            raise ValueError("eps is None, which leaves out the LayerNorm; norm_weight and norm_bias must then be None too")
+        eps = -1.0
+    elif not eps >= 0.0:
+        raise ValueError(f"eps is {eps}; it must be zero or positive, or None for no LayerNorm")
+    if scale is None:
+        scale = (w_k.shape[0] // num_heads) ** -0.5
+    return q, x, w_k, w_v, b_k, b_v, position, float(scale), float(eps)

@@ -1,0 +1,73 @@
+"""The registered ops of the family and the gradient around them.
+
+`core` is softmax(scale q xhat^T) xhat with xhat normalised on the tile. Everything around it is N-sized and left to torch:
+the absorption of the projections and every weight's gradient.
+"""
+
+import torch
+
+from .._shared.registration import fake, forward_backward
+
+
+@fake("latent_fwd")
+def _forward_fake(q, x, position, key_mask, scale, eps):
+    shape = (x.shape[0], q.shape[1], q.shape[2])
+    return q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)
+
+
+@fake("latent_bwd")
+def _backward_fake(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted):
+    def grad(tensor, bit):
+        return q.new_empty(tensor.shape if tensor is not None and wanted & bit else (0,))
+
+    return grad(q, 1), grad(x, 2), grad(position, 4)
+
+
+class _Latent(torch.autograd.Function):
+    @staticmethod
+    def forward(backend, q, x, position, key_mask, scale, eps):
+        return forward_backward("latent", backend)[0](q, x, position, key_mask, scale, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, q, x, position, key_mask, ctx.scale, ctx.eps = inputs
+        out, lse = output
+        ctx.save_for_backward(q, x, position, key_mask, out, lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        q, x, position, key_mask, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 7
+        if dout is None:
+            dout = torch.zeros_like(out)
+        _, need_q, need_x, need_position, *_ = ctx.needs_input_grad
+        wanted = need_q * 1 + need_x * 2 + need_position * 4
+        dq, dx, dposition = forward_backward("latent", ctx.backend)[1](
+            dout, dlse, q, x, position, key_mask, out, lse, ctx.scale, ctx.eps, wanted
+        )
+        return (
+            None,
+            dq if need_q else None,
+            dx if need_x else None,
+            dposition if need_position else None,
+            None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError(
+            "mmkernels.ops.latent_attention has a batch dimension of its own and no vmap rule: fold the mapped dimension "
+            "into B, or use backend='reference'"
+        )
+
+
+def core(backend, q, x, position, key_mask, scale, eps):
+    """(out, lse) on one of the kernel backends; differentiable when a gradient is wanted."""
+    if torch.is_grad_enabled() and (q.requires_grad or x.requires_grad or (position is not None and position.requires_grad)):
+        return _Latent.apply(backend, q, x, position, key_mask, scale, eps)
+    return forward_backward("latent", backend)[0](q, x, position, key_mask, scale, eps)

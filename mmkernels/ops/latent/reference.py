@@ -1,0 +1,62 @@
+"""The definition of the op in plain torch: any device, any float dtype, twice differentiable.
+
+    xn = LayerNorm([x ; position])        K = xn Wk^T + bk        V = xn Wv^T + bv
+    out_h = softmax(scale Q_h K_h^T) V_h          (Perceiver, Jaegle et al. 2021, section 3.1)
+
+`latent_attention` is the plain form; `core` is the part that the kernels compute in the absorbed form.
+"""
+
+import torch
+
+
+def latent_attention(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
+    """q (B|1,N,H*D), x (B,M,Cx), w_k (H*D,C), w_v (H*E,C), position (M,C-Cx) -> (B,N,H*E)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    out_dtype, batch = x.dtype, x.shape[0]
+    q, w_k, w_v = q.to(dtype), w_k.to(dtype), w_v.to(dtype)
+    xn = normalise(x.to(dtype), None if position is None else position.to(dtype), key_mask, eps)
+    if norm_weight is not None:
+        xn = xn * norm_weight.to(dtype)
+    if norm_bias is not None:
+        xn = xn + norm_bias.to(dtype)
+    k, v = xn @ w_k.T, xn @ w_v.T
+    if b_k is not None:
+        k = k + b_k.to(dtype)
+    if b_v is not None:
+        v = v + b_v.to(dtype)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    scores = (q * scale) @ k.transpose(-1, -2)
+    probabilities = masked_softmax(scores, None if key_mask is None else key_mask[:, None, None, :])[0]
+    return (probabilities @ v).transpose(1, 2).reshape(batch, q.shape[2], -1).to(out_dtype)
+
+
+def core(q, x, position, key_mask, scale, eps):
+    """softmax(scale q xhat^T) xhat and the lse, for q (B|1,R,C) absorbed; see csrc/library.cpp `latent_fwd`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    xhat = normalise(x.to(dtype), None if position is None else position.to(dtype), key_mask, eps)
+    scores = (q.to(dtype) * scale) @ xhat.transpose(-1, -2)
+    probabilities, lse = masked_softmax(scores, None if key_mask is None else key_mask[:, None, :])
+    return (probabilities @ xhat).to(x.dtype), lse
+
+
+def normalise(x, position, key_mask, eps):
+    """LayerNorm without affine over the channels of [x ; position]; masked rows become zeros; eps < 0 leaves out the norm."""
+    if position is not None:
+        x = torch.cat([x, position.expand(x.shape[0], -1, -1)], -1)
+    if key_mask is not None:
+        # Zeroed before they are used: 0 * NaN would leak what stands behind the mask.
+        x = torch.where(key_mask[..., None], x, 0.0)
+    return x if eps < 0 else torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def masked_softmax(scores, visible):
+    """(softmax, lse) over the last dimension; a row without keys gives zeros and -inf."""
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    if scores.shape[-1] == 0:
+        return scores, scores.new_full(scores.shape[:-1], float("-inf"))
+    top = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - top.masked_fill(top == float("-inf"), 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1.0)
+    return weights / total, (total.log() + top).squeeze(-1)

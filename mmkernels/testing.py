@@ -1,0 +1,226 @@
+"""What tests of the ops need, shipped because users test with it too: plain-eager peers, error budgets, NaN poison, Triton's
+interpreter made right for bfloat16, the emulator of the CUDA kernels.
+"""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+
+from . import _backends, _library
+
+# --- Plain PyTorch, in the dtype of its inputs: what a user writes without this library ------------------------------
+
+
+def eager_attention(q, k, v, *, key_mask=None, bias=None, scale=None):
+    """softmax(scale q k^T + bias) v, every step in the inputs' dtype."""
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def eager_latent_attention(
+    q,
+    x,
+    w_k,
+    w_v,
+    *,
+    num_heads=1,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    b_k=None,
+    b_v=None,
+    position=None,
+    key_mask=None,
+    scale=None,
+    attention=eager_attention,
+):
+    """LayerNorm, two linears and attention, every step in the inputs' dtype; `attention` may be another kernel."""
+    batch = x.shape[0]
+    if position is not None:
+        x = torch.cat([x, position.expand(batch, -1, -1)], -1)
+    if eps is not None:
+        weight = None if norm_weight is None else norm_weight.to(x.dtype)
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, None if norm_bias is None else norm_bias.to(x.dtype), eps)
+    k, v = torch.nn.functional.linear(x, w_k, b_k), torch.nn.functional.linear(x, w_v, b_v)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q.expand(batch, -1, -1), k, v))
+    return attention(q, k, v, key_mask=key_mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+# --- Error budgets ------------------------------------------------------------------------------------------------------
+
+
+def max_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute difference in float64; infinite where one is not finite and the other is not the same."""
+    actual, exact = actual.detach().double(), exact.detach().double()
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(exact.shape)}")
+    if actual.numel() == 0:
+        return 0.0
+    difference = torch.where(actual == exact, 0.0, (actual - exact).abs())
+    return float(torch.where(difference.isnan(), float("inf"), difference).max())
+
+
+def assert_within_budget(actual, exact, eager, what, factor=2.0):
+    """Fails unless |actual - exact| <= factor * |eager - exact| + a rounding band of the dtype.
+
+    `exact` is the float64 result, `eager` what plain PyTorch makes of the same problem in the same dtype. The band covers
+    what rounding the result itself costs: half a unit in the last place of the largest value, twice.
+    """
+    scale = float(exact.detach().abs().nan_to_num(0, 0, 0).max()) if exact.numel() else 0.0
+    ours, theirs = max_error(actual, exact), max_error(eager, exact)
+    budget = factor * theirs + torch.finfo(actual.dtype).eps * scale
+    if not ours <= budget:
+        raise AssertionError(
+            f"{what}: error {ours:.3e} over the budget {budget:.3e} (plain eager in {actual.dtype}: {theirs:.3e}, "
+            f"largest value {scale:.3e})"
+        )
+
+
+class Run(NamedTuple):
+    output: torch.Tensor
+    gradients: dict  # argument name -> gradient
+
+
+def run(function, tensors: dict, wanted: tuple, cotangent=None, **options) -> Run:
+    """Calls `function(**tensors, **options)` and differentiates sum(output * cotangent) for the arguments in `wanted`."""
+    tensors = {n: t.detach().clone(memory_format=torch.preserve_format) if n in wanted else t for n, t in tensors.items()}
+    for name in wanted:
+        tensors[name].requires_grad_()
+    output = function(**tensors, **options)
+    if not wanted:
+        return Run(output, {})
+    if cotangent is None:
+        cotangent = torch.ones((), dtype=output.dtype, device=output.device).expand_as(output)  # stride 0
+    gradients = torch.autograd.grad(output, [tensors[n] for n in wanted], cotangent.to(output.dtype))
+    return Run(output.detach(), dict(zip(wanted, gradients, strict=True)))
+
+
+def check_op(op, eager, tensors: dict, wanted: tuple, backend: str, cotangent=None, factor=2.0, grad_factor=3.0, **options):
+    """Output and every wanted gradient of `op` on `backend` against float64, within the budget that `eager` sets."""
+
+    def double(t):
+        return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+    exact = run(
+        op,
+        {n: double(t) for n, t in tensors.items()},
+        wanted,
+        None if cotangent is None else cotangent.double(),
+        backend="reference",
+        **options,
+    )
+    plain = run(eager, tensors, wanted, cotangent, **options)
+    ours = run(op, tensors, wanted, cotangent, backend=backend, **options)
+    assert_within_budget(ours.output, exact.output, plain.output, f"output on {backend!r}", factor)
+    for name in wanted:
+        assert_within_budget(
+            ours.gradients[name],
+            exact.gradients[name],
+            plain.gradients[name],
+            f"gradient of {name} on {backend!r}",
+            grad_factor,
+        )
+    return ours
+
+
+# --- NaN poison ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Uninitialised memory comes as NaN: `torch.empty*`, `new_empty`, and the allocations of the native libraries."""
+    previous = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(previous[0], warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = previous[1]
+
+
+# --- The kernels without a GPU --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def emulate_cuda():
+    """Within it, `backend="cuda"` runs the CUDA kernels' own source on CPU tensors.
+
+    Raises RuntimeError when the emulator library was not built (`MMKERNELS_BUILD_EMULATOR=1`, see the README).
+    """
+    status = _library.load("emulator")
+    if not status.loaded:
+        raise RuntimeError(status.reason)
+    from .ops._shared.registration import attach_fakes
+
+    _attach_emulator_fakes(attach_fakes)
+    _backends._local.emulating = True
+    try:
+        yield
+    finally:
+        _backends._local.emulating = False
+
+
+@functools.cache
+def _attach_emulator_fakes(attach_fakes):
+    attach_fakes("mmkernels_emulator")
+
+
+def fix_triton_interpreter() -> None:
+    """Makes Triton's interpreter compute bfloat16 rightly: widen to float32, compute, round to nearest even.
+
+    Its own bfloat16 is stored as raw 16-bit integers, so dots and arithmetic give garbage and casts truncate (3.6 to 3.9).
+    Idempotent; does nothing where Triton is missing.
+    """
+    if _backends.triton_missing():
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    if getattr(builder, "_mmkernels_fixed", False):
+        return
+
+    def widen(h):
+        if isinstance(h, handle) and h.dtype.scalar == tl.bfloat16:
+            return handle((h.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return h
+
+    def narrow(values):
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        bits = values.view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return handle(np.where(np.isnan(values), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+    def in_float32(name):
+        original = getattr(builder, name)
+
+        def wrapped(self, *args):
+            if not any(isinstance(a, handle) and a.dtype.scalar == tl.bfloat16 for a in args):
+                return original(self, *args)
+            result = original(self, *[widen(a) for a in args])
+            return narrow(result.data) if result.dtype.scalar == tl.float32 else result
+
+        setattr(builder, name, wrapped)
+
+    for name in ("binary_op", "unary_op", "ternary_op"):
+        in_float32(name)
+    dot, cast, float_to_float = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
+    builder.create_dot = lambda self, a, b, d, *rest: dot(self, widen(a), widen(b), d, *rest)
+    builder.get_bf16 = lambda self, value: narrow(np.array([value], np.float32))
+    builder.cast_impl = lambda self, source, target: (
+        narrow(widen(source).data.astype(np.float32)) if target.scalar == tl.bfloat16 else cast(self, widen(source), target)
+    )
+    builder.create_fp_to_fp = lambda self, source, target, mode: (
+        narrow(source.data)
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16
+        else float_to_float(self, source, target, mode)
+    )
+    builder._mmkernels_fixed = True

@@ -1,0 +1,13 @@
+"""Triton runs in its interpreter in this whole process; kernels are compiled for GPUs in processes of their own."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from mmkernels import testing  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    testing.fix_triton_interpreter()
