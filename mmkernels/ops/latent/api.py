@@ -122,9 +122,15 @@ def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b
         shift = (w_v @ norm_bias.to(w_v.dtype)).to(x.dtype)
         bias = shift if bias is None else bias + shift
     if bias is not None:
-        # A row without keys stays zero: its probabilities do not sum to one.
-        out = out + (bias if key_mask is None else bias * key_mask.any(1)[:, None, None])
+        out = out + _where_keys_are(bias, x, key_mask)
     return out
+
+
+def _where_keys_are(bias, x, key_mask):
+    """The value bias, zero for examples without any key: there the probabilities do not sum to one but to zero."""
+    if x.shape[1] == 0:
+        return bias * 0.0
+    return bias if key_mask is None else bias * key_mask.any(1)[:, None, None]
 
 
 def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
@@ -153,7 +159,7 @@ def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bia
         out = out @ w_v.unflatten(0, (num_heads, -1)).transpose(-1, -2)
     out = out.transpose(1, 2).reshape(batch, rows, -1)
     if chosen.value != "project" and b_v is not None:
-        out = out + (b_v if key_mask is None else b_v * key_mask.any(1)[:, None, None])
+        out = out + _where_keys_are(b_v, x, key_mask)
     return out
 
 
@@ -190,7 +196,7 @@ def _refusals(name, x):
 
 def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
     """Validates, applies autocast, resolves scale and eps (None becomes -1)."""
-    named = (("q", q, 3), ("x", x, 3), ("w_k", w_k, 2), ("w_v", w_v, 2), ("b_k", b_k, 1), ("b_v", b_v, 1))
+    named = (("x", x, 3), ("q", q, 3), ("w_k", w_k, 2), ("w_v", w_v, 2), ("b_k", b_k, 1), ("b_v", b_v, 1))
     named += (("position", position, 2), ("norm_weight", norm_weight, 1), ("norm_bias", norm_bias, 1))
     for name, tensor, rank in named:
         if tensor is None and rank < 3 and name not in ("w_k", "w_v"):
