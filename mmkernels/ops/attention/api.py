@@ -159,7 +159,7 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
         if bias.device != q.device:
             raise ValueError(f"bias is on {bias.device}; it must be on q's device, {q.device}")
         full = (batch, heads, queries, keys)
-        if bias.dim() != 4 or any(b != 1 and b != f for b, f in zip(bias.shape, full)):
+        if bias.dim() != 4 or any(b != 1 and b != f for b, f in zip(bias.shape, full, strict=True)):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {full} with any of them 1")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")

@@ -106,7 +106,7 @@ def explain_latent_attention(
 
 
 def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
-    batch, rows, channels = x.shape[0], q.shape[1], w_k.shape[1]
+    batch, rows = x.shape[0], q.shape[1]
     if norm_weight is not None:
         gain_k, gain_v = w_k * norm_weight, w_v * norm_weight
     else:
