@@ -1,0 +1,126 @@
+"""The registered ops called directly with wrong arguments: an error that names the argument, never a read past the end."""
+
+import pytest
+import torch
+
+from mmkernels.ops._shared.registration import forward_backward
+from mmkernels.ops.attention import api as attention_api
+
+
+def mutations(tensor):
+    """(description, tensor) of wrong or at least different versions of an argument."""
+    yield "float64", tensor.double()
+    yield "int32", tensor.to(torch.int32)
+    yield "one dimension less", tensor[0]
+    yield "one dimension more", tensor[None]
+    for dim, size in enumerate(tensor.shape):
+        yield f"dimension {dim} longer", torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
+        if size > 2:
+            yield f"dimension {dim} shorter", tensor.narrow(dim, 0, size - 1)
+
+
+def call_with_mutations(op, arguments, names, legal):
+    """Every mutation of every tensor either is legal and runs, or raises a RuntimeError that names the argument."""
+    for position, name in enumerate(names):
+        tensor = arguments[position]
+        for what, changed in mutations(tensor):
+            mutated = [*arguments[:position], changed, *arguments[position + 1 :]]
+            if legal(mutated):
+                op(*mutated)
+                continue
+            with pytest.raises(RuntimeError) as error:
+                op(*mutated)
+            text = str(error.value)
+            assert any(f"{n} " in text for n in names), f"{name}, {what}: the error names no argument: {text}"
+
+
+@pytest.fixture
+def native(on, request):
+    """C++ on the CPU and the CUDA bindings in the emulator: what indexes raw memory."""
+    return on(request.param)
+
+
+both = pytest.mark.parametrize("native", ["cpp", "cuda"], indirect=True)
+
+
+@both
+def test_attention_forward(native, generator):
+    q, k, v = (torch.randn(s, generator=generator) for s in ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)))
+    mask, bias, seed = torch.ones(2, 7, dtype=torch.bool), torch.randn(2, 3, 5, 7), torch.tensor([1])
+
+    def legal(a):
+        try:
+            attention_api._check(*a[:5], a[6], a[7], a[5])
+        except (TypeError, ValueError):
+            return False
+        return all(t.dtype == torch.float32 for t in a[:3]) and a[5].dim() == 1
+
+    arguments = [q, k, v, mask, bias, seed, 0.3, 0.2]
+    names = ("q", "k", "v", "key_mask", "bias", "seed")
+    call_with_mutations(forward_backward("attention", native)[0], arguments, names, legal)
+    for dropout_p in (-0.1, 1.0, float("nan")):
+        with pytest.raises(RuntimeError, match="dropout_p"):
+            forward_backward("attention", native)[0](*arguments[:7], dropout_p)
+    with pytest.raises(RuntimeError, match="seed"):
+        forward_backward("attention", native)[0](q, k, v, None, None, None, 0.3, 0.2)
+
+
+@both
+def test_attention_backward(native, generator):
+    forward, backward = forward_backward("attention", native)
+    q, k, v = (torch.randn(s, generator=generator) for s in ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)))
+    mask, bias, seed = torch.ones(2, 7, dtype=torch.bool), torch.randn(2, 3, 5, 7), torch.tensor([1])
+    out, lse = forward(q, k, v, mask, bias, seed, 0.3, 0.2)
+    arguments = [torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, mask, bias, seed, 0.3, 0.2, 7]
+    names = ("dout", "dlse", "q", "k", "v", "out", "lse", "key_mask", "bias", "seed")
+    call_with_mutations(backward, arguments, names, lambda a: False)
+
+
+@both
+def test_latent_forward(native, generator):
+    q, x = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 7, 6, generator=generator)
+    position, mask = torch.randn(7, 2, generator=generator), torch.ones(2, 7, dtype=torch.bool)
+    arguments, names = [q, x, position, mask, 0.3, 1e-5], ("q", "x", "position", "key_mask")
+
+    def legal(a):
+        q, x, position, mask = a[:4]
+        return (
+            [t.dim() for t in a[:4]] == [3, 3, 2, 2]
+            and all(t.dtype == torch.float32 for t in a[:3])
+            and mask.dtype == torch.bool
+            and q.shape[0] in (1, x.shape[0])
+            and q.shape[2] == x.shape[2] + position.shape[1]
+            and position.shape[0] == x.shape[1]
+            and mask.shape == x.shape[:2]
+        )
+
+    call_with_mutations(forward_backward("latent", native)[0], arguments, names, legal)
+
+
+@both
+def test_latent_backward(native, generator):
+    forward, backward = forward_backward("latent", native)
+    q, x = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 7, 6, generator=generator)
+    position, mask = torch.randn(7, 2, generator=generator), torch.ones(2, 7, dtype=torch.bool)
+    out, lse = forward(q, x, position, mask, 0.3, 1e-5)
+    arguments = [torch.ones_like(out), torch.ones_like(lse), q, x, position, mask, out, lse, 0.3, 1e-5, 7]
+    names = ("dout", "dlse", "q", "x", "position", "key_mask", "out", "lse")
+    call_with_mutations(backward, arguments, names, lambda a: False)
+
+
+def test_latent_inference(on, generator):
+    on("cpp")
+    op = torch.ops.mmkernels.latent_attention.default
+    shapes = {"q": (2, 5, 8), "x": (2, 7, 6), "w_k": (8, 8), "w_v": (4, 8), "norm_weight": (8,), "norm_bias": (8,)}
+    shapes |= {"b_v": (4,), "position": (7, 2)}
+    arguments = [torch.randn(s, generator=generator) for s in shapes.values()]
+    arguments += [torch.ones(2, 7, dtype=torch.bool), 2, 0.3, 1e-5]
+    assert op(*arguments).shape == (2, 5, 4)
+    wrong = [(0, (2, 5, 9)), (0, (3, 5, 8)), (1, (2, 8, 6)), (2, (8, 7)), (2, (7, 8)), (3, (3, 8)), (3, (4, 9))]
+    wrong += [(4, (7,)), (5, (9,)), (6, (5,)), (7, (6, 2)), (7, (7, 3))]
+    for position, shape in wrong:
+        with pytest.raises(RuntimeError, match=" "):
+            op(*arguments[:position], torch.zeros(shape), *arguments[position + 1 :])
+    for heads in (0, -1, 3):
+        with pytest.raises(RuntimeError, match="num_heads"):
+            op(*arguments[:9], heads, 0.3, 1e-5)
