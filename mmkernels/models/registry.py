@@ -1,0 +1,149 @@
+"""Models by name or from a folder, and the folder itself: config.json and model.safetensors, replaced atomically."""
+
+import dataclasses
+import importlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+SYSTEMS = ("perceiver",)  # modules of this package with CONFIGS (name -> config), CONFIG (class) and MODEL (class)
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it and says what is allowed."""
+
+
+def require(module: str, extra: str):
+    """Imports an optional library, or raises ImportError naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise ImportError(
+            f"this needs the library {library!r} ({error}); install it with: pip install mmkernels[{extra}]"
+        ) from error
+
+
+def names() -> list:
+    """Every name that `load` knows."""
+    return sorted(name for system in SYSTEMS for name in _system(system).CONFIGS)
+
+
+def load(name_or_path, *, device=None, dtype=None, **overrides) -> torch.nn.Module:
+    """A model with fresh weights by config name, or with saved weights from a folder written by `save_pretrained`.
+
+    Args:
+        name_or_path: one of `names()`, or a folder with config.json and model.safetensors.
+        device, dtype: of the parameters.
+        overrides: fields of the config to change, e.g. `backend="eager"`, `num_classes=10`.
+
+    Raises InputError for an unknown name, a wrong field or value, a file that is missing, truncated or foreign.
+    """
+    path = Path(name_or_path)
+    if (path / "config.json").is_file():
+        return _load_folder(path, device, dtype, overrides)
+    for system in map(_system, SYSTEMS):
+        if str(name_or_path) in system.CONFIGS:
+            fields = dataclasses.asdict(system.CONFIGS[str(name_or_path)])
+            return system.MODEL(_config(system, {**fields, **overrides}), device=device, dtype=dtype)
+    raise InputError(
+        f"{str(name_or_path)!r} is neither a folder with a config.json nor a known config; known are {', '.join(names())}"
+    )
+
+
+def save_pretrained(model: torch.nn.Module, path) -> None:
+    """Writes `path`/config.json and `path`/model.safetensors; each file is complete or not replaced at all."""
+    safetensors = require("safetensors.torch", "train")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {"system": type(model).__module__.rpartition(".")[2], **dataclasses.asdict(model.config)}
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path / "model.safetensors", safetensors.save(weights))
+    write_atomically(path / "config.json", json.dumps(config, indent=1).encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a temporary file beside `path`, forces it to disk and renames it: readers see the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises InputError when it cannot be read or holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}; it must hold an object")
+    return content
+
+
+def read_tensors(path: Path) -> dict:
+    """The tensors of a safetensors file; raises InputError when it is missing, truncated or something else."""
+    safetensors = require("safetensors.torch", "train")
+    try:
+        return safetensors.load_file(path)
+    except Exception as error:  # SafetensorError is no subclass of anything narrower
+        raise InputError(f"{path} cannot be read as safetensors (truncated, or written by something else): {error}") from error
+
+
+def load_weights(model: torch.nn.Module, tensors: dict, source) -> None:
+    """Strict `load_state_dict` that raises InputError naming the first entries that do not fit."""
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in own]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(f"{source} does not fit the model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(tensors)
+
+
+def _load_folder(path, device, dtype, overrides):
+    fields = read_json(path / "config.json")
+    name = fields.pop("system", None)
+    if name not in SYSTEMS:
+        raise InputError(f"{path / 'config.json'} has system {name!r}; allowed are {', '.join(SYSTEMS)}")
+    system = _system(name)
+    config = _config(system, {**fields, **overrides}, path / "config.json")
+    tensors = read_tensors(path / "model.safetensors")
+    model = system.MODEL(config, device=device, dtype=dtype)
+    load_weights(model, tensors, path / "model.safetensors")
+    return model
+
+
+def _config(system, fields, source="overrides"):
+    known = [field.name for field in dataclasses.fields(system.CONFIG)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise InputError(f"{source}: unknown field {unknown[0]!r}; allowed are {', '.join(known)}")
+    try:
+        return system.CONFIG(**fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _system(name):
+    return importlib.import_module(f".{name}", __package__)

@@ -1,0 +1,212 @@
+"""The two attentions of Perceiver: latents read a long input, and latents read each other."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import ops
+from .._backends import NAMES
+
+BACKENDS = ("auto", *NAMES, "eager")
+
+
+def set_backend(model: nn.Module, backend: str) -> nn.Module:
+    """Sets `backend` on every module of this package inside `model`; returns `model`.
+
+    "eager" is the plain PyTorch path: `F.layer_norm`, `F.linear` and `F.scaled_dot_product_attention` with the same weights.
+
+    Raises ValueError for an unknown backend.
+    """
+    _check_backend(backend)
+    for module in model.modules():
+        if isinstance(module, (LatentCrossAttention, LatentSelfAttention)):
+            module.backend = backend
+    return model
+
+
+class LatentCrossAttention(nn.Module):
+    """Few latents attend to a long input: Attn(LN(z), LN(x)) with projections (Perceiver, Jaegle et al. 2021, section 3.1).
+
+        Q = LN_q(z) Wq + bq    K = LN_x([x ; position]) Wk + bk    V = LN_x([x ; position]) Wv + bv
+        out = concat_h(softmax(Q_h K_h^T / sqrt(d)) V_h) Wo + bo
+
+    Residual and MLP are the caller's. `ops.latent_attention` does everything between Q and Wo from the weights of the
+    sub-modules, which are therefore not called themselves: shard (FSDP) or hook the attention as a whole.
+
+    Args:
+        query_channels: Dq.
+        input_channels: C, content and position together.
+        num_heads: H; head h owns the contiguous channels h d to (h+1) d - 1.
+        qk_channels: channels of Q and K in all heads together; default by `shape_for_attention`.
+        v_channels: channels of V in all heads together; default `qk_channels`.
+        output_channels: default Dq.
+        shape_for_attention: "kv" takes `input_channels` for `qk_channels`, "q" takes `query_channels`.
+        eps: of both layer norms.
+        backend: a backend of `ops.latent_attention`, or "eager": plain PyTorch with SDPA.
+
+    Raises ValueError for sizes that are not positive, heads that do not divide the channels, unknown names.
+    """
+
+    def __init__(
+        self,
+        query_channels,
+        input_channels,
+        *,
+        num_heads=1,
+        qk_channels=None,
+        v_channels=None,
+        output_channels=None,
+        shape_for_attention="kv",
+        eps=1e-5,
+        backend="auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if shape_for_attention not in ("kv", "q"):
+            raise ValueError(f"shape_for_attention is {shape_for_attention!r}; allowed are 'kv' and 'q'")
+        if qk_channels is None:
+            qk_channels = input_channels if shape_for_attention == "kv" else query_channels
+        v_channels = qk_channels if v_channels is None else v_channels
+        output_channels = query_channels if output_channels is None else output_channels
+        _check_sizes(
+            num_heads,
+            query_channels=query_channels,
+            input_channels=input_channels,
+            output_channels=output_channels,
+            qk_channels=qk_channels,
+            v_channels=v_channels,
+        )
+        _check_backend(backend)
+        self.num_heads, self.backend = num_heads, backend
+        factory = {"device": device, "dtype": dtype}
+        self.query_norm = nn.LayerNorm(query_channels, eps=eps, **factory)
+        self.input_norm = nn.LayerNorm(input_channels, eps=eps, **factory)
+        self.query = nn.Linear(query_channels, qk_channels, **factory)
+        self.key = nn.Linear(input_channels, qk_channels, **factory)
+        self.value = nn.Linear(input_channels, v_channels, **factory)
+        self.output = nn.Linear(v_channels, output_channels, **factory)
+
+    def forward(self, latents, inputs, *, position=None, key_mask=None):
+        """Reads `inputs` into the latents.
+
+        Args:
+            latents: (B, N, Dq), or (1, N, Dq) shared by the batch.
+            inputs: (B, M, Cx).
+            position: (M, Cp) with Cx + Cp = C, shared by the batch and never copied per example.
+            key_mask: bool (B, M), True where an input may be attended. An example without any yields the bias of `output`.
+
+        Returns:
+            (B, N, output_channels).
+        """
+        q = self.query(self.query_norm(latents))
+        if self.backend == "eager":
+            return self.output(self._eager(q, inputs, position, key_mask))
+        out = ops.latent_attention(
+            q,
+            inputs,
+            self.key.weight,
+            self.value.weight,
+            num_heads=self.num_heads,
+            norm_weight=self.input_norm.weight,
+            norm_bias=self.input_norm.bias,
+            eps=self.input_norm.eps,
+            b_k=self.key.bias,
+            b_v=self.value.bias,
+            position=position,
+            key_mask=key_mask,
+            backend=self.backend,
+        )
+        return self.output(out)
+
+    def _eager(self, q, inputs, position, key_mask):
+        batch = inputs.shape[0]
+        if position is not None:
+            inputs = torch.cat([inputs, position.to(inputs.dtype).expand(batch, -1, -1)], -1)
+        inputs = self.input_norm(inputs)
+        return _eager_attention(q.expand(batch, -1, -1), self.key(inputs), self.value(inputs), self.num_heads, key_mask)
+
+    def extra_repr(self):
+        return f"num_heads={self.num_heads}, backend={self.backend!r}"
+
+
+class LatentSelfAttention(nn.Module):
+    """Self-attention of the latents with one shared layer norm: Attn(LN(z), LN(z)), projections included.
+
+    Args:
+        channels: D.
+        num_heads: H; head h owns the contiguous channels h d to (h+1) d - 1.
+        qk_channels: channels of Q and K in all heads together; default D.
+        v_channels: channels of V in all heads together; default `qk_channels`.
+        output_channels: default `v_channels`.
+        eps: of the layer norm.
+        backend: a backend of `ops.attention`, or "eager": plain PyTorch with SDPA.
+
+    Raises ValueError for sizes that are not positive, heads that do not divide the channels, unknown names.
+    """
+
+    def __init__(
+        self,
+        channels,
+        *,
+        num_heads=8,
+        qk_channels=None,
+        v_channels=None,
+        output_channels=None,
+        eps=1e-5,
+        backend="auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        qk_channels = channels if qk_channels is None else qk_channels
+        v_channels = qk_channels if v_channels is None else v_channels
+        output_channels = v_channels if output_channels is None else output_channels
+        _check_sizes(
+            num_heads, channels=channels, output_channels=output_channels, qk_channels=qk_channels, v_channels=v_channels
+        )
+        _check_backend(backend)
+        self.num_heads, self.backend = num_heads, backend
+        factory = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(channels, eps=eps, **factory)
+        self.query = nn.Linear(channels, qk_channels, **factory)
+        self.key = nn.Linear(channels, qk_channels, **factory)
+        self.value = nn.Linear(channels, v_channels, **factory)
+        self.output = nn.Linear(v_channels, output_channels, **factory)
+
+    def forward(self, latents, *, key_mask=None):
+        """(B, N, D) -> (B, N, output_channels); `key_mask` bool (B, N), True where a latent may be attended."""
+        normalised = self.norm(latents)
+        q, k, v = self.query(normalised), self.key(normalised), self.value(normalised)
+        if self.backend == "eager":
+            return self.output(_eager_attention(q, k, v, self.num_heads, key_mask))
+        q, k, v = (_split_heads(t, self.num_heads) for t in (q, k, v))
+        out = ops.attention(q, k, v, key_mask=key_mask, backend=self.backend)
+        return self.output(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self):
+        return f"num_heads={self.num_heads}, backend={self.backend!r}"
+
+
+def _split_heads(tensor, num_heads):
+    return tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _eager_attention(q, k, v, num_heads, key_mask):
+    q, k, v = (_split_heads(t, num_heads) for t in (q, k, v))
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def _check_sizes(num_heads, **sizes):
+    for name, value in {"num_heads": num_heads, **sizes}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be positive")
+    for name in ("qk_channels", "v_channels"):
+        if sizes[name] % num_heads:
+            raise ValueError(f"{name} is {sizes[name]}; it must be a multiple of num_heads, {num_heads}")
+
+
+def _check_backend(backend):
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
