@@ -1,0 +1,495 @@
+// The scheduler of the emulator: fibers, meeting points, copies in flight. See emulator.h for what it promises.
+#include "emulator/emulator.h"
+
+#include <sys/mman.h>
+
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#ifndef __x86_64__
+#error "the emulator switches fibers with x86-64 assembly"
+#endif
+
+// Saves the callee-saved registers on this stack, stores the stack pointer, and resumes the other stack. (ucontext would do
+// the same with two system calls a switch.)
+asm(R"(
+.text
+.hidden mmk_emulator_switch
+.globl mmk_emulator_switch
+.type mmk_emulator_switch, @function
+mmk_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size mmk_emulator_switch, .-mmk_emulator_switch
+)");
+extern "C" void mmk_emulator_switch(void** save, void* resume);
+
+namespace mmk::emulator {
+namespace {
+
+constexpr size_t kStack = 256 * 1024, kGuard = 4096;
+constexpr size_t kMaxShared = 227 * 1024;
+constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kFence = 0;  // AddressSanitizer watches the end of shared memory itself
+#else
+constexpr size_t kFence = 1024;
+#endif
+
+struct Random {
+  uint64_t state;
+  uint32_t next() {
+    state += 0x9E3779B97F4A7C15ull;
+    uint64_t z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return static_cast<uint32_t>(z >> 32);
+  }
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, valid;
+  void land() const {
+    std::memcpy(to, from, valid);
+    std::memset(static_cast<char*>(to) + valid, 0, bytes - valid);
+  }
+};
+
+enum class State { ready, at_collective, at_barrier, done };
+
+struct Lane {
+  char* stack = nullptr;
+  void* pointer = nullptr;  // the saved stack pointer
+  State state = State::ready;
+  const char* what = "";
+  Where where;
+  dim3 index;
+  std::vector<Copy> open;  // copies since the last commit
+  std::deque<std::vector<Copy>> groups;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
+struct Warp {
+  std::array<void*, 32> brought;
+  int arrived = 0, ready = 32;
+};
+
+struct Failure {};  // ends the fiber that found a fault
+
+// One OS thread's share: runs blocks one after another and keeps their stacks.
+struct Worker {
+  std::vector<Lane> lanes;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
+  size_t shared_bytes = 0;
+  int current = -1, threads = 0, at_barrier = 0, finished = 0;
+  void* scheduler = nullptr;
+  Random random{0};
+  int late_of_256 = 256;
+  const std::function<void()>* kernel = nullptr;
+  std::string error;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+
+  ~Worker() {
+    for (Lane& lane : lanes) {
+      if (lane.stack) munmap(lane.stack - kGuard, kStack + kGuard);
+    }
+  }
+  void prepare(int count, size_t bytes);
+  void run_block();
+  void resume(int lane);
+  void suspend(State state, const char* what, const Where& where);
+  void diagnose();
+};
+
+thread_local Worker* worker = nullptr;
+std::string launch_error;
+
+std::string place(const Where& where) {
+  const char* slash = std::strrchr(where.file_name(), '/');
+  return std::string(slash ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
+}
+
+// The first function of every fiber.
+void fiber() {
+  Worker& w = *worker;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &w.scheduler_stack, &w.scheduler_stack_bytes);
+#endif
+  try {
+    (*w.kernel)();
+  } catch (const Failure&) {
+  }
+  Lane& me = w.lanes[w.current];
+  me.state = State::done;
+  --w.warps[w.current / 32].ready;
+  ++w.finished;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(nullptr, w.scheduler_stack, w.scheduler_stack_bytes);
+#endif
+  mmk_emulator_switch(&me.pointer, w.scheduler);
+}
+
+void Worker::prepare(int count, size_t bytes) {
+  threads = count;
+  if (static_cast<int>(lanes.size()) < count) lanes.resize(count);
+  warps.assign(count / 32, Warp{});
+  at_barrier = finished = 0;
+  shared_bytes = bytes;
+  shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes + kFence + 1023) / 1024 * 1024)));
+#ifdef __SANITIZE_ADDRESS__
+  void* exact = nullptr;  // aligned_alloc rounds up; the end must be the kernel's own
+  if (posix_memalign(&exact, 1024, std::max<size_t>(bytes, 1)) != 0) std::abort();
+  shared.reset(static_cast<unsigned char*>(exact));
+#endif
+  std::memset(shared.get(), kPoison, bytes + kFence);
+  for (int i = 0; i < count; ++i) {
+    Lane& lane = lanes[i];
+    if (!lane.stack) {
+      char* memory = static_cast<char*>(
+          mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      if (memory == MAP_FAILED) std::abort();
+      mprotect(memory, kGuard, PROT_NONE);
+      lane.stack = memory + kGuard;
+    }
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(lane.stack, kStack);
+#endif
+    lane.state = State::ready;
+    lane.open.clear();
+    lane.groups.clear();
+    const unsigned u = i;
+    lane.index = dim3(u % blockDim.x, u / blockDim.x % blockDim.y, u / blockDim.x / blockDim.y);
+    // What a switch pops: six registers, then the address of `fiber`, entered with the stack that the ABI wants.
+    void** top = reinterpret_cast<void**>(lane.stack + kStack - 16);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(&fiber);
+    for (int r = 0; r < 6; ++r) *--top = nullptr;
+    lane.pointer = top;
+  }
+}
+
+void Worker::resume(int i) {
+  current = i;
+  threadIdx = lanes[i].index;
+#ifdef __SANITIZE_ADDRESS__
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, lanes[i].stack, kStack);
+#endif
+  mmk_emulator_switch(&scheduler, lanes[i].pointer);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void Worker::suspend(State state, const char* what, const Where& where) {
+  Lane& me = lanes[current];
+  me.state = state;
+  me.what = what;
+  me.where = where;
+  --warps[current / 32].ready;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(&me.fake_stack, scheduler_stack, scheduler_stack_bytes);
+#endif
+  mmk_emulator_switch(&me.pointer, scheduler);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(me.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+}
+
+// Nobody can go on: says who waits where.
+void Worker::diagnose() {
+  error = "deadlock in block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
+          std::to_string(blockIdx.z) + "): a barrier or warp collective is not reached by all its threads.";
+  std::string previous;
+  int first = 0;
+  for (int i = 0; i <= threads; ++i) {
+    std::string now;
+    if (i < threads) {
+      now = lanes[i].state == State::done ? "have returned"
+                                          : std::string("wait at ") + lanes[i].what + " (" + place(lanes[i].where) + ")";
+    }
+    if (i && now != previous) {
+      error += " Threads " + std::to_string(first) + " to " + std::to_string(i - 1) + " " + previous + ".";
+      first = i;
+    }
+    previous = now;
+  }
+}
+
+void Worker::run_block() {
+  while (finished < threads && error.empty()) {
+    const int count = static_cast<int>(warps.size());
+    int w = static_cast<int>(random.next() % count), tried = 0;
+    while (tried < count && warps[w].ready == 0) w = (w + 1) % count, ++tried;
+    if (tried == count) return diagnose();
+    for (int turns = 1 + static_cast<int>(random.next() % 64); turns && warps[w].ready && error.empty(); --turns) {
+      const uint32_t order = random.next();
+      for (int i = 0; i < 32 && error.empty(); ++i) {
+        const int lane = w * 32 + (i * ((order | 1) % 32) + (order >> 8)) % 32;  // an odd step visits every lane
+        if (lanes[lane].state == State::ready) resume(lane);
+      }
+    }
+  }
+  if (!error.empty()) return;
+  for (size_t i = shared_bytes; i < shared_bytes + kFence; ++i) {
+    if (shared.get()[i] != kPoison) {
+      error = "block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
+              std::to_string(blockIdx.z) + ") wrote past the end of its " + std::to_string(shared_bytes) +
+              " bytes of shared memory, at offset " + std::to_string(i);
+      return;
+    }
+  }
+}
+
+uint64_t environment(const char* name, uint64_t otherwise) {
+  const char* text = std::getenv(name);
+  return text && *text ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+
+}  // namespace
+
+const std::string& last_error() { return launch_error; }
+
+int multiprocessors() { return static_cast<int>(environment("MMKERNELS_EMULATOR_MULTIPROCESSORS", 4)); }
+
+int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  static std::mutex one_launch;
+  static std::array<Worker, 2> workers;
+  std::lock_guard<std::mutex> lock(one_launch);
+  launch_error.clear();
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > 1024 || threads % 32 != 0) {
+    launch_error = "a block of " + std::to_string(threads) + " threads; it must be a multiple of 32, 32 to 1024";
+  } else if (shared_bytes > kMaxShared) {
+    launch_error = std::to_string(shared_bytes) + " bytes of shared memory; a block has " + std::to_string(kMaxShared);
+  } else if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
+    launch_error = "a grid of more than 2147483647 x 65535 x 65535 blocks";
+  }
+  if (!launch_error.empty()) return 1;
+
+  const uint64_t seed = environment("MMKERNELS_EMULATOR_SEED", 0);
+  const std::string copies = std::getenv("MMKERNELS_EMULATOR_COPIES") ? std::getenv("MMKERNELS_EMULATOR_COPIES") : "late";
+  std::atomic<uint64_t> next{0};
+  std::atomic<bool> failed{false};
+  auto work = [&](Worker& mine) {
+    worker = &mine;
+    mine.kernel = &kernel;
+    mine.error.clear();
+    mine.late_of_256 = copies == "early" ? 0 : copies == "random" ? 128 : 256;
+    gridDim = grid;
+    blockDim = block;
+    for (uint64_t i; !failed && (i = next++) < blocks;) {
+      blockIdx = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                      static_cast<unsigned>(i / grid.x / grid.y));
+      mine.random.state = seed * 0x632BE59BD9B4E019ull + i;
+      mine.prepare(static_cast<int>(threads), shared_bytes);
+      mine.run_block();
+      mine.shared.reset();
+      if (!mine.error.empty()) failed = true;
+    }
+  };
+  std::thread second;
+  if (blocks > 1) second = std::thread([&] { work(workers[1]); });
+  work(workers[0]);
+  if (second.joinable()) second.join();
+  for (Worker& w : workers) {
+    if (!w.error.empty()) launch_error = w.error;
+    w.error.clear();
+  }
+  return launch_error.empty() ? 0 : 1;
+}
+
+void fail(const std::string& what, const Where& where) {
+  worker->error = what + " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
+                  std::to_string(blockIdx.z) + ", thread " + std::to_string(worker->current) + ", " + place(where) + ")";
+  throw Failure{};
+}
+
+unsigned char* shared() { return worker->shared.get(); }
+
+void check_shared(const void* p, int bytes, const char* what, const Where& where) {
+  const ptrdiff_t offset = static_cast<const unsigned char*>(p) - worker->shared.get();
+  if (offset < 0 || offset + bytes > static_cast<ptrdiff_t>(worker->shared_bytes)) {
+    fail(std::string(what) + " at offset " + std::to_string(offset) + " outside the " +
+             std::to_string(worker->shared_bytes) + " bytes of shared memory",
+         where);
+  }
+  if (offset % bytes != 0) {
+    fail(std::string(what) + " at shared offset " + std::to_string(offset) + ", not a multiple of " + std::to_string(bytes),
+         where);
+  }
+}
+
+void barrier(const Where& where) {
+  Worker& w = *worker;
+  if (++w.at_barrier < w.threads) return w.suspend(State::at_barrier, "__syncthreads", where);
+  w.at_barrier = 0;
+  for (int i = 0; i < w.threads; ++i) {
+    if (w.lanes[i].state == State::at_barrier) w.lanes[i].state = State::ready, ++w.warps[i / 32].ready;
+  }
+}
+
+void meet(const char* what, const Where& where, void* mine, void (*act)(void* const*)) {
+  Worker& w = *worker;
+  const int first = w.current / 32 * 32;
+  Warp& warp = w.warps[w.current / 32];
+  for (int i = first; warp.arrived && i < first + 32; ++i) {
+    const Lane& other = w.lanes[i];
+    if (other.state != State::at_collective) continue;
+    if (std::strcmp(other.what, what) != 0 || other.where.line() != where.line()) {
+      fail(std::string("divergence: lane ") + std::to_string(w.current % 32) + " is at " + what + ", lane " +
+               std::to_string(i % 32) + " of its warp at " + other.what + " (" + place(other.where) + ")",
+           where);
+    }
+    break;
+  }
+  warp.brought[w.current % 32] = mine;
+  if (++warp.arrived < 32) return w.suspend(State::at_collective, what, where);
+  warp.arrived = 0;
+  act(warp.brought.data());
+  for (int i = first; i < first + 32; ++i) {
+    if (w.lanes[i].state == State::at_collective) w.lanes[i].state = State::ready, ++warp.ready;
+  }
+}
+
+void copy(void* shared, const void* global, int bytes, int valid, const Where& where) {
+  check_shared(shared, bytes, "cp.async", where);
+  if (reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+    fail("cp.async of " + std::to_string(bytes) + " bytes from a global address that is not a multiple of them", where);
+  }
+  if (valid < 0 || valid > bytes) fail("cp.async with " + std::to_string(valid) + " valid bytes", where);
+  const Copy copy{shared, global, bytes, valid};
+  if (static_cast<int>(worker->random.next() % 256) >= worker->late_of_256) return copy.land();
+  std::memset(shared, kPoison, bytes);
+  worker->lanes[worker->current].open.push_back(copy);
+}
+
+void commit() {
+  Lane& me = worker->lanes[worker->current];
+  me.groups.push_back(std::move(me.open));
+  me.open.clear();
+}
+
+void wait(int pending) {
+  Lane& me = worker->lanes[worker->current];
+  for (; static_cast<int>(me.groups.size()) > pending; me.groups.pop_front()) {
+    for (const Copy& copy : me.groups.front()) copy.land();
+  }
+}
+
+void shuffle(void* const* lanes) {
+  for (int i = 0; i < 32; ++i) {
+    auto* mine = static_cast<Shuffle*>(lanes[i]);
+    mine->result = static_cast<Shuffle*>(lanes[mine->source])->value;
+  }
+}
+
+void vote(void* const* lanes) {
+  uint64_t votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= static_cast<Shuffle*>(lanes[i])->value << i;
+  for (int i = 0; i < 32; ++i) static_cast<Shuffle*>(lanes[i])->result = votes;
+}
+
+void load_matrices(void* const* lanes) {
+  const int count = static_cast<Load*>(lanes[0])->count;
+  for (int m = 0; m < count; ++m) {
+    uint16_t matrix[8][8];
+    for (int r = 0; r < 8; ++r) std::memcpy(matrix[r], static_cast<Load*>(lanes[m * 8 + r])->row, 16);
+    for (int i = 0; i < 32; ++i) {
+      auto* mine = static_cast<Load*>(lanes[i]);
+      const int row = i / 4, column = i % 4 * 2;
+      const uint32_t low = mine->transposed ? matrix[column][row] : matrix[row][column];
+      const uint32_t high = mine->transposed ? matrix[column + 1][row] : matrix[row][column + 1];
+      mine->result[m] = low | high << 16;
+    }
+  }
+}
+
+void multiply(void* const* lanes) {
+  float a[16][16], b[16][8], d[16][8];
+  const Type type = static_cast<Multiply*>(lanes[0])->type;
+  const int depth = type == Type::tf32 ? 8 : 16;
+  auto value = [&](uint32_t bits, int half) {
+    if (type == Type::tf32) return __uint_as_float(bits & ~0x1fffu);
+    const uint16_t part = static_cast<uint16_t>(half ? bits >> 16 : bits);
+    return type == Type::bf16 ? __uint_as_float(uint32_t{part} << 16) : half_value(part);
+  };
+  const int per_register = type == Type::tf32 ? 1 : 2;
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& mine = *static_cast<Multiply*>(lanes[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      d[g + 8 * (i / 2)][2 * t + i % 2] = mine.d[i];
+      for (int h = 0; h < per_register; ++h) {
+        a[g + 8 * (i % 2)][per_register * t + h + depth / 2 * (i / 2)] = value(mine.a[i], h);
+        if (i < 2) b[per_register * t + h + depth / 2 * i][g] = value(mine.b[i], h);
+      }
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < depth; ++k) {
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      static_cast<Multiply*>(lanes[lane])->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
+    }
+  }
+}
+
+uint16_t half_bits(float x) {
+  const uint32_t u = __float_as_uint(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fff;
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    const float shifted = __uint_as_float(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (__float_as_uint(shifted) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + (magnitude >> 13 & 1)) - 0x38000000u) >> 13);
+}
+
+float half_value(uint16_t bits) {
+  static const auto table = [] {
+    auto values = std::make_unique<std::array<float, 65536>>();
+    for (uint32_t i = 0; i < 65536; ++i) {
+      const uint32_t exponent = i >> 10 & 31, fraction = i & 1023;
+      float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                      : std::ldexp(static_cast<float>(fraction | 1024), static_cast<int>(exponent) - 25);
+      if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
+      (*values)[i] = i & 0x8000 ? -magnitude : magnitude;
+    }
+    return values;
+  }();
+  return (*table)[bits];
+}
+
+}  // namespace mmk::emulator

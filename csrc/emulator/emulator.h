@@ -1,0 +1,257 @@
+// Stands in for cuda_runtime.h, cuda_bf16.h, cuda_fp16.h and the PTX of common/ptx.cuh when a kernel is compiled with g++.
+//
+// A block is run by one fiber a thread. Warp collectives (shuffles, votes, ldmatrix, mma) are meeting points: the lane that
+// arrives last computes the result of all 32 from the register layout that the PTX manual documents. Warps advance in
+// random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait allows,
+// or at random, and what it will overwrite is NaN until then. Found and explained: a collective that part of a warp never
+// reaches, barriers that not every thread reaches, misaligned or out-of-bounds operands of cp.async and ldmatrix, writes
+// past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing, memory ordering, bank
+// conflicts, occupancy; masks other than all 32 lanes are refused.
+//
+// MMKERNELS_EMULATOR_SEED             the random order (default 0)
+// MMKERNELS_EMULATOR_COPIES           early, late or random (default late)
+// MMKERNELS_EMULATOR_MULTIPROCESSORS  what the launchers are told about the device (default 4)
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <string>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+using std::max;
+using std::min;
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+inline float __uint_as_float(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+namespace mmk::emulator {
+
+using Where = std::source_location;
+
+// What the last failed launch of this process found; empty when there was none.
+const std::string& last_error();
+// Runs every block of a grid; returns 0, or 1 with the reason in `last_error()`.
+int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+int multiprocessors();
+
+// Ends the launch with a message that names the block, the thread and the place.
+[[noreturn]] void fail(const std::string& what, const Where& where);
+unsigned char* shared();
+// Fails unless [p, p + bytes) lies in shared memory and p is a multiple of bytes.
+void check_shared(const void* p, int bytes, const char* what, const Where& where);
+void barrier(const Where& where);
+// Blocks the lane until all 32 are here, then `act` runs once on what each brought along.
+void meet(const char* what, const Where& where, void* mine, void (*act)(void* const* lanes));
+void copy(void* shared, const void* global, int bytes, int valid, const Where& where);
+void commit();
+void wait(int pending);
+
+struct Shuffle {
+  uint64_t value;
+  int source;
+  uint64_t result;
+};
+void shuffle(void* const* lanes);
+void vote(void* const* lanes);
+
+template <class T>
+T exchange(const char* what, const Where& where, unsigned mask, T value, int source) {
+  static_assert(sizeof(T) <= 8);
+  if (mask != 0xffffffffu) fail(std::string(what) + " with a mask of less than 32 lanes", where);
+  Shuffle mine{0, source & 31, 0};
+  std::memcpy(&mine.value, &value, sizeof(T));
+  meet(what, where, &mine, shuffle);
+  std::memcpy(&value, &mine.result, sizeof(T));
+  return value;
+}
+
+inline int lane() { return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32); }
+
+struct Load {
+  const void* row;
+  int count;
+  bool transposed;
+  uint32_t* result;
+};
+void load_matrices(void* const* lanes);
+
+enum class Type { bf16, fp16, tf32 };
+struct Multiply {
+  Type type;
+  float* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+void multiply(void* const* lanes);
+
+uint16_t half_bits(float x);
+float half_value(uint16_t bits);
+
+}  // namespace mmk::emulator
+
+#define MMK_WHERE mmk::emulator::Where where = mmk::emulator::Where::current()
+
+inline void __syncthreads(MMK_WHERE) { mmk::emulator::barrier(where); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, MMK_WHERE) {
+  mmk::emulator::exchange("__syncwarp", where, mask, 0, 0);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, MMK_WHERE) {
+  return mmk::emulator::exchange("__shfl_sync", where, mask, value, source);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, MMK_WHERE) {
+  return mmk::emulator::exchange("__shfl_xor_sync", where, mask, value, mmk::emulator::lane() ^ bits);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int delta, MMK_WHERE) {
+  const int source = mmk::emulator::lane() + delta;
+  return mmk::emulator::exchange("__shfl_down_sync", where, mask, value, source < 32 ? source : mmk::emulator::lane());
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, MMK_WHERE) {
+  if (mask != 0xffffffffu) mmk::emulator::fail("__ballot_sync with a mask of less than 32 lanes", where);
+  mmk::emulator::Shuffle mine{predicate != 0, 0, 0};
+  mmk::emulator::meet("__ballot_sync", where, &mine, mmk::emulator::vote);
+  return static_cast<unsigned>(mine.result);
+}
+inline int __any_sync(unsigned mask, int predicate, MMK_WHERE) { return __ballot_sync(mask, predicate, where) != 0; }
+inline int __all_sync(unsigned mask, int predicate, MMK_WHERE) {
+  return __ballot_sync(mask, predicate, where) == 0xffffffffu;
+}
+
+namespace mmk {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(fp16 x) { return emulator::half_value(x.bits); }
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {
+  const uint32_t u = __float_as_uint(x);
+  return {static_cast<uint16_t>(std::isnan(x) ? 0x7fff : (u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+template <>
+inline fp16 from_float<fp16>(float x) {
+  return {emulator::half_bits(x)};
+}
+
+template <class T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+
+inline unsigned char* shared_memory() { return emulator::shared(); }
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*, Arguments... arguments) {
+  return emulator::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+}
+
+namespace ptx {
+
+template <int Bytes>
+void cp_async(void* shared, const void* global, int valid = Bytes, MMK_WHERE) {
+  static_assert(Bytes == 16 || Bytes == 8 || Bytes == 4, "cp.async copies 4, 8 or 16 bytes");
+  emulator::copy(shared, global, Bytes, valid, where);
+}
+inline void cp_async_commit() { emulator::commit(); }
+template <int Pending>
+void cp_async_wait() {
+  emulator::wait(Pending);
+}
+
+inline void load_matrices(const char* what, const emulator::Where& where, uint32_t* r, int count, bool transposed,
+                          const void* row) {
+  if (emulator::lane() < count * 8) emulator::check_shared(row, 16, what, where);
+  emulator::Load mine{row, count, transposed, r};
+  emulator::meet(what, where, &mine, emulator::load_matrices);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, MMK_WHERE) {
+  load_matrices("ldmatrix.x4", where, r, 4, false, row);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, MMK_WHERE) {
+  load_matrices("ldmatrix.x4.trans", where, r, 4, true, row);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, MMK_WHERE) {
+  load_matrices("ldmatrix.x2", where, r, 2, false, row);
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, MMK_WHERE) {
+  load_matrices("ldmatrix.x2.trans", where, r, 2, true, row);
+}
+
+template <class T>
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, MMK_WHERE) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+  emulator::Multiply mine{std::is_same_v<T, bf16> ? emulator::Type::bf16 : emulator::Type::fp16, d, a, {b0, b1}};
+  emulator::meet("mma.m16n8k16", where, &mine, emulator::multiply);
+}
+inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, MMK_WHERE) {
+  emulator::Multiply mine{emulator::Type::tf32, d, a, {b0, b1}};
+  emulator::meet("mma.m16n8k8.tf32", where, &mine, emulator::multiply);
+}
+
+inline uint32_t to_tf32(float x) {
+  const uint32_t u = __float_as_uint(x);
+  return std::isfinite(x) ? (u + 0x1000) & ~0x1fffu : u;
+}
+inline float exp2(float x) { return std::exp2(x); }
+
+}  // namespace ptx
+}  // namespace mmk
