@@ -1,0 +1,201 @@
+"""Triton code that at least two op families use: tiles of a head dim, dropout by counter, splits put together again.
+
+Naming: `BLOCK_*` are tile sizes, `*_strides` tuples of strides in elements, `rows` and `columns` vectors of indices. Offsets
+are 64-bit wherever an index meets a stride.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import _backends
+from . import waves
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class ReportCase(NamedTuple):
+    """All that compiling one kernel for an architecture takes; see `mmkernels kernel-report`.
+
+    `signature` maps every argument to a Triton type, "constexpr" or, for a tuple, a tuple of them. `constexprs` holds the
+    values, an argument's name or a path (argument index, place in the tuple) as the key. Pointers, and integers whose
+    type is written with a "D" suffix ("i32:16"), are known to be divisible by 16.
+    """
+
+    name: str
+    kernel: object
+    signature: dict
+    constexprs: dict
+    options: dict
+    capability: int
+
+
+# --- Head dims ------------------------------------------------------------------------------------------------------------
+
+
+class Cover(NamedTuple):
+    """A head dim as `steps` chunks of `first` and one of `second` (0: none); powers of two from 16, the excess masked."""
+
+    first: int
+    steps: int
+    second: int
+
+
+def cover(dim: int, chunk: int = 0) -> Cover:
+    """Covers `dim` with at most two powers of two, wasting little (261 = 256 + 16), or, where that is wider than
+    `chunk` allows, with equal chunks to loop over. `chunk` 0 means no limit."""
+    whole = max(16, triton.next_power_of_2(dim))
+    first = max(16, whole // 2)
+    second = max(16, triton.next_power_of_2(dim - first)) if dim > first else 0
+    best = Cover(first, 1, second) if first + second < whole else Cover(whole, 1, 0)
+    if chunk and best.first + best.second > chunk:
+        return Cover(chunk, triton.cdiv(dim, chunk), 0) if dim > chunk else Cover(min(whole, chunk), 1, 0)
+    return best
+
+
+@triton.jit
+def load_tile(base, rows, row_stride, row_mask, columns, column_stride, COLUMNS: tl.constexpr):
+    """base[rows, columns] with zeros where `row_mask` is false or the column is not below COLUMNS."""
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    if COLUMNS % columns.shape[0] == 0:  # a power of two: no tile starts inside and ends outside
+        mask = row_mask[:, None]
+    else:
+        mask = row_mask[:, None] & (columns < COLUMNS)[None, :]
+    return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(base, rows, row_stride, row_mask, columns, column_stride, COLUMNS: tl.constexpr, tile):
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    mask = row_mask[:, None] & (columns < COLUMNS)[None, :]
+    tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=mask)
+
+
+# --- Dropout by counter: the arithmetic of dropout.py ---------------------------------------------------------------------
+
+
+@triton.jit
+def dropout_row(seed, row):
+    """The two words (low, high) of rows of the score matrix; `row` counts over (b, h, n) in 64 bits."""
+    z = seed.to(tl.uint64) + (row.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _mix32(u):
+    u = (u ^ (u >> 16)) * 0x7FEB352D
+    u = (u ^ (u >> 15)) * 0x846CA68B
+    return u ^ (u >> 16)
+
+
+@triton.jit
+def dropout_keep(low, high, key, threshold):
+    """True where the weight survives; `low`, `high` and the key index broadcast against each other."""
+    draw = _mix32(_mix32(low ^ (key.to(tl.uint32) * 0x9E3779B1)) + high)
+    return draw >= threshold
+
+
+# --- Splits ---------------------------------------------------------------------------------------------------------------
+
+
+FORCED_SPLITS = None  # tests set it: every launch then splits so many ways (as far as there are blocks)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # the interpreter plays an H200
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split_count(tiles: int, blocks: int, device: torch.device, num_warps: int) -> int:
+    """Into how many parts a launch of `tiles` pieces of `blocks` steps is split on `device`.
+
+    Two thread blocks of four warps, or one of eight, are taken to be resident on a multiprocessor: these kernels use the
+    whole register file.
+    """
+    if FORCED_SPLITS is not None:
+        return max(1, min(FORCED_SPLITS, blocks))
+    return waves.split_keys(tiles, blocks, _multiprocessors(device) * max(1, 8 // num_warps))
+
+
+@triton.jit
+def merge_kernel(
+    partial,  # float32 (splits, rows, columns): sums of exp2(score - top) times value
+    top,  # float32 (splits, rows): largest score of the split, base 2; -inf where it has no key
+    total,  # float32 (splits, rows): sum of exp2(score - top)
+    out,  # (rows, columns)
+    lse,  # float32 (rows): natural logarithm
+    rows,
+    columns,
+    splits,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Puts softmax over split keys together: out = sum_s 2^(top_s - top) partial_s / sum_s 2^(top_s - top) total_s."""
+    column_blocks = tl.cdiv(columns, BLOCK_C)
+    pid = tl.program_id(0)
+    r = (pid // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = (pid % column_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = r < rows
+    mask = inside[:, None] & (c < columns)[None, :]
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    z = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    row = r  # of the current split
+    for _ in range(splits):
+        m_split = tl.load(top + row, mask=inside, other=float("-inf"))
+        m_new = tl.maximum(m, m_split)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        keep, gain = tl.exp2(m - shift), tl.exp2(m_split - shift)
+        z = z * keep + tl.load(total + row, mask=inside, other=0.0) * gain
+        acc = acc * keep[:, None] + tl.load(partial + row[:, None] * columns + c[None, :], mask=mask, other=0.0) * gain[:, None]
+        m = m_new
+        row += rows
+    z = tl.where(z == 0.0, 1.0, z)
+    tl.store(out + r[:, None] * columns + c[None, :], (acc / z[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + r, (m + tl.log2(z)) * LN_2, mask=inside & (pid % column_blocks == 0))
+
+
+@triton.jit
+def sum_kernel(partial, out, size, splits, BLOCK: tl.constexpr):
+    """out = partial.sum(0) of (splits, size), first split first."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    acc = tl.zeros([BLOCK], tl.float32)
+    source = index
+    for _ in range(splits):
+        acc += tl.load(partial + source, mask=mask, other=0.0)
+        source += size
+    tl.store(out + index, acc.to(out.dtype.element_ty), mask=mask)
+
+
+def merge_splits(partial, top, total, out, lse) -> None:
+    """Fills `out` (..., C) and `lse` (...) from `partial` (S, ..., C) and `top`, `total` (S, ...); all contiguous."""
+    splits, columns = partial.shape[0], partial.shape[-1]
+    rows = lse.numel()
+    block_r, block_c = (64, 1024) if _backends.INTERPRET else (4, min(256, max(16, triton.next_power_of_2(columns))))
+    grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
+    merge_kernel[grid](partial, top, total, out, lse, rows, columns, splits, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+
+
+def sum_splits(partial, out) -> None:
+    """Fills `out` with `partial.sum(0)`, both contiguous."""
+    block = 65536 if _backends.INTERPRET else 1024
+    grid = (triton.cdiv(out.numel(), block),)
+    sum_kernel[grid](partial, out, out.numel(), partial.shape[0], BLOCK=block, num_warps=4)
+
+
+# --- Launching ------------------------------------------------------------------------------------------------------------
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """What `tl.dot` makes of float32 operands: exact products unless torch has been told that TF32 will do."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
