@@ -1,27 +1,7 @@
-// Every op schema of mmkernels, in one place. Implementations: csrc/<family>/<family>_cpu.cpp (this library) and
+// The op schemas of the namespace mmkernels. Implementations: csrc/<family>/<family>_cpu.cpp (this library) and
 // csrc/<family>/<family>_cuda.cpp (the CUDA library, which only adds implementations).
-//
-// Gradients that `wanted` does not ask for come back as empty tensors, so the arity is fixed.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(mmkernels, m) {
-  // q (B,H,N,D)  k (B,H,M,D)  v (B,H,M,E)  key_mask bool (B,M)  bias broadcastable to (B,H,N,M)  seed int64 (1)
-  // -> out (B,H,N,E) of q's dtype, lse float32 (B,H,N), -inf for rows with no key.
-  m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, Tensor? seed, float scale, "
-      "float dropout_p) -> (Tensor, Tensor)");
-  // wanted: 1 dq, 2 dk and dv, 4 dbias (of bias's own shape).
-  m.def(
-      "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? key_mask, Tensor? bias, Tensor? seed, float scale, float dropout_p, int wanted) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  // q (B|1,R,C): absorbed queries, the rows of all heads one after another.  x (B,M,Cx)  position (M,C-Cx)
-  // key_mask bool (B,M).  xhat = LayerNorm without affine over [x ; position] (eps < 0: no norm).
-  // -> out (B,R,C) = softmax(scale q xhat^T) xhat of q's dtype, lse float32 (B,R).
-  m.def(
-      "latent_fwd(Tensor q, Tensor x, Tensor? position, Tensor? key_mask, float scale, float eps) -> (Tensor, Tensor)");
-  // wanted: 1 dq, 2 dx, 4 dposition. dq has q's shape (summed over the batch where q is shared).
-  m.def(
-      "latent_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor x, Tensor? position, Tensor? key_mask, Tensor out, "
-      "Tensor lse, float scale, float eps, int wanted) -> (Tensor, Tensor, Tensor)");
-}
+#include "schemas.h"
+
+STABLE_TORCH_LIBRARY(mmkernels, m) { mmk::define_schemas(m); }

@@ -1,6 +1,6 @@
-// The instructions that CUDA C++ has no spelling for, behind small functions: cp.async, ldmatrix, mma.sync, ex2. Kernels
-// include this file instead of the CUDA headers, use dynamic shared memory only (`shared_memory()`), and start through
-// `launch()`; then the same source compiles with nvcc and, with -DMMK_EMULATOR, with g++ against csrc/emulator.
+// The instructions that CUDA C++ has no spelling for, behind small functions: cp.async, ldmatrix, mma.sync, ex2.
+// Kernels include this file instead of the CUDA headers, use dynamic shared memory only (`shared_memory()`), and start
+// through `launch()`; then the same source compiles with nvcc and, with -DMMK_EMULATOR, with g++ against csrc/emulator.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -68,8 +68,12 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return static_cast<int>(cudaGetLastError());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
 namespace ptx {

@@ -22,8 +22,8 @@
 #error "the emulator switches fibers with x86-64 assembly"
 #endif
 
-// Saves the callee-saved registers on this stack, stores the stack pointer, and resumes the other stack. (ucontext would do
-// the same with two system calls a switch.)
+// Saves the callee-saved registers on this stack, stores the stack pointer, and resumes the other stack. (ucontext
+// would do the same with two system calls a switch.)
 asm(R"(
 .text
 .hidden mmk_emulator_switch
@@ -233,8 +233,9 @@ void Worker::diagnose() {
   for (int i = 0; i <= threads; ++i) {
     std::string now;
     if (i < threads) {
-      now = lanes[i].state == State::done ? "have returned"
-                                          : std::string("wait at ") + lanes[i].what + " (" + place(lanes[i].where) + ")";
+      now = lanes[i].state == State::done
+                ? "have returned"
+                : std::string("wait at ") + lanes[i].what + " (" + place(lanes[i].where) + ")";
     }
     if (i && now != previous) {
       error += " Threads " + std::to_string(first) + " to " + std::to_string(i - 1) + " " + previous + ".";
@@ -296,7 +297,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
   if (!launch_error.empty()) return 1;
 
   const uint64_t seed = environment("MMKERNELS_EMULATOR_SEED", 0);
-  const std::string copies = std::getenv("MMKERNELS_EMULATOR_COPIES") ? std::getenv("MMKERNELS_EMULATOR_COPIES") : "late";
+  const std::string copies =
+      std::getenv("MMKERNELS_EMULATOR_COPIES") ? std::getenv("MMKERNELS_EMULATOR_COPIES") : "late";
   std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};
   auto work = [&](Worker& mine) {
@@ -329,7 +331,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
 
 void fail(const std::string& what, const Where& where) {
   worker->error = what + " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
-                  std::to_string(blockIdx.z) + ", thread " + std::to_string(worker->current) + ", " + place(where) + ")";
+                  std::to_string(blockIdx.z) + ", thread " + std::to_string(worker->current) + ", " + place(where) +
+                  ")";
   throw Failure{};
 }
 
@@ -343,7 +346,8 @@ void check_shared(const void* p, int bytes, const char* what, const Where& where
          where);
   }
   if (offset % bytes != 0) {
-    fail(std::string(what) + " at shared offset " + std::to_string(offset) + ", not a multiple of " + std::to_string(bytes),
+    fail(std::string(what) + " at shared offset " + std::to_string(offset) + ", not a multiple of " +
+             std::to_string(bytes),
          where);
   }
 }
@@ -482,8 +486,9 @@ float half_value(uint16_t bits) {
     auto values = std::make_unique<std::array<float, 65536>>();
     for (uint32_t i = 0; i < 65536; ++i) {
       const uint32_t exponent = i >> 10 & 31, fraction = i & 1023;
-      float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                      : std::ldexp(static_cast<float>(fraction | 1024), static_cast<int>(exponent) - 25);
+      float magnitude = exponent == 0
+                            ? std::ldexp(static_cast<float>(fraction), -24)
+                            : std::ldexp(static_cast<float>(fraction | 1024), static_cast<int>(exponent) - 25);
       if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
       (*values)[i] = i & 0x8000 ? -magnitude : magnitude;
     }

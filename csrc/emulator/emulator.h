@@ -1,12 +1,13 @@
-// Stands in for cuda_runtime.h, cuda_bf16.h, cuda_fp16.h and the PTX of common/ptx.cuh when a kernel is compiled with g++.
+// Stands in for cuda_runtime.h, cuda_bf16.h, cuda_fp16.h and the PTX of common/ptx.cuh when a kernel is compiled with
+// g++.
 //
-// A block is run by one fiber a thread. Warp collectives (shuffles, votes, ldmatrix, mma) are meeting points: the lane that
-// arrives last computes the result of all 32 from the register layout that the PTX manual documents. Warps advance in
-// random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait allows,
-// or at random, and what it will overwrite is NaN until then. Found and explained: a collective that part of a warp never
-// reaches, barriers that not every thread reaches, misaligned or out-of-bounds operands of cp.async and ldmatrix, writes
-// past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing, memory ordering, bank
-// conflicts, occupancy; masks other than all 32 lanes are refused.
+// A block is run by one fiber a thread. Warp collectives (shuffles, votes, ldmatrix, mma) are meeting points: the lane
+// that arrives last computes the result of all 32 from the register layout that the PTX manual documents. Warps advance
+// in random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait
+// allows, or at random, and what it will overwrite is NaN until then. Found and explained: a collective that part of a
+// warp never reaches, barriers that not every thread reaches, misaligned or out-of-bounds operands of cp.async and
+// ldmatrix, writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing, memory
+// ordering, bank conflicts, occupancy; masks other than all 32 lanes are refused.
 //
 // MMKERNELS_EMULATOR_SEED             the random order (default 0)
 // MMKERNELS_EMULATOR_COPIES           early, late or random (default late)
@@ -109,7 +110,9 @@ T exchange(const char* what, const Where& where, unsigned mask, T value, int sou
   return value;
 }
 
-inline int lane() { return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32); }
+inline int lane() {
+  return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32);
+}
 
 struct Load {
   const void* row;

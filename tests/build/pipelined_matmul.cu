@@ -1,5 +1,5 @@
-// c (M,N) fp32 = a (M,K) b (N,K)^T in bf16, by a two-stage cp.async pipeline: the smallest kernel with everything that the
-// emulator models. -DFAULT=... breaks one thing, and the emulator has to notice.
+// c (M,N) fp32 = a (M,K) b (N,K)^T in bf16, by a two-stage cp.async pipeline: the smallest kernel with everything that
+// the emulator models. -DFAULT=... breaks one thing, and the emulator has to notice.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads) matmul(const mmk::bf16* a, const mmk
   auto load = [&](int stage, int k) {
     for (int i = threadIdx.x; i < (kRows + kColumns) * (kDepth / 8); i += kThreads) {
       const int row = i / (kDepth / 8), column = i % (kDepth / 8) * 8;
-      const bf16* source = row < kRows ? a + (blockIdx.x * kRows + row) * depth : b + (blockIdx.y * kColumns + row - kRows) * depth;
+      const bf16* source =
+          row < kRows ? a + (blockIdx.x * kRows + row) * depth : b + (blockIdx.y * kColumns + row - kRows) * depth;
       bf16* target = tiles + stage * (kRows + kColumns) * kDepth + element(row, column);
       mmk::ptx::cp_async<16>(target + (FAULT == MISALIGNED_COPY), source + k + column);
     }
@@ -39,19 +40,23 @@ __global__ void __launch_bounds__(kThreads) matmul(const mmk::bf16* a, const mmk
   float sum[8][4] = {};
   if (FAULT != UNINITIALISED) load(0, 0);
   for (int k = 0, stage = 0; k < depth; k += kDepth, stage ^= 1) {
-    if (k + kDepth < depth) load(stage ^ 1, k + kDepth);
-    else mmk::ptx::cp_async_commit();
+    if (k + kDepth < depth)
+      load(stage ^ 1, k + kDepth);
+    else
+      mmk::ptx::cp_async_commit();
     if (FAULT != NO_WAIT) mmk::ptx::cp_async_wait<1>();
     if (FAULT != PARTIAL_BARRIER || warp < 3 || k == 0) __syncthreads();
     const bf16* left = tiles + stage * (kRows + kColumns) * kDepth;
     const bf16* right = left + kRows * kDepth;
     for (int kk = 0; kk < kDepth; kk += 16) {
       uint32_t x[4], y[4];
-      mmk::ptx::ldmatrix_x4(x, left + element(warp * 16 + lane % 16, kk + lane / 16 * 8) + (FAULT == MISALIGNED_LDMATRIX));
+      mmk::ptx::ldmatrix_x4(x,
+                            left + element(warp * 16 + lane % 16, kk + lane / 16 * 8) + (FAULT == MISALIGNED_LDMATRIX));
       for (int j = 0; j < 8; j += 2) {
         mmk::ptx::ldmatrix_x4(y, right + element(j * 8 + lane / 16 * 8 + lane % 8, kk + lane / 8 % 2 * 8));
         mmk::ptx::mma_16x8x16<bf16>(sum[j], x, y[0], y[1]);
-        mmk::ptx::mma_16x8x16<bf16>(sum[j + 1], x, y[FAULT == WRONG_FRAGMENT ? 3 : 2], y[FAULT == WRONG_FRAGMENT ? 2 : 3]);
+        mmk::ptx::mma_16x8x16<bf16>(sum[j + 1], x, y[FAULT == WRONG_FRAGMENT ? 3 : 2],
+                                    y[FAULT == WRONG_FRAGMENT ? 2 : 3]);
       }
     }
     if (FAULT != NO_BARRIER) __syncthreads();
@@ -72,7 +77,8 @@ int main() {
   std::vector<float> c(m * n);
   for (auto& x : a) x = mmk::from_float<mmk::bf16>(static_cast<float>(std::rand() % 17 - 8));
   for (auto& x : b) x = mmk::from_float<mmk::bf16>(static_cast<float>(std::rand() % 17 - 8));
-  if (mmk::launch(matmul, dim3(m / kRows, n / kColumns), dim3(kThreads), kShared, nullptr, a.data(), b.data(), c.data(), n, depth)) {
+  if (mmk::launch(matmul, dim3(m / kRows, n / kColumns), dim3(kThreads), kShared, nullptr, a.data(), b.data(), c.data(),
+                  n, depth)) {
     std::printf("%s\n", mmk::emulator::last_error().c_str());
     return 2;
   }

@@ -1,0 +1,9 @@
+// What the bindings (.cpp, no CUDA headers) ask of the device; implemented in device_cuda.cu.
+#pragma once
+
+extern "C" {
+// Multiprocessors of the current device; 0 when there is none.
+int mmk_multiprocessors();
+// What a launcher's non-zero result means.
+const char* mmk_launch_error(int code);
+}
