@@ -50,18 +50,22 @@ class PerceiverConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))  # JSON has lists only
-        if self.num_blocks is None:
-            object.__setattr__(self, "num_blocks", self.num_cross_attends)
         for name, least in _LEAST.items():
             value = getattr(self, name)
+            if value is None and name == "num_blocks":
+                continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of {least} or more")
-        if self.num_blocks % self.num_cross_attends:
+        if self.block_count % self.num_cross_attends:
             raise ValueError(
                 f"num_blocks is {self.num_blocks}; it must be a multiple of num_cross_attends, {self.num_cross_attends}"
             )
         if self.share_cross not in ("after_first", "all", "none"):
             raise ValueError(f"share_cross is {self.share_cross!r}; allowed are 'after_first', 'all' and 'none'")
+
+    @property
+    def block_count(self) -> int:
+        return self.num_cross_attends if self.num_blocks is None else self.num_blocks
 
 
 _LEAST = {
@@ -81,6 +85,14 @@ CONFIGS = {
     "perceiver-imagenet": PerceiverConfig(),
     "perceiver-imagenet-1": PerceiverConfig(num_cross_attends=1, num_blocks=8),
     "perceiver-imagenet-unshared": PerceiverConfig(share_cross="none", share_blocks=False),
+    "perceiver-small": PerceiverConfig(
+        input_shape=(64, 64),
+        num_latents=64,
+        latent_channels=128,
+        num_cross_attends=3,
+        layers_per_block=4,
+        num_bands=16,
+    ),
     "perceiver-digits": PerceiverConfig(
         input_shape=(48, 48),
         input_channels=1,
@@ -91,6 +103,7 @@ CONFIGS = {
         layers_per_block=2,
         self_heads=4,
         num_bands=8,
+        max_resolution=(16, 16),  # the digits were recorded at 8 x 8: faster waves carry nothing
     ),
 }
 
@@ -173,7 +186,7 @@ class Perceiver(nn.Module):
         )
         self.blocks = nn.ModuleList(
             nn.ModuleList(SelfBlock(config, **factory) for _ in range(config.layers_per_block))
-            for _ in range(1 if config.share_blocks else config.num_blocks)
+            for _ in range(1 if config.share_blocks else config.block_count)
         )
         self.head = nn.Linear(config.latent_channels, config.num_classes, **factory)
         self.reset_parameters()
@@ -204,8 +217,8 @@ class Perceiver(nn.Module):
         inputs = inputs.reshape(inputs.shape[0], size, channels)
         position = self.positions()
         z = self.latents[None]  # the first queries are the same for every example
-        every = config.num_blocks // config.num_cross_attends
-        for b in range(config.num_blocks):
+        every = config.block_count // config.num_cross_attends
+        for b in range(config.block_count):
             if b % every == 0:
                 z = self.cross[min(b // every, len(self.cross) - 1)](z, inputs, position, key_mask)
             for layer in self.blocks[b % len(self.blocks)]:

@@ -48,7 +48,7 @@ def load(name_or_path, *, device=None, dtype=None, **overrides) -> torch.nn.Modu
     for system in map(_system, SYSTEMS):
         if str(name_or_path) in system.CONFIGS:
             fields = dataclasses.asdict(system.CONFIGS[str(name_or_path)])
-            return system.MODEL(_config(system, {**fields, **overrides}), device=device, dtype=dtype)
+            return _build(system, {**fields, **overrides}, str(name_or_path), device, dtype)
     raise InputError(
         f"{str(name_or_path)!r} is neither a folder with a config.json nor a known config; known are {', '.join(names())}"
     )
@@ -127,20 +127,19 @@ def _load_folder(path, device, dtype, overrides):
     if name not in SYSTEMS:
         raise InputError(f"{path / 'config.json'} has system {name!r}; allowed are {', '.join(SYSTEMS)}")
     system = _system(name)
-    config = _config(system, {**fields, **overrides}, path / "config.json")
     tensors = read_tensors(path / "model.safetensors")
-    model = system.MODEL(config, device=device, dtype=dtype)
+    model = _build(system, {**fields, **overrides}, path / "config.json", device, dtype)
     load_weights(model, tensors, path / "model.safetensors")
     return model
 
 
-def _config(system, fields, source="overrides"):
+def _build(system, fields, source, device, dtype):
     known = [field.name for field in dataclasses.fields(system.CONFIG)]
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise InputError(f"{source}: unknown field {unknown[0]!r}; allowed are {', '.join(known)}")
     try:
-        return system.CONFIG(**fields)
+        return system.MODEL(system.CONFIG(**fields), device=device, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise InputError(f"{source}: {error}") from error
 

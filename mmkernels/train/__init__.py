@@ -1,0 +1,1 @@
+"""Training: a loop that survives being killed, data readers, and the `train` and `predict` commands."""

@@ -1,0 +1,101 @@
+"""The state of a training in one file: tensors in safetensors, everything else as JSON in its header.
+
+One file, replaced in one rename, so that a process killed at any moment leaves the old state or the new one. Nothing that is
+read back can execute code.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+
+from ..models.registry import InputError, require, write_atomically
+
+NAME = "training.safetensors"
+FORMAT = "mmkernels training state 1"
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Makes `folder` and keeps other trainings out of it; the lock dies with the process. Raises InputError when held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: no lock
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another training is running in {folder}; choose another --output") from error
+        for part in folder.glob(".*.part"):  # left by a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+        yield
+
+
+def save(folder: Path, model, optimizer, state: dict) -> None:
+    """Writes model, optimizer, random number generators and `state` (JSON values) to `folder`/training.safetensors."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    optimizer_state = optimizer.state_dict()
+    scalars = {}
+    for index, entries in optimizer_state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value
+            else:
+                scalars[f"{index}/{name}"] = value
+    tensors["generator/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["generator/cuda"] = torch.cuda.get_rng_state()
+    header = {
+        "format": FORMAT,
+        "state": json.dumps(state),
+        "optimizer": json.dumps({"scalars": scalars, "param_groups": optimizer_state["param_groups"]}),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(folder / NAME, require("safetensors.torch", "train").save(tensors, header))
+
+
+def read_state(folder: Path) -> dict | None:
+    """The JSON `state` of the folder's training, None where there is none; raises InputError for a foreign or broken file."""
+    return _read_header(folder)[0] if (folder / NAME).exists() else None
+
+
+def restore(folder: Path, model, optimizer) -> dict:
+    """Fills model, optimizer and generators from the folder; returns the `state` given to `save`."""
+    state, header = _read_header(folder)
+    path = folder / NAME
+    groups = {"model": {}, "optimizer": {}, "generator": {}}
+    with require("safetensors", "train").safe_open(path, "pt") as file:
+        for name in file.keys():
+            # A fresh copy: slices of the file are not aligned, and alignment can change the rounding of vectorised sums.
+            group, _, rest = name.partition("/")
+            groups[group][rest] = file.get_tensor(name).clone()
+    model.load_state_dict(groups["model"])
+    entries = {}
+    for name, value in (*groups["optimizer"].items(), *header["scalars"].items()):
+        index, _, key = name.partition("/")
+        entries.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": header["param_groups"]})
+    torch.set_rng_state(groups["generator"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in groups["generator"]:
+        torch.cuda.set_rng_state(groups["generator"]["cuda"])
+    return state
+
+
+def _read_header(folder):
+    path = folder / NAME
+    try:
+        with require("safetensors", "train").safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except ImportError:
+        raise
+    except Exception as error:  # SafetensorError is no subclass of anything narrower
+        raise InputError(
+            f"{path} cannot be read (truncated, or written by something else): {error}; --restart discards it"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise InputError(f"{path} is no training state of this version ({header.get('format')!r}); --restart discards it")
+    return json.loads(header["state"]), json.loads(header["optimizer"])

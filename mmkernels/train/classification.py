@@ -1,0 +1,88 @@
+"""Image classification: the task, its result files, and predictions from them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .. import models
+from ..models.registry import InputError, read_json, require, write_atomically
+from .compare import classification_loss
+from .data.images import Preprocessing
+from .loop import Task
+
+TASK = "task.json"
+
+
+def make_task(training, held_out, fingerprint) -> Task:
+    return Task(training, held_out, classification_loss, accuracy, fingerprint)
+
+
+def accuracy(model, batches) -> dict:
+    """{"accuracy": share of right answers, "held_out_loss": mean cross-entropy}."""
+    metrics = require("sklearn.metrics", "train")
+    right, predicted, loss = [], [], 0.0
+    for inputs, labels in batches:
+        logits = model(inputs).float()
+        loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        right += labels.tolist()
+        predicted += logits.argmax(-1).tolist()
+    return {"accuracy": float(metrics.accuracy_score(right, predicted)), "held_out_loss": loss / len(right)}
+
+
+def save_result(folder: Path, model, preprocessing: Preprocessing, classes: list, history: list) -> None:
+    """config.json, model.safetensors, task.json and learning-curve.png, each complete or not replaced at all."""
+    model.save_pretrained(folder)
+    task = {"classes": classes, "preprocessing": asdict(preprocessing), "history": history}
+    write_atomically(folder / TASK, json.dumps(task, indent=1).encode())
+    write_atomically(folder / "learning-curve.png", learning_curve(history))
+
+
+def learning_curve(history: list) -> bytes:
+    """A PNG: training and held-out loss, and held-out accuracy, by epoch."""
+    import io
+
+    figure_class = require("matplotlib.figure", "train").Figure  # no pyplot: no display is looked for
+    figure = figure_class(figsize=(8, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["loss"] for row in history], label="training")
+    left.plot(epochs, [row["held_out_loss"] for row in history], label="held out")
+    left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    left.legend()
+    right.plot(epochs, [100 * row["accuracy"] for row in history])
+    right.set(xlabel="epoch", ylabel="held-out accuracy (%)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+@torch.no_grad()
+def predict(checkpoint, paths, *, device="cpu", backend="auto") -> list:
+    """[(path, class name, probability)] for image files, by the model that a training left in the folder `checkpoint`.
+
+    Raises InputError for a folder without a finished training, and for a file that is no image; all files are read first.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise InputError(f"{checkpoint} is not a folder; it must be the --output of a finished training")
+    for name in ("config.json", "model.safetensors", TASK):
+        if not (checkpoint / name).is_file():
+            raise InputError(f"{checkpoint} has no {name}: it is not the --output of a finished training")
+    task = read_json(checkpoint / TASK)
+    try:
+        classes, preprocessing = task["classes"], Preprocessing(**task["preprocessing"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{checkpoint / TASK} does not describe an image classification: {error}") from error
+    model = models.load(checkpoint, device=device, backend=backend).eval()
+    if model.config.num_classes != len(classes):
+        raise InputError(f"{checkpoint} has {len(classes)} classes in {TASK} and {model.config.num_classes} in config.json")
+    inputs = [preprocessing.finish(preprocessing.read(path)) for path in paths]
+    results = []
+    for path, image in zip(paths, inputs, strict=True):
+        probability, label = model(image[None].to(device)).float().softmax(-1)[0].max(-1)
+        results.append((path, classes[int(label)], float(probability)))
+    return results

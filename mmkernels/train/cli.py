@@ -1,0 +1,217 @@
+"""`python -m mmkernels train` and `predict`. Nothing heavy is imported until a command runs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_commands(subparsers) -> None:
+    """Adds both commands; each sets `run`, a function of the parsed arguments that returns the exit code."""
+    train = subparsers.add_parser("train", help="train a model")
+    systems = train.add_subparsers(dest="system", required=True, metavar="SYSTEM")
+    digits = systems.add_parser("perceiver-digits", help="Perceiver on scikit-learn's handwritten digits")
+    _add_training_options(digits, config="perceiver-digits", output="runs/perceiver-digits", epochs=24, batch_size=16, lr=2e-3)
+    digits.set_defaults(run=lambda arguments: _guarded(_train, arguments, _digits))
+    folder = systems.add_parser("perceiver", help="Perceiver on a folder of class folders of images")
+    folder.add_argument("--data", required=True, metavar="FOLDER", help="one folder of images per class")
+    folder.add_argument("--val-data", metavar="FOLDER", help="held-out images in the same layout; default: a share of --data")
+    folder.add_argument("--val-fraction", type=_fraction, default=0.1, help="share of --data that is held out (default 0.1)")
+    folder.add_argument("--flip", action="store_true", help="mirror half of the training images left to right")
+    _add_training_options(folder, config="perceiver-small", output="runs/perceiver", epochs=30, batch_size=32, lr=1e-3)
+    folder.set_defaults(run=lambda arguments: _guarded(_train, arguments, _folder))
+
+    predict = subparsers.add_parser("predict", help="classify image files with a trained model")
+    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    predict.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of a training")
+    predict.add_argument("--backend", default="auto")
+    predict.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    predict.set_defaults(run=lambda arguments: _guarded(_predict, arguments))
+
+
+def _add_training_options(parser, *, config, output, epochs, batch_size, lr):
+    add = parser.add_argument
+    add("--output", type=Path, default=Path(output), metavar="DIR", help=f"default {output}")
+    add(
+        "--config", default=config, metavar="NAME", help=f"model sizes by name (default {config}); the flags below change them"
+    )
+    add("--image-size", type=_positive, help="side of the square that images are sampled to")
+    add("--latents", type=_positive, help="number of latents")
+    add("--latent-dim", type=_positive, help="channels of a latent")
+    add("--cross-attends", type=_positive, help="how often the latents read the image")
+    add("--layers", type=_positive, help="latent layers after every cross-attend")
+    add("--heads", type=_positive, help="heads of the latent layers")
+    add("--bands", type=_positive, help="Fourier bands of the positions")
+    add("--epochs", type=_positive, default=epochs, help=f"default {epochs}")
+    add("--batch-size", type=_positive, default=batch_size, help=f"default {batch_size}")
+    add("--lr", type=_positive_float, default=lr, help=f"highest learning rate (default {lr})")
+    add("--weight-decay", type=_non_negative_float, default=0.05, help="default 0.05")
+    add("--seed", type=int, default=0, help="of the split, the weights, the order and the augmentation (default 0)")
+    add("--save-every", type=_positive, default=50, metavar="STEPS", help="checkpoint interval (default 50)")
+    add("--workers", type=_non_negative, default=0, help="processes that read images (default 0)")
+    add("--threads", type=_positive, help="CPU threads; a resumed run needs the same number to repeat to the bit")
+    add("--device", default=None, help="default: cuda where there is one, else cpu")
+    add("--backend", default="auto", help="of the attentions; eager is plain PyTorch (default auto)")
+    add("--no-compare", action="store_true", help="leave out the comparison with the plain PyTorch path")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--resume", action="store_true", help="fail unless there is a training to resume (resuming is the default)"
+    )
+    choice.add_argument("--restart", action="store_true", help="discard the training in --output")
+
+
+def _guarded(command, *arguments):
+    """Runs a command; what the user can mend becomes one line and exit code 2."""
+    from .._backends import BackendError
+    from ..models import InputError
+
+    try:
+        return command(*arguments)
+    except (InputError, BackendError, ImportError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where the last checkpoint stands", file=sys.stderr)
+        return 130
+
+
+def _digits(arguments, image_size):
+    from .data import digits
+
+    training, held_out, preprocessing = digits.load(image_size, arguments.seed)
+    return training, held_out, preprocessing, digits.CLASSES
+
+
+def _folder(arguments, image_size):
+    from .data import folder
+
+    return folder.load(
+        arguments.data,
+        image_size,
+        arguments.seed,
+        held_out_folder=arguments.val_data,
+        held_out=arguments.val_fraction,
+        flip=arguments.flip,
+    )
+
+
+def _train(arguments, load_data):
+    import time
+
+    import torch
+
+    from .. import models
+    from ..models import InputError
+    from . import checkpoint, classification, compare, loop
+    from .data import derive_seed
+
+    started = time.perf_counter()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = _device(arguments)
+    image_size = arguments.image_size or models.load(arguments.config, device="meta").config.input_shape[0]
+    training, held_out, preprocessing, classes = load_data(arguments, image_size)
+    torch.manual_seed(arguments.seed)
+    model = models.load(
+        arguments.config,
+        **_overrides(arguments),
+        input_shape=(image_size, image_size),
+        input_channels=len(preprocessing.mean),
+        num_classes=len(classes),
+        backend=arguments.backend,
+        device=device,
+    )
+    settings = loop.Settings(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        seed=arguments.seed,
+    )
+    fingerprint = derive_seed(classes, preprocessing, training.labels, held_out.labels, [str(i) for i in training.images])
+    task = classification.make_task(training, held_out, f"{fingerprint:x}")
+
+    with checkpoint.locked(arguments.output):
+        if arguments.restart:
+            (arguments.output / checkpoint.NAME).unlink(missing_ok=True)
+        found = checkpoint.read_state(arguments.output)
+        if arguments.resume and found is None:
+            raise InputError(f"--resume: {arguments.output} holds no training to resume")
+        parameters = sum(p.numel() for p in model.parameters())
+        print(
+            f"{len(training)} images to train on, {len(held_out)} held out, {len(classes)} classes; "
+            f"{parameters:,} parameters, {image_size * image_size} input elements, backend {compare.backend_of(model)}"
+        )
+        if found is not None:
+            print(f"resuming {arguments.output} at step {found['step']}; --restart begins anew")
+        history = loop.fit(
+            model,
+            task,
+            settings,
+            arguments.output,
+            device=device,
+            save_every=arguments.save_every,
+            workers=arguments.workers,
+        )
+        classification.save_result(arguments.output, model, preprocessing, classes, history)
+    print(f"held-out accuracy {history[-1]['accuracy']:.2%} after {len(history)} epochs")
+    print(f"checkpoint {arguments.output}, learning curve {arguments.output / 'learning-curve.png'}")
+    if not arguments.no_compare:
+        costs = compare.compare(model, settings.batch_size, device)
+        print(compare.describe(costs, model, settings.batch_size))
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+def _predict(arguments):
+    from .classification import predict
+
+    for path, name, probability in predict(
+        arguments.checkpoint, arguments.images, device=_device(arguments), backend=arguments.backend
+    ):
+        print(f"{path}\t{name}\t{probability:.4f}")
+    return 0
+
+
+def _device(arguments):
+    import torch
+
+    from ..models import InputError
+
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _overrides(arguments):
+    fields = {
+        "num_latents": arguments.latents,
+        "latent_channels": arguments.latent_dim,
+        "num_cross_attends": arguments.cross_attends,
+        "layers_per_block": arguments.layers,
+        "self_heads": arguments.heads,
+        "num_bands": arguments.bands,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _number(kind, allowed, holds):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+_positive = _number(int, "a positive integer", lambda v: v > 0)
+_non_negative = _number(int, "an integer of 0 or more", lambda v: v >= 0)
+_positive_float = _number(float, "a positive number", lambda v: 0 < v < float("inf"))
+_non_negative_float = _number(float, "a number of 0 or more", lambda v: 0 <= v < float("inf"))
+_fraction = _number(float, "between 0 and 1", lambda v: 0 < v < 1)

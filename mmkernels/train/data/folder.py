@@ -1,0 +1,59 @@
+"""A folder of class folders of images."""
+
+from pathlib import Path
+
+from ...models.registry import InputError, require
+from .images import EXTENSIONS, Images, Preprocessing
+
+# Mean and deviation of natural images (ImageNet's).
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def scan(folder) -> tuple:
+    """(paths, labels, classes) of folder/<class>/**/<image>; classes in the order of their names.
+
+    Raises InputError where there is no folder, fewer than two classes, or a class without images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; it must hold one folder of images per class")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise InputError(f"{folder} has no class folders; it must hold one folder of images per class, at least two")
+    if len(classes) < 2:
+        raise InputError(f"{folder} has only the class {classes[0]!r}; a classifier needs at least two class folders")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        if not found:
+            raise InputError(f"{folder / name} has no images; allowed are files ending in {', '.join(EXTENSIONS)}")
+        paths += found
+        labels += [label] * len(found)
+    return paths, labels, classes
+
+
+def load(folder, size: int, seed: int, *, held_out_folder=None, held_out=0.1, shift=0.1, scale=0.1, flip=False):
+    """(training, held out, preprocessing, classes); without a `held_out_folder` a share of every class is held out.
+
+    Every image is read once here, so that an unreadable one is named before the training starts.
+    """
+    paths, labels, classes = scan(folder)
+    if held_out_folder is not None:
+        held_paths, held_labels, held_classes = scan(held_out_folder)
+        if held_classes != classes:
+            differ = sorted(set(held_classes) ^ set(classes))
+            raise InputError(f"{held_out_folder} has other classes than {folder}: {', '.join(differ)}")
+    else:
+        split = require("sklearn.model_selection", "train").train_test_split
+        smallest = min(range(len(classes)), key=labels.count)
+        if labels.count(smallest) < 2:
+            raise InputError(
+                f"{Path(folder) / classes[smallest]} has one image; it needs two or more, so that one can be held out"
+            )
+        share = max(len(classes), round(held_out * len(paths)))
+        paths, held_paths, labels, held_labels = split(paths, labels, test_size=share, random_state=seed, stratify=labels)
+    preprocessing = Preprocessing("RGB", size, _MEAN, _STD)
+    for path in (*paths, *held_paths):
+        preprocessing.read(path)
+    training = Images(paths, labels, preprocessing, shift=shift, scale=scale, flip=flip, seed=seed)
+    return training, Images(held_paths, held_labels, preprocessing), preprocessing, classes

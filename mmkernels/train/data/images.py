@@ -1,0 +1,97 @@
+"""Images as a model reads them: mode, size, normalisation, small random shifts and scalings."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from ...models.registry import InputError, require
+from . import derive_seed
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input; stored with a checkpoint, so that `predict` does the same."""
+
+    mode: str  # PIL's: "L" one channel, "RGB" three
+    size: int  # the model's input is size x size
+    mean: list
+    std: list
+    native_size: int | None = None  # images are first brought to this resolution, the one the data was recorded at
+    dark_background: bool = False  # images with a bright border are inverted
+
+    def __post_init__(self):
+        channels = {"L": 1, "RGB": 3}.get(self.mode)
+        if channels is None:
+            raise ValueError(f"mode is {self.mode!r}; allowed are 'L' and 'RGB'")
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(
+                f"mean and std have {len(self.mean)} and {len(self.std)} entries; mode {self.mode!r} needs {channels}"
+            )
+
+    def read(self, path) -> torch.Tensor:
+        """The image file as float32 (channels, s, s) in [0, 1], s the native size; raises InputError naming the file."""
+        image_library = require("PIL.Image", "train")
+        numpy = require("numpy", "train")
+        side = self.native_size or self.size
+        try:
+            with image_library.open(path) as image:
+                pixels = image.convert(self.mode).resize((side, side), image_library.Resampling.BILINEAR, reducing_gap=3.0)
+        except (OSError, ValueError, SyntaxError, image_library.DecompressionBombError) as error:
+            raise InputError(f"{path} cannot be read as an image: {error}") from error
+        tensor = torch.from_numpy(numpy.array(pixels, dtype=numpy.float32) / 255).reshape(side, side, -1).permute(2, 0, 1)
+        if self.dark_background:
+            border = torch.cat([tensor[:, 0], tensor[:, -1], tensor[:, :, 0], tensor[:, :, -1]], -1)
+            if border.mean() > 0.5:
+                tensor = 1 - tensor
+        return tensor
+
+    def finish(self, image: torch.Tensor, transform: torch.Tensor | None = None) -> torch.Tensor:
+        """(channels, s, s) -> normalised (size, size, channels), sampled through an affine `transform` (2, 3)."""
+        if transform is None:
+            transform = torch.eye(2, 3)
+        grid = F.affine_grid(transform[None], [1, image.shape[0], self.size, self.size], align_corners=False)
+        # Outside the image is what its border shows, so that a shift leaves no frame.
+        image = F.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
+        return (image.permute(1, 2, 0) - torch.tensor(self.mean)) / torch.tensor(self.std)
+
+
+class Images(torch.utils.data.Dataset):
+    """(epoch, index) -> (image (size, size, channels), label); epoch None: no augmentation.
+
+    Args:
+        images: tensors (channels, s, s), or paths to read.
+        labels: class numbers.
+        preprocessing: how an image becomes an input.
+        shift: largest shift, as a share of the side.
+        scale: largest relative change of size.
+        flip: mirror half of the images left to right.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, images, labels, preprocessing: Preprocessing, *, shift=0.0, scale=0.0, flip=False, seed=0):
+        self.images, self.labels, self.preprocessing = images, labels, preprocessing
+        self.shift, self.scale, self.flip, self.seed = shift, scale, flip, seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image = self.images[index]
+        if isinstance(image, (str, Path)):
+            image = self.preprocessing.read(image)
+        transform = None if epoch is None else self._draw(epoch, index)
+        return self.preprocessing.finish(image, transform), self.labels[index]
+
+    def _draw(self, epoch, index):
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, index))
+        dx, dy, size, mirror = torch.rand(4, generator=generator).tolist()
+        zoom = math.exp((2 * size - 1) * self.scale)
+        sign = -1.0 if self.flip and mirror < 0.5 else 1.0
+        # Coordinates run from -1 to 1: a share of the side is twice that number.
+        return torch.tensor([[sign * zoom, 0, 2 * self.shift * (2 * dx - 1)], [0, zoom, 2 * self.shift * (2 * dy - 1)]])
