@@ -10,19 +10,14 @@ channels, content first, are read and written through that rotation (`_columns`)
 
 import contextlib
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ... import _backends
+from ... import _tuning
+from .._shared.kernels import LN_2, LOG2_E, ReportCase, input_precision, merge_splits, split_count, sum_splits
 from .._shared.registration import attach_fakes
-from .._shared.waves import split_keys
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 # --- Pieces of a tile -------------------------------------------------------------------------------------------------
 
@@ -170,7 +165,8 @@ def forward(
     position_ptr,
     mask_ptr,
     out_ptr,
-    lse_ptr,
+    top_ptr,
+    total_ptr,
     q_batch,
     x_batch,
     x_row,
@@ -181,7 +177,7 @@ def forward(
     mask_column,
     R,
     M,
-    splits,
+    batches,
     split_size,
     scale,
     eps,
@@ -191,14 +187,19 @@ def forward(
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A tile of query rows over one split of the keys: out (B, splits, R, C) and lse (B, splits, R) of that split."""
+    """A tile of query rows over one split of the keys.
+
+    SPLIT: writes sums of exp(s - top) xhat (S, B, R, C), top in base 2 and total (S, B, R), which `merge_splits` puts
+    together. Else out (B, R, C) and, in the place of top, the log-sum-exp.
+    """
     pid, tiles = tl.program_id(0), tl.cdiv(R, BLOCK_R)
     rows = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    split, batch = pid // tiles % splits, (pid // tiles // splits).to(tl.int64)
+    batch, split = (pid // tiles % batches).to(tl.int64), pid // tiles // batches
     inside = rows < R
     x_ptr += batch * x_batch
     q = _load_rows(q_ptr + batch * q_batch, rows, inside, CX, CP, WIDTHS)
@@ -218,41 +219,23 @@ def forward(
             x_ptr, position_ptr, keys, visible, x_row, x_column, position_row, position_column, CX, CP, WIDTHS, ""
         )
         xhat = _cast(_normalise(raw, visible, eps, CX + CP, WIDTHS, NORM)[0], WIDTHS, dtype)
-        s = _inner(q, xhat, WIDTHS, PRECISION) * (scale * LOG2E)
+        s = _inner(q, xhat, WIDTHS, PRECISION) * scale
         s = tl.where(visible[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key so far: exp2(-inf - 0) = 0, not NaN
-        p = tl.exp2(s - shift[:, None])
-        shrink = tl.exp2(top - shift)
+        p = tl.exp2((s - shift[:, None]) * LOG2_E)
+        shrink = tl.exp2((top - shift) * LOG2_E)
         total = total * shrink + tl.sum(p, 1)
         acc = _accumulate(_scaled(acc, shrink, WIDTHS), p.to(dtype), xhat, WIDTHS, PRECISION)
         top = new_top
-    acc = _scaled(acc, 1.0 / tl.where(total == 0.0, 1.0, total), WIDTHS)
-    base = (batch * splits + split) * R
+    base = (split * batches + batch) * R
+    if SPLIT:
+        tl.store(top_ptr + base + rows, top * LOG2_E, mask=inside)
+        tl.store(total_ptr + base + rows, total, mask=inside)
+    else:
+        tl.store(top_ptr + base + rows, top + tl.log2(total) * LN_2, mask=inside)
+        acc = _scaled(acc, 1.0 / tl.where(total == 0.0, 1.0, total), WIDTHS)
     _store_rows(out_ptr + base * (CX + CP), rows, inside, acc, CX, CP, WIDTHS)
-    tl.store(lse_ptr + base + rows, (top + tl.log2(total)) * LN2, mask=inside)
-
-
-@triton.jit
-def merge(part_ptr, part_lse_ptr, out_ptr, lse_ptr, R, splits, C: tl.constexpr, WIDTH: tl.constexpr):
-    """One query row: the splits' results weighted by exp(lse_s - lse), in the order of the splits."""
-    row = tl.program_id(0)
-    batch, row = (row // R).to(tl.int64), row % R
-    columns = tl.arange(0, WIDTH)
-    top = tl.full([], float("-inf"), tl.float32)
-    for s in range(splits):
-        top = tl.maximum(top, tl.load(part_lse_ptr + (batch * splits + s) * R + row))
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.full([], 0.0, tl.float32)
-    acc = tl.full([WIDTH], 0.0, tl.float32)
-    for s in range(splits):
-        index = (batch * splits + s) * R + row
-        weight = tl.exp2((tl.load(part_lse_ptr + index) - shift) * LOG2E)
-        total += weight
-        acc += weight * tl.load(part_ptr + index * C + columns, mask=columns < C, other=0.0)
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + (batch * R + row) * C + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < C)
-    tl.store(lse_ptr + batch * R + row, shift + tl.log2(total) * LN2)
 
 
 @triton.jit
@@ -288,7 +271,7 @@ def backward_q(
     mask_column,
     R,
     M,
-    splits,
+    batches,
     split_size,
     scale,
     eps,
@@ -302,15 +285,15 @@ def backward_q(
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dq (B, splits, R, C) of one split: scale * sum_m dS xhat with dS = P (dout xhat^T - delta)."""
+    """dq (S, B, R, C) of one split: scale * sum_m dS xhat with dS = P (dout xhat^T - delta)."""
     pid, tiles = tl.program_id(0), tl.cdiv(R, BLOCK_R)
     rows = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    split, batch = pid // tiles % splits, (pid // tiles // splits).to(tl.int64)
+    batch, split = (pid // tiles % batches).to(tl.int64), pid // tiles // batches
     inside = rows < R
     x_ptr += batch * x_batch
     q = _load_rows(q_ptr + batch * q_batch, rows, inside, CX, CP, WIDTHS)
     dout = _load_rows(dout_ptr + batch * R * (CX + CP), rows, inside, CX, CP, WIDTHS)
-    lse = tl.load(lse_ptr + batch * R + rows, mask=inside, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + batch * R + rows, mask=inside, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: its scores are -inf, P = 0
     delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -327,12 +310,12 @@ def backward_q(
             x_ptr, position_ptr, keys, visible, x_row, x_column, position_row, position_column, CX, CP, WIDTHS, ""
         )
         xhat = _cast(_normalise(raw, visible, eps, CX + CP, WIDTHS, NORM)[0], WIDTHS, dtype)
-        s = _inner(q, xhat, WIDTHS, PRECISION) * (scale * LOG2E)
-        p = tl.where(visible[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        s = _inner(q, xhat, WIDTHS, PRECISION) * scale
+        p = tl.where(visible[None, :], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
         ds = p * (_inner(dout, xhat, WIDTHS, PRECISION) - delta[:, None])
         acc = _accumulate(acc, ds.to(dtype), xhat, WIDTHS, PRECISION)
     acc = _scaled(acc, tl.full([BLOCK_R], 1.0, tl.float32) * scale, WIDTHS)
-    _store_rows(dq_ptr + (batch * splits + split) * R * (CX + CP), rows, inside, acc, CX, CP, WIDTHS)
+    _store_rows(dq_ptr + (split * batches + batch) * R * (CX + CP), rows, inside, acc, CX, CP, WIDTHS)
 
 
 @triton.jit
@@ -397,11 +380,11 @@ def backward_x(
             inside = rows < R
             q = _load_rows(q_ptr + batch * q_batch, rows, inside, CX, CP, WIDTHS)
             dout = _load_rows(dout_ptr + batch * R * C, rows, inside, CX, CP, WIDTHS)
-            lse = tl.load(lse_ptr + batch * R + rows, mask=inside, other=0.0) * LOG2E
+            lse = tl.load(lse_ptr + batch * R + rows, mask=inside, other=0.0)
             lse = tl.where(lse == float("-inf"), 0.0, lse)
             delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
-            s = _inner(xhat, q, WIDTHS, PRECISION) * (scale * LOG2E)
-            p = tl.where(visible[:, None], tl.exp2(s - lse[None, :]), 0.0)
+            s = _inner(xhat, q, WIDTHS, PRECISION) * scale
+            p = tl.where(visible[:, None], tl.exp2((s - lse[None, :]) * LOG2_E), 0.0)
             ds = p * (_inner(xhat, dout, WIDTHS, PRECISION) - delta[None, :]) * scale
             grad = _accumulate(grad, p.to(dtype), dout, WIDTHS, PRECISION)
             grad = _accumulate(grad, ds.to(dtype), q, WIDTHS, PRECISION)
@@ -435,16 +418,6 @@ def backward_x(
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """Sizes of a kernel's tile: query rows, keys, warps, pipeline stages, and how many fit on a multiprocessor at once."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    resident: int = 1
-
-
 def chunks(channels: int) -> tuple:
     """At most three powers of two, 16 or more, whose sum covers the channels with the least padding.
 
@@ -463,19 +436,23 @@ def chunks(channels: int) -> tuple:
     return tuple(widths)
 
 
-def tile(kernel: str, channels: int, dtype: torch.dtype, capability: tuple) -> Tile:
-    width = sum(chunks(channels))
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 1)
+def _default(dims, dtype, capability):
+    if capability == _tuning.INTERPRETER or dtype == "float32":
+        return _tuning.Tiles(32, 32, 0, 0, 4, 1)
+    return _tuning.Tiles(64, 64, 0, 0, 4, 2)
 
 
-def device_facts(device: torch.device) -> tuple:
-    """(compute capability, multiprocessors); those of an H200 in the interpreter."""
-    if device.type != "cuda":
-        return (9, 0), 132
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+for _name in ("latent_fwd", "latent_bwd_q", "latent_bwd_x"):
+    _tuning.default(_name)(_default)
+
+
+def _tiles(kernel, channels, x):
+    if x.is_cuda:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        capability, gpu = 10 * major + minor, _tuning.gpu_folder(torch.cuda.get_device_name(x.device))
+    else:
+        capability, gpu = _tuning.INTERPRETER, ""
+    return _tuning.tiles(kernel, (channels, channels), str(x.dtype).removeprefix("torch."), capability, gpu)
 
 
 def _guard(tensor):
@@ -496,16 +473,17 @@ def _common(q, x, position, key_mask, scale, eps):
         WIDTHS=chunks(channels),
         MASKED=key_mask is not None,
         NORM=eps >= 0,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=input_precision(x.dtype),
     )
     return strides, facts
 
 
-def _split(batch, rows, keys, sizes, multiprocessors):
-    """(splits, keys a split): the wave model's count, in whole key tiles."""
-    blocks = triton.cdiv(keys, sizes.keys)
-    splits = split_keys(batch * triton.cdiv(rows, sizes.rows), blocks, multiprocessors * sizes.resident)
-    return splits, triton.cdiv(blocks, splits) * sizes.keys
+def _split(batch, rows, x, tiles):
+    """(splits, keys a split), in whole key tiles; every split has some."""
+    blocks = triton.cdiv(x.shape[1], tiles.keys)
+    splits = split_count(batch * triton.cdiv(rows, tiles.queries), blocks, x.device, tiles.num_warps)
+    each = triton.cdiv(blocks, splits)
+    return triton.cdiv(blocks, each), each * tiles.keys
 
 
 @torch.library.custom_op("mmkernels_triton::latent_fwd", mutates_args=())
@@ -527,22 +505,22 @@ def latent_fwd(
     if out.numel() == 0:
         return out, lse
     q = q.contiguous()
-    capability, multiprocessors = device_facts(x.device)
-    sizes = tile("forward", channels, x.dtype, capability)
-    splits, split_size = _split(batch, rows, keys, sizes, multiprocessors)
-    part, part_lse = out, lse
+    tiles = _tiles("latent_fwd", channels, x)
+    splits, split_size = _split(batch, rows, x, tiles)
+    part, top, total = out, lse, lse
     if splits > 1:
-        part = q.new_empty(batch, splits, rows, channels, dtype=torch.float32)
-        part_lse = lse.new_empty(batch, splits, rows)
+        part = q.new_empty(splits, batch, rows, channels, dtype=torch.float32)
+        top, total = lse.new_empty(2, splits, batch, rows)
     strides, facts = _common(q, x, position, key_mask, scale, eps)
     with _guard(x):
-        forward[(batch * splits * triton.cdiv(rows, sizes.rows),)](
-            *(q, x, position, key_mask, part, part_lse, *strides, rows, keys, splits, split_size),
+        forward[(splits * batch * triton.cdiv(rows, tiles.queries),)](
+            *(q, x, position, key_mask, part, top, total, *strides, rows, keys, batch, split_size),
             **facts,
-            **_launch(sizes),
+            SPLIT=splits > 1,
+            **_launch(tiles),
         )
         if splits > 1:
-            merge[(batch * rows,)](part, part_lse, out, lse, rows, splits, C=channels, WIDTH=_width(channels))
+            merge_splits(part, top, total, out, lse)
     return out, lse
 
 
@@ -571,7 +549,6 @@ def latent_bwd(
     if batch == 0 or rows == 0 or keys == 0:
         return dq.zero_(), dx.zero_(), dposition.to(q.dtype).zero_()
     q, dout, out, lse = q.contiguous(), dout.contiguous(), out.contiguous(), lse.contiguous()
-    capability, multiprocessors = device_facts(x.device)
     strides, facts = _common(q, x, position, key_mask, scale, eps)
     delta = torch.empty_like(lse)
     with _guard(x):
@@ -583,32 +560,82 @@ def latent_bwd(
         )
         inputs = (dout, delta, q, x, position, key_mask, lse)
         if want_q:
-            sizes = tile("backward_q", channels, x.dtype, capability)
-            splits, split_size = _split(batch, rows, keys, sizes, multiprocessors)
-            part = q.new_empty(batch, splits, rows, channels, dtype=torch.float32)
-            backward_q[(batch * splits * triton.cdiv(rows, sizes.rows),)](
-                *(*inputs, part, *strides, rows, keys, splits, split_size), **facts, **_launch(sizes)
+            tiles = _tiles("latent_bwd_q", channels, x)
+            splits, split_size = _split(batch, rows, x, tiles)
+            part = q.new_empty(splits, batch, rows, channels, dtype=torch.float32)
+            backward_q[(splits * batch * triton.cdiv(rows, tiles.queries),)](
+                *(*inputs, part, *strides, rows, keys, batch, split_size), **facts, **_launch(tiles)
             )
-            dq = part.sum((0, 1) if q.shape[0] == 1 else 1).view(q.shape).to(q.dtype)
+            sum_splits(part.view(-1, *q.shape), dq)
         if (want_x and content) or want_position:
-            sizes = tile("backward_x", channels, x.dtype, capability)
+            tiles = _tiles("latent_bwd_x", channels, x)
             walk = batch if want_position else 1
-            backward_x[(triton.cdiv(keys, sizes.keys) * (batch // walk),)](
+            backward_x[(triton.cdiv(keys, tiles.keys) * (batch // walk),)](
                 *(*inputs, dx, dposition, *strides, rows, keys, walk),
                 **facts,
                 WANT_X=want_x,
                 WANT_POSITION=want_position,
-                **_launch(sizes),
+                **_launch(tiles),
             )
     return dq, dx, dposition.to(q.dtype)
 
 
-def _launch(sizes):
-    return dict(BLOCK_R=sizes.rows, BLOCK_M=sizes.keys, STAGES=sizes.stages, num_warps=sizes.warps)
+def _launch(tiles):
+    return dict(BLOCK_R=tiles.queries, BLOCK_M=tiles.keys, STAGES=tiles.num_stages, num_warps=tiles.num_warps)
 
 
 def _width(channels):
     return triton.next_power_of_2(channels)
+
+
+# --- Kernel report ----------------------------------------------------------------------------------------------------
+
+REPORTED = ((64, 0), (3, 258), (64, 258), (512, 0), (704, 0))  # (content, position) channels
+
+
+def report_cases():
+    """Every kernel at the published widths, for the report that compiles them without a GPU."""
+    for capability in (80, 90, 100):
+        for dtype, code in (("bfloat16", "bf16"), ("float32", "fp32")):
+            for content, shared in REPORTED:
+                for kernel in (forward, backward_q, backward_x):
+                    yield _report_case(kernel, content, shared, dtype, code, capability)
+
+
+def _report_case(kernel, content, shared, dtype, code, capability):
+    channels = content + shared
+    name = {forward: "latent_fwd", backward_q: "latent_bwd_q", backward_x: "latent_bwd_x"}[kernel]
+    tiles = _tuning.tiles(name, (channels, channels), dtype, capability)
+    launch = _launch(tiles)
+    options = dict(num_warps=launch.pop("num_warps"), num_stages=tiles.num_stages)
+    constexprs = dict(
+        **dict(x_column=1, position_column=1, mask_column=1, q_batch=0),
+        **dict(CX=content, CP=shared, WIDTHS=chunks(channels), MASKED=False, NORM=True, PRECISION="ieee"),
+        **launch,
+    )
+    if kernel is forward:
+        constexprs |= dict(SPLIT=True)
+    if kernel is backward_x:
+        constexprs |= dict(WANT_X=True, WANT_POSITION=shared > 0)
+    single = {"delta_ptr", "lse_ptr", "top_ptr", "total_ptr", "dposition_ptr", "dq_ptr", "scale", "eps"}
+    if kernel is forward:
+        single.add("out_ptr")
+    signature = {}
+    for argument in kernel.arg_names:
+        pointer = "*" if argument.endswith("_ptr") else ""
+        if argument in constexprs:
+            signature[argument] = "constexpr"
+        elif argument == "mask_ptr":
+            signature[argument] = "*i1"
+        elif argument in single:
+            signature[argument] = pointer + "fp32"
+        elif pointer:
+            signature[argument] = pointer + code
+        elif argument == "x_row" and content % 16 == 0 or argument == "position_row" and shared % 16 == 0:
+            signature[argument] = "i32:16"
+        else:
+            signature[argument] = "i32"
+    return ReportCase(f"{name} {content}+{shared} {dtype}", kernel, signature, constexprs, options, capability)
 
 
 attach_fakes("mmkernels_triton")
