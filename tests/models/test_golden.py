@@ -1,0 +1,105 @@
+"""Every golden case against the official tensors: outputs, loss, gradients of all weights and inputs.
+
+Cases lie in `tests/golden/<system>/<case>`, and in the folder that MMKERNELS_GOLDEN names, in the same layout.
+
+Budgets: config.json says by how much the official code in float32 misses its own float64 results, `f32_run_max_abs_err`. Our
+float64 must stay within that, relative to tensors above one. Float32 backends are allowed twice the largest error of plain
+PyTorch in float32 on top.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmkernels import _library
+from mmkernels.models import perceiver
+
+ROOTS = [Path(__file__).parents[1] / "golden"]
+if os.environ.get("MMKERNELS_GOLDEN"):
+    ROOTS.append(Path(os.environ["MMKERNELS_GOLDEN"]))
+
+
+def run_perceiver(config, weights, inputs, backend):
+    """{output name: output}, differentiable with respect to weights and inputs."""
+    sizes, own = perceiver.read_official({**config, "index_shape": _only(inputs).shape[1:-1]}, weights)
+    model = perceiver.from_official({**config, "index_shape": sizes.input_shape}, weights, backend=backend)
+    return {"output": torch.func.functional_call(model, own, (_only(inputs),))}
+
+
+def perceiver_refusal(config):
+    return "" if "num_cross_attends" in config else "no model for Perceiver IO yet"
+
+
+# system -> (runner, why it does not know a case); a line comes with every model
+RUNNERS = {"perceiver": (run_perceiver, perceiver_refusal)}
+BACKENDS = [("reference", torch.float64), ("eager", torch.float32), ("reference", torch.float32)]
+if _library.load("cpu").loaded:
+    BACKENDS.append(("cpp", torch.float32))
+
+
+def cases():
+    for root in ROOTS:
+        assert root.is_dir(), f"{root} is no folder of golden cases"
+        for config in sorted(root.glob("*/*/config.json")):
+            yield pytest.param(config.parent, id=f"{config.parent.parent.name}-{config.parent.name}")
+
+
+def refusal(folder):
+    system = folder.parent.name
+    if system not in RUNNERS:
+        return f"no model for the system {system!r} yet"
+    return RUNNERS[system][1](json.loads((folder / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("folder", list(cases()))
+def test_golden(folder):
+    if why := refusal(folder):
+        pytest.xfail(f"not supported: {why}")
+    config = json.loads((folder / "config.json").read_text())
+    expected = {name: tensor.double() for name, tensor in load_file(folder / "outputs.safetensors").items()}
+    allowed = config["f32_run_max_abs_err"]
+    for backend, dtype in BACKENDS:
+        errors = {
+            name: float((actual.double() - expected[name]).abs().max()) / max(1.0, float(expected[name].abs().max()))
+            for name, actual in compute(folder, config, expected, backend, dtype).items()
+        }
+        if backend == "eager":  # the reference in float64, before it in the list, needs no allowance
+            allowed += 2 * max(errors.values())
+            continue
+        worst = max(errors, key=errors.get)
+        assert errors[worst] <= allowed, f"{worst} on {backend} in {dtype}: error {errors[worst]:.3e}, allowed {allowed:.3e}"
+
+
+def compute(folder, config, expected, backend, dtype):
+    """Everything that is stored and that we compute, under its stored name."""
+    weights, inputs = (
+        {
+            name: tensor.to(dtype, copy=True).requires_grad_() if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(folder / file).items()
+        }
+        for file in ("weights.safetensors", "inputs.safetensors")
+    )
+    outputs = RUNNERS[folder.parent.name][0](config, weights, inputs, backend)
+    loss = sum((output * expected[f"cotangent/{name}"].to(dtype)).sum() for name, output in outputs.items())
+    loss.backward()
+    results = {f"out/{name}": output.detach() for name, output in outputs.items()}
+    results["loss"] = loss.detach()[None]
+    results |= {f"grad/{name}": weight.grad for name, weight in weights.items() if f"grad/{name}" in expected}
+    results |= {f"grad_input/{name}": value.grad for name, value in inputs.items() if f"grad_input/{name}" in expected}
+    missing = {name for name in expected if name.partition("/")[0] in ("out", "loss", "grad", "grad_input")} - set(results)
+    assert not missing, f"not computed: {sorted(missing)}"
+    assert all(results[name].shape == expected[name].shape for name in results)
+    return results
+
+
+def test_every_case_of_this_repository_has_a_model():
+    assert [refusal(case.values[0]) for case in cases() if case.values[0].is_relative_to(ROOTS[0])] == [""]
+
+
+def _only(inputs):
+    (value,) = inputs.values()
+    return value
