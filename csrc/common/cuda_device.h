@@ -4,6 +4,8 @@
 extern "C" {
 // Multiprocessors of the current device; 0 when there is none.
 int mmk_multiprocessors();
+// Bytes of shared memory that a block of the current device may ask for; 0 when there is none.
+int mmk_shared_memory();
 // What a launcher's non-zero result means.
 const char* mmk_launch_error(int code);
 }

@@ -5,15 +5,21 @@
 
 int mmk_multiprocessors() { return mmk::emulator::multiprocessors(); }
 
+int mmk_shared_memory() { return mmk::emulator::shared_memory_limit(); }
+
 const char* mmk_launch_error(int) { return mmk::emulator::last_error().c_str(); }
 
 #else
 
-int mmk_multiprocessors() {
-  int device = 0, count = 0;
+static int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
 }
+
+int mmk_multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+int mmk_shared_memory() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 const char* mmk_launch_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 

@@ -281,6 +281,8 @@ const std::string& last_error() { return launch_error; }
 
 int multiprocessors() { return static_cast<int>(environment("MMKERNELS_EMULATOR_MULTIPROCESSORS", 4)); }
 
+int shared_memory_limit() { return static_cast<int>(environment("MMKERNELS_EMULATOR_SHARED", kMaxShared)); }
+
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static std::mutex one_launch;
   static std::array<Worker, 2> workers;
@@ -289,8 +291,9 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || threads % 32 != 0) {
     launch_error = "a block of " + std::to_string(threads) + " threads; it must be a multiple of 32, 32 to 1024";
-  } else if (shared_bytes > kMaxShared) {
-    launch_error = std::to_string(shared_bytes) + " bytes of shared memory; a block has " + std::to_string(kMaxShared);
+  } else if (shared_bytes > static_cast<size_t>(shared_memory_limit())) {
+    launch_error = std::to_string(shared_bytes) + " bytes of shared memory; a block has " +
+                   std::to_string(shared_memory_limit());
   } else if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
     launch_error = "a grid of more than 2147483647 x 65535 x 65535 blocks";
   }

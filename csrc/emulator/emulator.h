@@ -12,6 +12,7 @@
 // MMKERNELS_EMULATOR_SEED             the random order (default 0)
 // MMKERNELS_EMULATOR_COPIES           early, late or random (default late)
 // MMKERNELS_EMULATOR_MULTIPROCESSORS  what the launchers are told about the device (default 4)
+// MMKERNELS_EMULATOR_SHARED           its bytes of shared memory a block (default 232448, as sm_90; sm_80 has 166912)
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -78,6 +79,7 @@ const std::string& last_error();
 // Runs every block of a grid; returns 0, or 1 with the reason in `last_error()`.
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 int multiprocessors();
+int shared_memory_limit();
 
 // Ends the launch with a message that names the block, the thread and the place.
 [[noreturn]] void fail(const std::string& what, const Where& where);
