@@ -106,37 +106,33 @@ def explain_latent_attention(
 
 
 def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
-    batch, rows = x.shape[0], q.shape[1]
-    if norm_weight is not None:
-        gain_k, gain_v = w_k * norm_weight, w_v * norm_weight
-    else:
-        gain_k, gain_v = w_k, w_v
-    gain_k, gain_v = gain_k.to(x.dtype), gain_v.to(x.dtype)
     heads_q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B|1, H, N, D)
-    absorbed = heads_q @ gain_k.unflatten(0, (num_heads, -1))  # (B|1, H, N, C)
+    absorbed = heads_q @ w_k.unflatten(0, (num_heads, -1))  # (B|1, H, N, C)
+    if norm_weight is not None:
+        absorbed = (absorbed * norm_weight).to(x.dtype)
     out, _ = autograd.core(backend, absorbed.flatten(1, 2), x, position, key_mask, scale, eps)
-    out = out.unflatten(1, (num_heads, rows)) @ gain_v.unflatten(0, (num_heads, -1)).transpose(-1, -2)
-    out = out.transpose(1, 2).reshape(batch, rows, -1)
-    bias = b_v
+    out = out.unflatten(1, (num_heads, q.shape[1]))
+    if norm_weight is not None:
+        out = out * norm_weight
     if norm_bias is not None:
-        shift = (w_v @ norm_bias.to(w_v.dtype)).to(x.dtype)
-        bias = shift if bias is None else bias + shift
-    if bias is not None:
-        out = out + _where_keys_are(bias, x, key_mask)
-    return out
+        out = out + norm_bias
+    out = out.to(x.dtype) @ w_v.unflatten(0, (num_heads, -1)).transpose(-1, -2)
+    out = out.transpose(1, 2).flatten(2)
+    if b_v is not None:
+        out = out + b_v
+    return _where_keys_are(out, x, key_mask)
 
 
-def _where_keys_are(bias, x, key_mask):
-    """The value bias, zero for examples without any key: there the probabilities do not sum to one but to zero."""
+def _where_keys_are(out, x, key_mask):
+    """Zeros for examples without any key: their probabilities sum to zero, and no bias may show."""
     if x.shape[1] == 0:
-        return bias * 0.0
-    return bias if key_mask is None else bias * key_mask.any(1)[:, None, None]
+        return out * 0.0
+    return out if key_mask is None else out * key_mask.any(1)[:, None, None]
 
 
 def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
-    batch, rows = x.shape[0], q.shape[1]
     if position is not None:
-        x = torch.cat([x, position.expand(batch, -1, -1)], -1)
+        x = torch.cat([x, position.expand(x.shape[0], -1, -1)], -1)
     if key_mask is not None:
         x = torch.where(key_mask[..., None], x, 0.0)  # NaN behind the mask must not reach a weight's gradient
     if eps >= 0:
@@ -147,7 +143,7 @@ def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bia
     def heads(t):
         return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    q = heads(q.expand(batch, -1, -1))
+    q = heads(q.expand(x.shape[0], -1, -1))
     shared = x[:, None].expand(-1, num_heads, -1, -1)
     if chosen.score == "project":
         k = heads(torch.nn.functional.linear(x, w_k, b_k))
@@ -157,10 +153,10 @@ def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bia
     out = attention(q, k, v, key_mask=key_mask, scale=scale, backend=backend)
     if chosen.value != "project":
         out = out @ w_v.unflatten(0, (num_heads, -1)).transpose(-1, -2)
-    out = out.transpose(1, 2).reshape(batch, rows, -1)
+    out = out.transpose(1, 2).flatten(2)
     if chosen.value != "project" and b_v is not None:
-        out = out + _where_keys_are(b_v, x, key_mask)
-    return out
+        out = out + b_v
+    return _where_keys_are(out, x, key_mask)
 
 
 def _plan(q, x, w_k, w_v, num_heads):

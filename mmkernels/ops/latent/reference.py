@@ -12,7 +12,7 @@ import torch
 def latent_attention(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
     """q (B|1,N,H*D), x (B,M,Cx), w_k (H*D,C), w_v (H*E,C), position (M,C-Cx) -> (B,N,H*E)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    out_dtype, batch = x.dtype, x.shape[0]
+    out_dtype = x.dtype
     q, w_k, w_v = q.to(dtype), w_k.to(dtype), w_v.to(dtype)
     xn = normalise(x.to(dtype), None if position is None else position.to(dtype), key_mask, eps)
     if norm_weight is not None:
@@ -27,7 +27,7 @@ def latent_attention(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     scores = (q * scale) @ k.transpose(-1, -2)
     probabilities = masked_softmax(scores, None if key_mask is None else key_mask[:, None, None, :])[0]
-    return (probabilities @ v).transpose(1, 2).reshape(batch, q.shape[2], -1).to(out_dtype)
+    return (probabilities @ v).transpose(1, 2).flatten(2).to(out_dtype)
 
 
 def core(q, x, position, key_mask, scale, eps):
