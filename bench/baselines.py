@@ -1,0 +1,261 @@
+"""What the ops are compared with: plain PyTorch, its compiler, its fused attention used well, and other libraries.
+
+The only module that imports peers. A `Candidate` takes the op's own arguments, so that the runner can verify and time it
+like the op. Each list is complete for a problem on a device: what cannot run there is in it, with the reason.
+"""
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import mmkernels
+from mmkernels.testing import eager_attention, eager_latent_attention
+
+from .registry import Inputs, Problem
+
+SDPA = F.scaled_dot_product_attention
+
+
+class Candidate(NamedTuple):
+    name: str
+    kind: str  # "mmkernels" or "baseline"
+    function: Callable
+    reason: str = ""  # why it cannot run here; empty when it can
+    note: str = ""  # what it does differently
+
+
+# --- Attention kernels, with the arguments of `eager_attention` -------------------------------------------------------
+
+
+def _pad(tensor, size):
+    return F.pad(tensor, (0, size - tensor.shape[-1])) if tensor.shape[-1] != size else tensor
+
+
+def _multiple_of_8(*sizes):
+    """The common size: the fused kernels want equal head dims of queries and values, in steps of 16 bytes."""
+    return -(-max(sizes) // 8) * 8
+
+
+def _mask(key_mask, bias, dtype):
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    if bias is None:
+        return mask
+    return bias.to(dtype) if mask is None else torch.where(mask, bias.to(dtype), float("-inf"))
+
+
+def sdpa(q, k, v, *, key_mask=None, bias=None, scale=None):
+    return SDPA(q, k, v, attn_mask=_mask(key_mask, bias, q.dtype), scale=scale)
+
+
+def sdpa_padded(q, k, v, *, key_mask=None, bias=None, scale=None):
+    """SDPA with head dims zero-padded to one multiple of 8; the scale stays that of the true head dim."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    size, width = _multiple_of_8(q.shape[-1], v.shape[-1]), v.shape[-1]
+    out = SDPA(_pad(q, size), _pad(k, size), _pad(v, size), attn_mask=_mask(key_mask, bias, q.dtype), scale=scale)
+    return out[..., :width]
+
+
+def _sdpa_backend(backend):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def forced(*args, **options):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return sdpa_padded(*args, **options)
+
+    return forced
+
+
+@functools.cache
+def _xformers():
+    """xformers.ops, or None; its complaints about a C++ part that does not load are not ours to print."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import xformers.ops
+
+            return xformers.ops
+    except (ImportError, OSError):
+        return None
+    finally:
+        logging.disable(previous)
+
+
+def xformers_attention(q, k, v, *, key_mask=None, bias=None, scale=None):
+    """memory_efficient_attention, which wants (B, length, H, D) and head dims in multiples of 8."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    size, width = _multiple_of_8(q.shape[-1], v.shape[-1]), v.shape[-1]
+    mask = _mask(key_mask, bias, q.dtype)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    q, k, v = (_pad(t, size).transpose(1, 2) for t in (q, k, v))
+    return _xformers().memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale).transpose(1, 2)[..., :width]
+
+
+# --- Latent attention -----------------------------------------------------------------------------------------------
+
+
+def _normalised(x, position, eps, norm_weight=None, norm_bias=None):
+    if position is not None:
+        x = torch.cat([x, position.expand(x.shape[0], -1, -1)], -1)
+    return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+
+
+def padded_projections(
+    q, x, w_k, w_v, *, num_heads, norm_weight, norm_bias, b_v, eps=1e-5, position=None, key_mask=None, attention=sdpa
+):
+    """LayerNorm, linears and a fused kernel; the weights are padded, so that padded keys and values cost no copy."""
+    batch, head_dim, value_dim = x.shape[0], w_k.shape[0] // num_heads, w_v.shape[0] // num_heads
+    size = _multiple_of_8(head_dim, value_dim)
+    xn = _normalised(x, position, eps, norm_weight, norm_bias)
+
+    def heads(t):
+        return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    def rows(weight, dim):
+        return F.pad(weight.unflatten(0, (num_heads, dim)), (0, 0, 0, size - dim)).flatten(0, 1)
+
+    k = heads(F.linear(xn, rows(w_k, head_dim)))
+    v = heads(F.linear(xn, rows(w_v, value_dim), _pad(b_v.unflatten(0, (num_heads, value_dim)), size).flatten()))
+    q = _pad(heads(q.expand(batch, -1, -1)), size)
+    out = attention(q, k, v, key_mask=key_mask, scale=head_dim**-0.5)[..., :value_dim]
+    return out.transpose(1, 2).flatten(2)
+
+
+def absorbed_by_hand(
+    q, x, w_k, w_v, *, num_heads, norm_weight, norm_bias, b_v, eps=1e-5, position=None, key_mask=None, attention=sdpa
+):
+    """The projections absorbed into the queries and the result, keys = values = LayerNorm(x), as a user could write it."""
+    batch, head_dim = x.shape[0], w_k.shape[0] // num_heads
+    keys = _normalised(x, position, eps)[:, None].expand(-1, num_heads, -1, -1)
+    gain_k, gain_v = ((w * norm_weight).unflatten(0, (num_heads, -1)) for w in (w_k, w_v))
+    absorbed = (q.unflatten(-1, (num_heads, -1)).transpose(1, 2) @ gain_k).expand(batch, -1, -1, -1)
+    out = attention(absorbed, keys, keys, key_mask=key_mask, scale=head_dim**-0.5) @ gain_v.transpose(-1, -2)
+    return out.transpose(1, 2).flatten(2) + (w_v @ norm_bias + b_v)
+
+
+def perceiver_pytorch_attention(
+    q, x, w_k, w_v, *, num_heads, norm_weight, norm_bias, b_v, eps=1e-5, position=None, key_mask=None
+):
+    """perceiver-pytorch's Attention; its query and output projections, which the op does not have, are the identity."""
+    module = _perceiver_module(w_k.shape[0], w_k.shape[1], num_heads, w_k.dtype, str(w_k.device))
+    weights = {"to_kv.weight": torch.cat([w_k, w_v])}
+    context = _normalised(x, position, eps, norm_weight, norm_bias)
+    queries = q.expand(x.shape[0], -1, -1)
+    return torch.func.functional_call(module, weights, (queries,), {"context": context, "mask": key_mask}) + b_v
+
+
+@functools.cache
+def _perceiver_class():
+    try:
+        from perceiver_pytorch.perceiver_pytorch import Attention
+    except ImportError:
+        return None
+    return Attention
+
+
+@functools.lru_cache(maxsize=1)
+def _perceiver_module(width, channels, heads, dtype, device):
+    module = _perceiver_class()(width, channels, heads=heads, dim_head=width // heads)
+    with torch.no_grad():
+        for linear in (module.to_q, module.to_out):
+            linear.weight.copy_(torch.eye(width))
+        module.to_out.bias.zero_()
+    return module.to(dtype=dtype, device=device).requires_grad_(False)
+
+
+# --- The list for a problem ----------------------------------------------------------------------------------------------
+
+
+def eager(op):
+    """Plain PyTorch for an op: sets the error budget of the others."""
+    return {"attention": eager_attention, "latent_attention": eager_latent_attention}[op]
+
+
+def in_float32(function):
+    """What a user does where 16-bit matrix products are slow: widen everything, compute, round."""
+
+    def widened(**arguments):
+        wide = {n: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in arguments.items()}
+        return function(**wide).to(arguments["q"].dtype)
+
+    return widened
+
+
+def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> list:
+    """Every candidate for a problem, ours first; `reason` says why one cannot run here."""
+    cuda = inputs.cotangent.is_cuda
+    listed = [*_ours(problem, inputs, cuda)]
+    function = eager(problem.op)
+    listed.append(Candidate("eager", "baseline", function))
+    if with_compile:
+        listed.append(Candidate("torch.compile", "baseline", torch.compile(function, dynamic=False, fullgraph=True)))
+    if not cuda and problem.torch_dtype in (torch.bfloat16, torch.float16):
+        listed.append(Candidate("eager in float32", "baseline", in_float32(function)))
+
+    def add(name, kernel, reason="", note=""):
+        if problem.op == "attention":
+            listed.append(Candidate(name, "baseline", kernel, reason, note))
+            return
+        listed.append(Candidate(name, "baseline", functools.partial(padded_projections, attention=kernel), reason, note))
+
+    ragged = problem.head_dim % 8 or problem.value_dim % 8 or problem.head_dim != problem.value_dim
+    if problem.op == "attention":
+        listed.append(Candidate("sdpa", "baseline", sdpa))
+        if ragged:
+            add("sdpa padded", sdpa_padded)
+    else:
+        listed.append(Candidate("sdpa", "baseline", functools.partial(eager_latent_attention, attention=sdpa)))
+        if ragged:
+            add("sdpa padded", sdpa)
+        for name, kernel in (("eager absorbed", eager_attention), ("sdpa absorbed", sdpa_padded)):
+            listed.append(Candidate(name, "baseline", functools.partial(absorbed_by_hand, attention=kernel)))
+        listed.append(_perceiver(problem))
+    if cuda:
+        for name in ("flash", "cudnn", "efficient"):
+            add(f"sdpa {name}", _sdpa_backend(f"{name}_attention".upper()))
+        missing = "" if _xformers() else "xformers is not installed"
+        add("xformers", xformers_attention, missing)
+        if problem.op == "latent_attention":
+            absorbed = functools.partial(absorbed_by_hand, attention=xformers_attention)
+            listed.append(Candidate("xformers absorbed", "baseline", absorbed, missing))
+    return listed
+
+
+def _ours(problem, inputs, cuda):
+    """Each backend of the op that can run here, the one that "auto" takes first; `reference` only as the last resort."""
+    op = getattr(mmkernels.ops, problem.op)
+    explanation = mmkernels.explain(problem.op, **inputs.tensors, **inputs.options)
+    for name in sorted(("cuda", "triton") if cuda else ("cpp",), key=lambda n: n != explanation.backend):
+        reason = "; ".join(explanation.refusals[name])
+        note = f"what auto takes; {explanation.detail}".rstrip("; ") if name == explanation.backend else ""
+        yield Candidate(f"mmkernels {name}", "mmkernels", functools.partial(op, backend=name), reason, note)
+    if explanation.backend == "reference":
+        yield Candidate("mmkernels reference", "mmkernels", functools.partial(op, backend="reference"), "", "what auto takes")
+
+
+def _perceiver(problem):
+    reason = ""
+    if _perceiver_class() is None:
+        reason = "perceiver-pytorch is not installed"
+    elif problem.head_dim != problem.value_dim:
+        reason = f"its head dims of keys and values are equal, here they are {problem.head_dim} and {problem.value_dim}"
+    note = "computes two identity projections more"
+    return Candidate("perceiver-pytorch", "baseline", perceiver_pytorch_attention, reason, note)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Within it, peers do not print warnings between the rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

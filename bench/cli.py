@@ -1,0 +1,161 @@
+"""`python -m mmkernels bench`: runs a preset, prints a table a case, writes rows, draws plots."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# Seconds spent on timing a case, and whose peak memory is measured.
+PRESETS = {"quick": (0.5, "ours"), "paper": (15.0, "all"), "gpu": (1.0, "all")}
+
+
+def add_commands(subparsers) -> None:
+    """Adds the `bench` command to the subparsers of `python -m mmkernels`."""
+    parser = subparsers.add_parser("bench", help="time the ops and their peers", description=__doc__)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="quick")
+    parser.add_argument("--op", help="only this op (latent_attention, attention)")
+    parser.add_argument("--case", help="only cases whose id matches this pattern, as in '*imagenet*/forward'")
+    parser.add_argument("--candidate", help="only candidates whose name contains this, and eager")
+    parser.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
+    parser.add_argument("--seconds", type=float, help="time to spend on timing a case")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument(
+        "--output", type=Path, help="JSON lines; default of paper and gpu: bench/results/<device>/<preset>.jsonl"
+    )
+    parser.add_argument("--plot", action="store_true", help="draw plots next to the rows")
+    parser.add_argument("--fresh", action="store_true", help="preset gpu: forget the parts that an earlier visit finished")
+    parser.set_defaults(run=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Returns the exit status: 1 when a candidate of ours gave a wrong result or failed, 2 for bad arguments."""
+    import torch
+
+    from . import registry
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            return _bad(f"--threads is {arguments.threads}; it must be 1 or more")
+        torch.set_num_threads(arguments.threads)
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        return _bad(f"--device is {name!r}; allowed are 'cpu', 'cuda'")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        return _bad("--device is 'cuda'; torch sees no CUDA device here")
+    try:
+        cases = registry.select(arguments.preset, arguments.op, arguments.case)
+    except ValueError as error:
+        return _bad(str(error))
+    if arguments.list:
+        print("\n".join(case.id for case in cases))
+        return 0
+    if arguments.preset == "gpu":
+        if not name.startswith("cuda"):
+            return _bad("--preset gpu needs a CUDA device; --preset paper measures the published shapes on this one")
+        from . import visit
+
+        return visit.main(arguments, cases, torch.device(name))
+    device = torch.device(name)
+    output = arguments.output or (default_output(device, arguments.preset) if arguments.preset == "paper" else None)
+    rows = run_cases(
+        cases,
+        device,
+        output,
+        preset=arguments.preset,
+        seconds=arguments.seconds,
+        only=arguments.candidate,
+        seed=arguments.seed,
+        with_compile=arguments.preset != "quick",
+    )
+    if arguments.plot:
+        from . import plots
+
+        folder = output.parent if output else Path("runs") / "bench"
+        print("plots: " + ", ".join(map(str, plots.draw(rows, folder))))
+    return failed(rows)
+
+
+def default_output(device, preset: str) -> Path:
+    from . import run
+
+    return RESULTS / run.device_folder(device) / f"{preset}.jsonl"
+
+
+def run_cases(
+    cases, device, output, *, preset, seconds=None, only=None, seed=0, with_compile=True, append=False, stop_at=None
+) -> list:
+    """Measures cases, prints a table each, and writes rows to `output` (a whole file at once unless `append`).
+
+    `stop_at` is a time of `time.monotonic`: no further problem is begun after it.
+    """
+    from . import run
+
+    per_case, memory_of = PRESETS[preset]
+    rows, written = [], None
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output if append else output.with_name(output.name + ".partial")
+        written = partial.open("a" if append else "w")
+    try:
+        for group in run.group(cases):
+            if stop_at is not None and time.monotonic() > stop_at:
+                break
+            shown = []
+            for row in run.run_problem(
+                group,
+                device,
+                seconds=seconds or per_case,
+                with_compile=with_compile,
+                memory_of=memory_of,
+                only=only,
+                seed=seed,
+            ):
+                rows.append(row)
+                if written:
+                    written.write(json.dumps(row) + "\n")
+                    written.flush()
+                if shown and shown[-1]["case"] != row["case"]:
+                    print_table(shown)
+                    shown = []
+                shown.append(row)
+            print_table(shown)
+    finally:
+        if written:
+            written.close()
+    if output is not None:
+        if not append:
+            os.replace(partial, output)
+        print(f"{len(rows)} rows in {output}")
+    return rows
+
+
+def print_table(rows: list) -> None:
+    """One case: a line a candidate, the fastest first, and what could not run."""
+    if not rows:
+        return
+    first = rows[0]
+    print(f"\n{first['case']}   {first['operations'] / 1e9:.3g} GFLOP, {first['bytes'] / 1e6:.3g} MB", flush=True)
+    print(f"  {'':22}{'median ms':>10}{'p20':>10}{'p80':>10}{'CPU ms':>10}{'peak MB':>9}{'roofline':>9}{'eager/this':>11}")
+    for row in sorted(rows, key=lambda r: r.get("ms", float("inf"))):
+        if row["status"] != "ok":
+            print(f"  {row['candidate']:22}{row['status']}: {row['reason']}")
+            continue
+        peak = f"{row['peak_bytes'] / 1e6:9.1f}" if row.get("peak_bytes") is not None else " " * 9
+        eager = row["speedup_over"].get("eager", 1.0 if row["candidate"] == "eager" else float("nan"))
+        times = "".join(f"{row[key]:10.3f}" for key in ("ms", "ms_p20", "ms_p80", "cpu_ms"))
+        print(f"  {row['candidate']:22}{times}{peak}{row['roofline_share']:9.1%}{eager:11.2f}", flush=True)
+
+
+def failed(rows: list) -> int:
+    """1 when one of ours was wrong or broke; the peers' failures are rows, not failures."""
+    return int(any(r["kind"] == "mmkernels" and r["status"] in ("wrong", "error") for r in rows))
+
+
+def _bad(message: str) -> int:
+    print(f"bench: {message}", file=sys.stderr)
+    return 2

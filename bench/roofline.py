@@ -1,0 +1,176 @@
+"""Operations and bytes that a problem cannot do without, the ceilings of a device, and the time that follows.
+
+Operations are multiplications and additions of the cheapest plan (`mmkernels.ops.latent.plan`); bytes count every input read
+once and every output written once. Both belong to the problem, not to a candidate, so shares of the roofline compare.
+"""
+
+import functools
+import time
+from typing import NamedTuple
+
+import torch
+
+from mmkernels.ops._shared.waves import MERGE, START, split_keys
+from mmkernels.ops.latent import plan
+
+from .registry import Problem, wanted
+
+
+class Counts(NamedTuple):
+    operations: int
+    bytes: int
+
+
+def counts(problem: Problem, pass_: str) -> Counts:
+    """Of one pass. `backward` recomputes the scores, as every fused kernel does; `step` is forward and backward."""
+    b, n, m, h, d, e = problem[2:8]
+    item = problem.torch_dtype.itemsize
+    if problem.op == "attention":
+        forward = 2 * b * h * n * m * (d + e)
+        backward = 2 * b * h * n * m * (3 * d + 2 * e)
+        inputs = b * h * (n * d + m * (d + e)) + (h * n * m if problem.bias else 0)
+        output = b * h * n * e
+        gradients = inputs
+    else:
+        forward, backward = (b * flops for flops in _latent_operations(problem, pass_))
+        c, p = problem.channels, problem.position
+        queries = (1 if problem.shared_queries else b) * n * h * d
+        weights = (h * d + h * e + 2) * c + h * e
+        inputs = queries + b * m * (c - p) + m * p + weights
+        output = b * n * h * e
+        gradients = queries + weights + (b * m * (c - p) if "x" in wanted(problem, pass_) else 0)
+    if pass_ == "forward":
+        return Counts(forward, item * (inputs + output))
+    backward_bytes = item * (inputs + 2 * output + gradients)  # reads the output and its gradient
+    if pass_.startswith("backward"):
+        return Counts(backward, backward_bytes)
+    return Counts(forward + backward, item * (inputs + output) + backward_bytes)
+
+
+def _latent_operations(problem, pass_):
+    """(forward, backward) of one example, the projections of its M-sized or N-sized side included."""
+    n, m, h, d, e = problem[3:8]
+    c, input_gradient = problem.channels, "x" in wanted(problem, pass_)
+    best = plan.choose_plan(n, m, 0, c, h * d, h * e, 0, h, score_plans=plan.SCORE_PLANS[:2], value_plans=plan.VALUE_PLANS[:2])
+    backward = 0
+    # Per side: its product with the scores once more, its gradient on the N side and, where a gradient reaches M, there.
+    for absorbed, size in ((best.score != "project", d), (best.value != "project", e)):
+        width = c if absorbed else size
+        reaches_keys = input_gradient or not absorbed
+        products = (2 if size is d else 1) + reaches_keys  # the score side: recompute S, dq; the value side: dP
+        backward += 2 * n * m * h * width * products
+        linear = 2 * (n if absorbed else m) * c * h * size
+        backward += linear * (2 if absorbed or input_gradient else 1)
+    return best.flops, backward
+
+
+# --- Ceilings -------------------------------------------------------------------------------------------------------------
+
+
+class Ceilings(NamedTuple):
+    flops: float  # of a large matrix product, a second
+    bandwidth: float  # of a large copy, bytes read and written a second
+
+    def floor(self, counted: Counts) -> float:
+        """Seconds below which no implementation can go."""
+        return max(counted.operations / self.flops, counted.bytes / self.bandwidth)
+
+
+def _best_time(function, device, repeats=5):
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@functools.cache
+def measured(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The two ceilings of this machine, measured once a process.
+
+    On a CPU the matrix product is always float32: kernels widen 16-bit blocks in cache, because 16-bit products are slower.
+    """
+    cuda = device.type == "cuda"
+    size, dtype = (8192, dtype) if cuda else (1536, torch.float32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    flops = 2 * size**3 / _best_time(lambda: torch.mm(a, b, out=out), device)
+    source = torch.randn((2**30 if cuda else 2**26) // 4 * 1, device=device)
+    target = torch.empty_like(source).copy_(source)
+    bandwidth = 2 * source.nbytes / _best_time(lambda: target.copy_(source), device)
+    return Ceilings(flops, bandwidth)
+
+
+# --- Times predicted for a GPU ----------------------------------------------------------------------------------------------
+
+
+class Gpu(NamedTuple):
+    """Rates by the vendor's data sheet (dense), and the part of them that large products and copies were seen to reach."""
+
+    name: str
+    multiprocessors: int
+    flops: dict  # dtype name -> operations a second on the tensor cores (float32: tf32 is not used, plain cores)
+    bandwidth: float
+    product_share: float
+    copy_share: float
+    launch: float = 4e-6  # seconds a kernel costs beside its work
+
+
+H100 = Gpu("H100 SXM", 132, {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}, 3.35e12, 0.80, 0.90)
+H200 = Gpu("H200", 132, {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}, 4.8e12, 0.80, 0.90)
+A100 = Gpu("A100 SXM 80 GB", 108, {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12}, 2.04e12, 0.85, 0.88)
+# Of a large product's rate, what an attention loop reaches when the chip is full: the exponentials, the running maximum and
+# the rescaling stand between its two products. Published attention kernels for Hopper reach 0.6 to 0.75.
+LOOP_SHARE = {"forward": 0.6, "backward": 0.45}
+
+
+class Prediction(NamedTuple):
+    seconds: float
+    floor: float  # seconds by Ceilings.floor with the reachable rates: the best that any kernel could do
+    bound: str  # "compute" or "memory"
+    splits: int  # parts of the keys
+    filled: float  # share of the chip that has work, over the time of the kernel
+
+
+def predict(problem: Problem, pass_: str, gpu: Gpu = H200, rows: int = 128, block: int = 64, resident: int = 1) -> Prediction:
+    """Time of a pass from its operations, bytes and waves of thread blocks.
+
+    A thread block owns `rows` queries and walks the keys `block` at a time; `resident` of them share a multiprocessor. The
+    backward pass is the sum of one walk per side. Seconds = max(operations / (rate * LOOP_SHARE * filled), bytes / bandwidth)
+    + launches.
+    """
+    if pass_.startswith("step"):
+        suffix = pass_.removeprefix("step")
+        parts = (
+            predict(problem, "forward", gpu, rows, block, resident),
+            predict(problem, "backward" + suffix, gpu, rows, block, resident),
+        )
+        seconds, floor = (sum(p[i] for p in parts) for i in (0, 1))
+        return Prediction(seconds, floor, parts[1].bound, parts[0].splits, min(p.filled for p in parts))
+    counted = counts(problem, pass_)
+    ceilings = Ceilings(gpu.flops[problem.dtype] * gpu.product_share, gpu.bandwidth * gpu.copy_share)
+    kind = "forward" if pass_ == "forward" else "backward"
+    heads_in_rows = problem.op == "latent_attention"  # the rows of all heads stand one after another and share the keys
+    stacked = problem.queries * (problem.heads if heads_in_rows else 1)
+    tiles = problem.batch * (1 if heads_in_rows else problem.heads) * -(-stacked // rows)
+    blocks, slots = -(-problem.keys // block), gpu.multiprocessors * resident
+    splits = split_keys(tiles, blocks, slots)
+    steps = -(-blocks // splits)
+    makespan = -(-tiles * splits // slots) * (steps + START) + (MERGE * splits if splits > 1 else 0.0)
+    filled = tiles * blocks / slots / makespan
+    compute = counted.operations / (ceilings.flops * LOOP_SHARE[kind] * filled)
+    memory = counted.bytes / ceilings.bandwidth
+    launches = (1 if splits == 1 else 2) if kind == "forward" else 3
+    return Prediction(
+        max(compute, memory) + launches * gpu.launch,
+        ceilings.floor(counted),
+        "compute" if compute > memory else "memory",
+        splits,
+        filled,
+    )

@@ -1,0 +1,71 @@
+"""No number without a green check: output and gradients of every candidate against float64."""
+
+import torch
+
+import mmkernels
+from mmkernels import testing
+
+from .baselines import Candidate
+from .registry import Inputs, Problem
+
+# Largest float64 score tensor that the exact result may keep at a time.
+CHUNK_BYTES = 512 * 2**20
+# ||actual - exact|| / ||exact|| up to which another library counts as computing the same function.
+SAME_FUNCTION = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+
+class WrongResult(AssertionError):
+    """A candidate's output or gradient is out of its error budget."""
+
+
+def exact(problem: Problem, inputs: Inputs, wanted: tuple) -> testing.Run:
+    """Output and gradients in float64 from the op's reference, some queries at a time so that any M fits in memory."""
+    op = getattr(mmkernels.ops, problem.op)
+    tensors = {n: t.double() if t.is_floating_point() else t for n, t in inputs.tensors.items()}
+    leaves = {n: tensors[n].requires_grad_() for n in wanted}
+    rows_of = {"q", "bias"} if problem.op == "attention" else {"q"}  # arguments with a row for each query
+    chunk = max(1, CHUNK_BYTES // (8 * problem.batch * problem.heads * problem.keys))
+    outputs = []
+    for start in range(0, problem.queries, chunk):
+        rows = slice(start, start + chunk)
+        part = {n: t[..., rows, :] if n in rows_of else t for n, t in tensors.items()}
+        out = op(**part, **inputs.options, backend="reference")
+        if wanted:
+            # Gradients add up over the chunks: each row of the output depends on its own query alone.
+            out.backward(inputs.cotangent[..., rows, :].double())
+        outputs.append(out.detach())
+    return testing.Run(torch.cat(outputs, -2), {n: t.grad for n, t in leaves.items()})
+
+
+def run(candidate: Candidate, inputs: Inputs, wanted: tuple) -> testing.Run:
+    """One call of a candidate, as it is timed."""
+    with torch.set_grad_enabled(bool(wanted)):
+        return testing.run(candidate.function, inputs.tensors, wanted, inputs.cotangent, **inputs.options)
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """||actual - exact|| / ||exact|| in float64; infinite when it is not finite."""
+    error = float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+    return error if error == error else float("inf")
+
+
+def check(candidate: Candidate, actual: testing.Run, exact: testing.Run, plain: testing.Run | None) -> dict:
+    """Errors by tensor name; raises WrongResult when one is out of its budget.
+
+    Ours stay within the budget that the tests use (`mmkernels.testing.assert_within_budget`, set by eager in the same
+    dtype, `plain`); other libraries, and ours where eager cannot run, have to compute the same function.
+    """
+    named = {"output": (actual.output, exact.output, plain and plain.output)}
+    for name, gradient in actual.gradients.items():
+        named[f"gradient of {name}"] = (gradient, exact.gradients[name], plain and plain.gradients[name])
+    errors = {}
+    for what, (ours, right, theirs) in named.items():
+        errors[what] = relative_error(ours, right)
+        if candidate.kind == "mmkernels" and plain is not None:
+            try:
+                testing.assert_within_budget(ours, right, theirs, what, 2.0 if what == "output" else 3.0)
+            except AssertionError as error:
+                raise WrongResult(str(error)) from None
+        elif not errors[what] <= SAME_FUNCTION[ours.dtype]:
+            raise WrongResult(f"{what}: relative error {errors[what]:.2e}, allowed is {SAME_FUNCTION[ours.dtype]:.0e}")
+    return errors
