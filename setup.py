@@ -132,7 +132,7 @@ def cuda_archs() -> tuple:
         else:
             left_out[f"sm_{arch}"] = "this nvcc does not know it"
     if not archs:
-        raise Unavailable(f"nvcc knows none of the architectures {', '.join(left_out)}")
+        raise Unavailable(f"this nvcc knows none of {', '.join(left_out)}")
     return archs, left_out
 
 
@@ -382,7 +382,8 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if native else "any"
 
 
-setup(
-    ext_modules=[Extension("mmkernels._C", [])],  # a placeholder that makes setuptools call build_ext
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("mmkernels._C", [])],  # a placeholder that makes setuptools call build_ext
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    )
