@@ -4,7 +4,6 @@ Namespaces: `mmkernels` (native, one name for CPU and CUDA tensors), `mmkernels_
 `mmkernels_emulator` (the CUDA source on CPU tensors, in tests). All have the same op names and signatures.
 """
 
-import functools
 import importlib
 
 import torch
@@ -34,18 +33,44 @@ def attach_fakes(namespace: str) -> None:
             torch.library.register_fake(f"{namespace}::{name}", function)
 
 
-@functools.cache
-def _resolve(family: str, namespace: str):
-    if namespace == "mmkernels_triton":
-        importlib.import_module(f"mmkernels.ops.{family}.kernels")
-    ops = getattr(torch.ops, namespace)
-    return getattr(ops, f"{family}_fwd").default, getattr(ops, f"{family}_bwd").default
+@torch.compiler.assume_constant_result
+def _define_triton_ops(family: str) -> bool:
+    """Imports the family's Triton kernels, which defines their ops: on first use, also while a graph is being traced."""
+    return importlib.import_module(f"mmkernels.ops.{family}.kernels") is not None
 
 
 def forward_backward(family: str, backend: str):
     """The (forward, backward) ops of a family on a kernel backend."""
     if backend == "triton":
-        return _resolve(family, "mmkernels_triton")
-    if backend == "cuda" and _backends.emulating():
-        return _resolve(family, "mmkernels_emulator")
-    return _resolve(family, "mmkernels")
+        _define_triton_ops(family)
+        ops = torch.ops.mmkernels_triton
+    elif backend == "cuda" and _backends.emulating():
+        ops = torch.ops.mmkernels_emulator
+    else:
+        ops = torch.ops.mmkernels
+    return getattr(ops, f"{family}_fwd").default, getattr(ops, f"{family}_bwd").default
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes gradients on and ties them to what they depend on, so that differentiating them again raises."""
+
+    @staticmethod
+    def forward(op, count, *tensors):
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op} has no second derivative on this backend: use backend='reference' for that call")
+
+
+def once_differentiable(op: str, gradients: tuple, depend_on: tuple) -> tuple:
+    """`gradients` as a backward returns them; where a graph of the gradient is being made, one that refuses to be used."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    present = [g for g in gradients if g is not None]
+    tied = iter(_OnceDifferentiable.apply(op, len(present), *present, *(t for t in depend_on if t is not None)))
+    return tuple(None if g is None else next(tied) for g in gradients)

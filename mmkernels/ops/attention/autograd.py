@@ -6,7 +6,7 @@
 
 import torch
 
-from .._shared.registration import fake, forward_backward
+from .._shared.registration import fake, forward_backward, once_differentiable
 
 
 @fake("attention_fwd")
@@ -38,7 +38,6 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, key_mask, bias, seed, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
@@ -47,20 +46,22 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         needs = ctx.needs_input_grad
         wanted = needs[1] * 1 + (needs[2] or needs[3]) * 2 + (needs[5] * 4 if bias is not None else 0)
-        dq, dk, dv, dbias = forward_backward("attention", ctx.backend)[1](
-            dout, dlse, q, k, v, out, lse, key_mask, bias, seed, ctx.scale, ctx.dropout_p, wanted
-        )
-        return (
+        with torch.no_grad():
+            dq, dk, dv, dbias = forward_backward("attention", ctx.backend)[1](
+                dout, dlse, q, k, v, out, lse, key_mask, bias, seed, ctx.scale, ctx.dropout_p, wanted
+            )
+        gradients = (
             None,
             dq if needs[1] else None,
             dk if needs[2] else None,
             dv if needs[3] else None,
             None,
-            dbias if bias is not None and needs[5] else None,
+            dbias if wanted & 4 else None,
             None,
             None,
             None,
         )
+        return once_differentiable("mmkernels.ops.attention", gradients, (dout, dlse, q, k, v, bias))
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -6,7 +6,7 @@ the absorption of the projections and every weight's gradient.
 
 import torch
 
-from .._shared.registration import fake, forward_backward
+from .._shared.registration import fake, forward_backward, once_differentiable
 
 
 @fake("latent_fwd")
@@ -36,7 +36,6 @@ class _Latent(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
         q, x, position, key_mask, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
@@ -45,10 +44,11 @@ class _Latent(torch.autograd.Function):
             dout = torch.zeros_like(out)
         _, need_q, need_x, need_position, *_ = ctx.needs_input_grad
         wanted = need_q * 1 + need_x * 2 + need_position * 4
-        dq, dx, dposition = forward_backward("latent", ctx.backend)[1](
-            dout, dlse, q, x, position, key_mask, out, lse, ctx.scale, ctx.eps, wanted
-        )
-        return (
+        with torch.no_grad():
+            dq, dx, dposition = forward_backward("latent", ctx.backend)[1](
+                dout, dlse, q, x, position, key_mask, out, lse, ctx.scale, ctx.eps, wanted
+            )
+        gradients = (
             None,
             dq if need_q else None,
             dx if need_x else None,
@@ -57,6 +57,7 @@ class _Latent(torch.autograd.Function):
             None,
             None,
         )
+        return once_differentiable("mmkernels.ops.latent_attention", gradients, (dout, dlse, q, x, position))
 
     @staticmethod
     def vmap(info, in_dims, *args):
