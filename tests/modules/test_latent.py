@@ -1,0 +1,274 @@
+"""The attention modules against plain twins, and as citizens of torch."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mmkernels import _library
+from mmkernels.modules import FourierPositions, LatentCrossAttention, LatentSelfAttention, set_backend
+from mmkernels.testing import assert_within_budget
+
+BACKENDS = ["reference", "eager"] + (["cpp"] if _library.load("cpu").loaded else [])
+FUSED = BACKENDS[-1]
+# What torch's SDPA makes of bfloat16 is not ours to bound.
+PRECISIONS = [(b, t) for b in BACKENDS for t in (torch.float32, torch.bfloat16) if (b, t) != ("eager", torch.bfloat16)]
+
+
+class PlainCross(nn.Module):
+    """The same attention as a user would write it, with the same names."""
+
+    def __init__(self, query_channels, input_channels, qk, v, out, heads):
+        super().__init__()
+        self.heads = heads
+        self.query_norm, self.input_norm = nn.LayerNorm(query_channels), nn.LayerNorm(input_channels)
+        self.query, self.key = nn.Linear(query_channels, qk), nn.Linear(input_channels, qk)
+        self.value, self.output = nn.Linear(input_channels, v), nn.Linear(v, out)
+
+    def forward(self, latents, inputs, position=None, key_mask=None):
+        if position is not None:
+            inputs = torch.cat([inputs, position.expand(len(inputs), -1, -1)], -1)
+        a, b = self.query_norm(latents.expand(len(inputs), -1, -1)), self.input_norm(inputs)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(a), self.key(b), self.value(b)))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None], -1e30)
+        return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class PlainSelf(nn.Module):
+    def __init__(self, channels, qk, v, out, heads):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(channels)
+        self.query, self.key, self.value = nn.Linear(channels, qk), nn.Linear(channels, qk), nn.Linear(channels, v)
+        self.output = nn.Linear(v, out)
+
+    def forward(self, z, key_mask=None):
+        z = self.norm(z)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(z), self.key(z), self.value(z)))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None], -1e30)
+        return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def randomise(module):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module
+
+
+CROSS = {
+    "one head, defaults": (dict(), (20, 11, 11, 11, 20, 1)),
+    "four heads": (dict(num_heads=4, qk_channels=8, v_channels=24, output_channels=5), (20, 11, 8, 24, 5, 4)),
+    "q shape": (dict(num_heads=2, shape_for_attention="q"), (20, 11, 20, 20, 20, 2)),
+}
+
+
+def run(module, arguments, options):
+    """(output, gradients of parameters and floating arguments)."""
+    arguments = [a.detach().clone().requires_grad_() for a in arguments]
+    output = module(*arguments, **options)
+    wanted = [*module.parameters(), *arguments]
+    generator = torch.Generator().manual_seed(2)
+    cotangent = torch.randn(output.shape, generator=generator).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, wanted, cotangent)]
+
+
+def check(module, plain, arguments, options, dtype=torch.float32):
+    """Output and all gradients of `module` against `plain` in float64, within the budget of `plain` in `dtype`."""
+
+    def to(dtype):
+        return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+
+    module = module.to(dtype)  # rounded first: everybody starts from the same numbers
+    plain.to(dtype).load_state_dict(module.state_dict())
+    arguments, options = [a.to(dtype) for a in arguments], to(dtype)
+    exact = run(copy.deepcopy(plain).double(), [a.double() for a in arguments], to(torch.float64))
+    eager, ours = run(plain, arguments, options), run(module, arguments, options)
+    names = ["output", *(n for n, _ in module.named_parameters()), *("arguments" for _ in arguments)]
+    for name, a, b, c in zip(names, ours, exact, eager, strict=True):
+        if name == "key.bias":  # exactly zero (every score of a row moves alike), rounded as the sums for key.weight are
+            scale = exact[names.index("key.weight")].abs().max()
+            assert a.abs().max() <= 3 * c.abs().max() + torch.finfo(dtype).eps * scale
+            continue
+        assert_within_budget(a, b, c, name, factor=3.0)
+
+
+@pytest.mark.parametrize("backend, dtype", PRECISIONS)
+@pytest.mark.parametrize("shared", [False, True], ids=["latents per example", "shared latents"])
+@pytest.mark.parametrize("case", CROSS)
+def test_cross_attention_against_its_twin(case, shared, dtype, backend):
+    options, sizes = CROSS[case]
+    module = randomise(LatentCrossAttention(20, 11, **options, backend=backend))
+    latents, inputs = torch.randn(1 if shared else 3, 7, 20), torch.randn(3, 33, 4)
+    position = torch.randn(33, 7)
+    check(module, PlainCross(*sizes), [latents, inputs], {"position": position}, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cross_attention_with_a_mask(backend):
+    module = randomise(LatentCrossAttention(20, 11, backend=backend))
+    mask = torch.arange(33) < torch.tensor([[33], [5], [1]])
+    latents, inputs = torch.randn(3, 7, 20), torch.randn(3, 33, 11)
+    check(module, PlainCross(20, 11, 11, 11, 20, 1), [latents, inputs], {"key_mask": mask})
+    mask[1] = False
+    assert torch.equal(module(latents, inputs, key_mask=mask)[1], module.output.bias.expand(7, 20))
+
+
+@pytest.mark.parametrize("backend, dtype", PRECISIONS)
+@pytest.mark.parametrize("sizes", [(24, 24, 24, 24, 8), (24, 12, 30, 24, 3)], ids=["defaults", "qk and v differ"])
+def test_self_attention_against_its_twin(sizes, dtype, backend):
+    channels, qk, v, out, heads = sizes
+    module = LatentSelfAttention(channels, num_heads=heads, qk_channels=qk, v_channels=v, output_channels=out, backend=backend)
+    check(randomise(module), PlainSelf(*sizes), [torch.randn(3, 9, channels)], {}, dtype)
+    mask = torch.arange(9) < torch.tensor([[9], [4], [1]])
+    check(randomise(module), PlainSelf(*sizes), [torch.randn(3, 9, channels)], {"key_mask": mask}, dtype)
+
+
+class Pair(nn.Module):
+    """Both attentions and the positions, as in a model."""
+
+    def __init__(self, backend, **factory):
+        super().__init__()
+        self.positions = FourierPositions((5, 7), 2, **factory)
+        self.cross = LatentCrossAttention(16, 3 + self.positions.channels, backend=backend, **factory)
+        self.self_attention = LatentSelfAttention(16, num_heads=4, backend=backend, **factory)
+
+    def forward(self, latents, inputs):
+        z = latents + self.cross(latents, inputs, position=self.positions())
+        return z + self.self_attention(z)
+
+
+def pair(backend):
+    return randomise(Pair(backend)), torch.randn(1, 6, 16), torch.randn(2, 35, 3)
+
+
+def test_state_dict():
+    module, *_ = pair("reference")
+    names = {f"cross.{n}" for n in PlainCross(16, 13, 13, 13, 16, 1).state_dict()}
+    names |= {f"self_attention.{n}" for n in PlainSelf(16, 16, 16, 16, 4).state_dict()}
+    assert set(module.state_dict()) == names
+    other = Pair("eager")
+    other.load_state_dict(module.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), module.parameters(), strict=True))
+
+
+def test_deepcopy_dtype_device_and_repr():
+    module, latents, inputs = pair(FUSED)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        module.cross.query.weight.zero_()
+    assert twin.cross.query.weight.any()
+    assert torch.equal(twin(latents, inputs), copy.deepcopy(twin)(latents, inputs))
+    assert twin.to(torch.bfloat16)(latents.bfloat16(), inputs.bfloat16()).dtype == torch.bfloat16
+    assert next(Pair("auto", device="meta", dtype=torch.float16).parameters()).dtype == torch.float16
+    assert "num_heads=4" in repr(module) and FUSED in repr(module)
+
+
+def test_weights_may_change_between_calls():
+    module, latents, inputs = pair(FUSED)
+    before = module(latents, inputs)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+        assert not torch.equal(module(latents, inputs), before)
+    module.load_state_dict(state)
+    assert torch.equal(module(latents, inputs), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    module, latents, inputs = pair(backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = module(latents, inputs)
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
+    exact = pair("reference")[0].double()(latents.double(), inputs.double())
+    set_backend(module, "eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = module(latents, inputs)
+    assert output.dtype == plain.dtype
+    assert_within_budget(output, exact, plain, "output under autocast", factor=2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend):
+    module, latents, inputs = pair(backend)
+    plain = run(module, [latents, inputs], {})
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *arguments):
+            return checkpoint(self.module, *arguments, use_reentrant=False)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(Checkpointed(), [latents, inputs], {}), plain, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph(backend):
+    torch._dynamo.reset()
+    module, latents, inputs = pair(backend)
+    plain = run(module, [latents, inputs], {})
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, [latents, inputs], {}), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_compilation_for_all_batch_sizes_and_lengths(backend):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module = randomise(LatentCrossAttention(16, 5, backend=backend))
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for batch, length in ((2, 35), (3, 50), (5, 111)):
+        latents, inputs = torch.randn(batch, 6, 16), torch.randn(batch, length, 5)
+        torch.testing.assert_close(compiled(latents, inputs), module(latents, inputs), rtol=1e-5, atol=1e-5)
+        compiled(latents, inputs).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_eager_is_sdpa():
+    """The plain path uses torch's own fused attention."""
+    module, latents, inputs = pair("eager")
+    calls = []
+    original = F.scaled_dot_product_attention
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return original(*arguments, **options)
+
+    F.scaled_dot_product_attention = counted
+    try:
+        module(latents, inputs)
+    finally:
+        F.scaled_dot_product_attention = original
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: LatentCrossAttention(16, 5, num_heads=2), "qk_channels is 5; it must be a multiple of num_heads, 2"),
+        (lambda: LatentCrossAttention(16, 6, num_heads=2, v_channels=3), "v_channels is 3"),
+        (lambda: LatentCrossAttention(16, 6, shape_for_attention="k"), "shape_for_attention is 'k'"),
+        (lambda: LatentCrossAttention(0, 6), "query_channels is 0"),
+        (lambda: LatentSelfAttention(16, num_heads=3), "qk_channels is 16"),
+        (lambda: LatentSelfAttention(16, num_heads=0), "num_heads is 0"),
+        (lambda: LatentSelfAttention(16, backend="fast"), "backend is 'fast'; allowed are 'auto'"),
+        (lambda: set_backend(nn.Linear(1, 1), "fast"), "backend is 'fast'"),
+    ],
+)
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
