@@ -1,0 +1,75 @@
+// What the binding hands to the launchers of latent_cuda.cu: plain pointers, sizes and strides in elements.
+#pragma once
+#include <cstdint>
+
+namespace mmk::latent {
+
+enum class Type : int { float32, bfloat16, float16 };
+
+// Matrices of one row per query as the kernels read them: every row starts at a multiple of 16 bytes, its channels are in
+// the kernels' order (those of the position first) and zeros follow up to the next multiple of 16 bytes.
+struct Rows {
+  const void* data;
+  int64_t batch, row;  // strides; batch 0: shared
+};
+
+struct Problem {
+  Type type;
+  int64_t batch, rows, keys;
+  int content, position;  // channels; C is their sum
+  const void* x;          // (batch, keys, content)
+  int64_t x_batch, x_key, x_channel;
+  const void* table;  // (keys, position)
+  int64_t table_key, table_channel;
+  const bool* mask;  // (batch, keys) or null
+  int64_t mask_batch, mask_key;
+  Rows q;
+  float scale, eps;
+};
+
+// How a kernel cuts the problem up, decided by `mmk_latent_plan`; the binding adds the splits.
+struct Plan {
+  int64_t row_tiles, key_tiles;
+  int64_t slots;   // blocks that the device runs at a time
+  int64_t splits;  // of the keys
+};
+
+struct Forward {
+  void* out;           // (batch, rows, C) contiguous, of the problem's type
+  float* lse;          // (batch, rows)
+  float *sums, *tops;  // with splits: (splits, batch, rows, C) unnormalised outputs; (2, splits, batch, rows) maxima, sums
+};
+
+struct Backward {
+  Rows dout;
+  const float *lse, *delta;  // (batch, rows)
+  void* dq;                  // (dq_batch, rows, C) contiguous; dq_batch is batch, or 1 for shared queries
+  int64_t dq_batch;
+  float* partial_dq;         // (splits, batch, rows, C), or null where a block's result is final
+  void* dx;                  // (batch, keys, content) contiguous, or null
+  void* dtable;              // (keys, position) contiguous, or null
+  float* table_sums;         // (keys, position), where 16-bit sums over the batch need it
+};
+
+struct Strided {  // (batch, rows, C) of any strides
+  const void* data;
+  int64_t batch, row, channel;
+};
+
+enum class Kernel : int { forward, backward_q, backward_x };
+
+}  // namespace mmk::latent
+
+// All return 0 or a CUDA error code; mmk_latent_plan returns -1 where no tile fits the device's shared memory.
+extern "C" {
+int mmk_latent_plan(const mmk::latent::Problem*, mmk::latent::Kernel, mmk::latent::Plan*);
+int mmk_latent_fwd(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Forward*, void* stream);
+int mmk_latent_bwd_q(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Backward*, void* stream);
+int mmk_latent_bwd_x(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Backward*, void* stream);
+// `source` into rows of `pitch` elements in the kernels' channel order.
+int mmk_latent_pack(const mmk::latent::Problem*, const mmk::latent::Strided* source, int64_t batch, void* packed,
+                    int64_t pitch, void* stream);
+// delta = rowsum(dout * out) - dlse, (batch, rows).
+int mmk_latent_delta(const mmk::latent::Problem*, const mmk::latent::Strided* dout, const mmk::latent::Strided* out,
+                     const float* dlse, int64_t dlse_batch, int64_t dlse_row, float* delta, void* stream);
+}
