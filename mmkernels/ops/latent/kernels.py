@@ -35,13 +35,14 @@ def _columns(START: tl.constexpr, WIDTH: tl.constexpr, CX: tl.constexpr, CP: tl.
 
 
 @triton.jit
-def _load_rows(base, rows, inside, CX: tl.constexpr, CP: tl.constexpr, WIDTHS: tl.constexpr):
-    """Chunks of N-sized rows: base is contiguous (rows, C)."""
+def _load_rows(base, rows, inside, WIDTHS: tl.constexpr):
+    """Chunks of N-sized rows, stored side by side as the chunks are (`_in_tile_order`)."""
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
-        columns, real = _columns(_offset(WIDTHS, i), WIDTHS[i], CX, CP)
-        pointers = base + rows[:, None] * (CX + CP) + columns[None, :]
-        tiles = tiles + (tl.load(pointers, mask=inside[:, None] & real[None, :], other=0.0),)
+        pointers = (
+            base + rows[:, None] * _offset(WIDTHS, len(WIDTHS)) + (_offset(WIDTHS, i) + tl.arange(0, WIDTHS[i]))[None, :]
+        )
+        tiles = tiles + (tl.load(pointers, mask=inside[:, None], other=0.0),)
     return tiles
 
 
@@ -54,38 +55,65 @@ def _store_rows(base, rows, inside, tiles, CX: tl.constexpr, CP: tl.constexpr, W
 
 
 @triton.jit
-def _load_keys(
-    x,
-    position,
+def _load_block(
+    base, keys, row_stride, UNIT: tl.constexpr, column_stride, visible, c, FIRST: tl.constexpr, COUNT: tl.constexpr
+):
+    """base[keys, c], zeros where the key is not visible or the column not in [0, COUNT); FIRST is the first of c.
+
+    The stride counts units of UNIT elements, a power of two: so the compiler sees how wide a load may be.
+    """
+    pointers = base + keys[:, None] * row_stride * UNIT + c.to(tl.int64)[None, :] * column_stride
+    mask = visible[:, None]
+    if FIRST < 0:
+        mask = mask & (c >= 0)[None, :]
+    if FIRST + c.shape[0] > COUNT:
+        mask = mask & (c < COUNT)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_chunk(
+    inputs,
+    strides,
     keys,
     visible,
-    x_row,
-    x_column,
-    position_row,
-    position_column,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
     CX: tl.constexpr,
     CP: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    EVICT: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    POSITION_UNIT: tl.constexpr,
 ):
-    """Chunks of [position ; x] of the given keys, any strides; zeros where the key is not visible."""
-    keys = keys.to(tl.int64)
+    c = START + tl.arange(0, WIDTH)
+    if START + WIDTH <= CP:
+        chunk = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP)
+    else:
+        chunk = _load_block(inputs[0], keys, strides[0], X_UNIT, strides[1], visible, c - CP, START - CP, CX)
+        if START < CP:
+            position = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP)
+            chunk = tl.where((c < CP)[None, :], position, chunk)
+    return chunk
+
+
+@triton.jit
+def _load_keys(
+    inputs,
+    strides,
+    keys,
+    visible,
+    CX: tl.constexpr,
+    CP: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    POSITION_UNIT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Chunks of [position ; x] of the given keys; zeros where the key is not visible. inputs (x, position), any strides."""
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
-        START: tl.constexpr = _offset(WIDTHS, i)
-        c = (START + tl.arange(0, WIDTHS[i])).to(tl.int64)
-        if START < CP:
-            pointers = position + keys[:, None] * position_row + c[None, :] * position_column
-            here = tl.load(pointers, mask=visible[:, None] & (c < CP)[None, :], other=0.0, eviction_policy=EVICT)
-        if START + WIDTHS[i] > CP:
-            pointers = x + keys[:, None] * x_row + (c - CP)[None, :] * x_column
-            real = (c >= CP) & (c < CX + CP)
-            content = tl.load(pointers, mask=visible[:, None] & real[None, :], other=0.0, eviction_policy=EVICT)
-            if START < CP:
-                here = tl.where((c < CP)[None, :], here, content)
-            else:
-                here = content
-        tiles = tiles + (here,)
+        chunk = _load_chunk(
+            inputs, strides, keys.to(tl.int64), visible, _offset(WIDTHS, i), WIDTHS[i], CX, CP, X_UNIT, POSITION_UNIT
+        )
+        tiles = tiles + (chunk,)
     return tiles
 
 
@@ -167,7 +195,6 @@ def forward(
     out_ptr,
     top_ptr,
     total_ptr,
-    q_batch,
     x_batch,
     x_row,
     x_column,
@@ -184,6 +211,9 @@ def forward(
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    POSITION_UNIT: tl.constexpr,
+    Q_BATCHED: tl.constexpr,
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -201,8 +231,9 @@ def forward(
     rows = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     batch, split = (pid // tiles % batches).to(tl.int64), pid // tiles // batches
     inside = rows < R
-    x_ptr += batch * x_batch
-    q = _load_rows(q_ptr + batch * q_batch, rows, inside, CX, CP, WIDTHS)
+    x_ptr += batch * x_batch * X_UNIT
+    strides = (x_row, x_column, position_row, position_column)
+    q = _load_rows(q_ptr + batch * Q_BATCHED * R * _offset(WIDTHS, len(WIDTHS)), rows, inside, WIDTHS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = _zeros(BLOCK_R, WIDTHS)
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -215,9 +246,7 @@ def forward(
             visible = visible & tl.load(
                 mask_ptr + batch * mask_batch + keys.to(tl.int64) * mask_column, mask=visible, other=0
             ).to(tl.int1)
-        raw = _load_keys(
-            x_ptr, position_ptr, keys, visible, x_row, x_column, position_row, position_column, CX, CP, WIDTHS, ""
-        )
+        raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
         xhat = _cast(_normalise(raw, visible, eps, CX + CP, WIDTHS, NORM)[0], WIDTHS, dtype)
         s = _inner(q, xhat, WIDTHS, PRECISION) * scale
         s = tl.where(visible[None, :], s, float("-inf"))
@@ -261,7 +290,6 @@ def backward_q(
     mask_ptr,
     lse_ptr,
     dq_ptr,
-    q_batch,
     x_batch,
     x_row,
     x_column,
@@ -278,6 +306,9 @@ def backward_q(
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    POSITION_UNIT: tl.constexpr,
+    Q_BATCHED: tl.constexpr,
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -290,9 +321,10 @@ def backward_q(
     rows = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     batch, split = (pid // tiles % batches).to(tl.int64), pid // tiles // batches
     inside = rows < R
-    x_ptr += batch * x_batch
-    q = _load_rows(q_ptr + batch * q_batch, rows, inside, CX, CP, WIDTHS)
-    dout = _load_rows(dout_ptr + batch * R * (CX + CP), rows, inside, CX, CP, WIDTHS)
+    x_ptr += batch * x_batch * X_UNIT
+    strides = (x_row, x_column, position_row, position_column)
+    q = _load_rows(q_ptr + batch * Q_BATCHED * R * _offset(WIDTHS, len(WIDTHS)), rows, inside, WIDTHS)
+    dout = _load_rows(dout_ptr + batch * R * _offset(WIDTHS, len(WIDTHS)), rows, inside, WIDTHS)
     lse = tl.load(lse_ptr + batch * R + rows, mask=inside, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: its scores are -inf, P = 0
     delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
@@ -306,9 +338,7 @@ def backward_q(
             visible = visible & tl.load(
                 mask_ptr + batch * mask_batch + keys.to(tl.int64) * mask_column, mask=visible, other=0
             ).to(tl.int1)
-        raw = _load_keys(
-            x_ptr, position_ptr, keys, visible, x_row, x_column, position_row, position_column, CX, CP, WIDTHS, ""
-        )
+        raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
         xhat = _cast(_normalise(raw, visible, eps, CX + CP, WIDTHS, NORM)[0], WIDTHS, dtype)
         s = _inner(q, xhat, WIDTHS, PRECISION) * scale
         p = tl.where(visible[None, :], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
@@ -329,7 +359,6 @@ def backward_x(
     lse_ptr,
     dx_ptr,
     dposition_ptr,
-    q_batch,
     x_batch,
     x_row,
     x_column,
@@ -345,6 +374,9 @@ def backward_x(
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    POSITION_UNIT: tl.constexpr,
+    Q_BATCHED: tl.constexpr,
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -364,6 +396,7 @@ def backward_x(
     first = (pid // tiles).to(tl.int64) * batches
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     C: tl.constexpr = CX + CP
+    strides = (x_row, x_column, position_row, position_column)
     for b in range(batches):
         batch = first + b
         visible = keys < M
@@ -371,15 +404,15 @@ def backward_x(
             visible = visible & tl.load(
                 mask_ptr + batch * mask_batch + keys.to(tl.int64) * mask_column, mask=visible, other=0
             ).to(tl.int1)
-        x = x_ptr + batch * x_batch
-        raw = _load_keys(x, position_ptr, keys, visible, x_row, x_column, position_row, position_column, CX, CP, WIDTHS, "")
+        x = x_ptr + batch * x_batch * X_UNIT
+        raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
         xhat = _cast(_normalise(raw, visible, eps, C, WIDTHS, NORM)[0], WIDTHS, dtype)
         grad = _zeros(BLOCK_M, WIDTHS)
         for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
             rows = start + tl.arange(0, BLOCK_R)
             inside = rows < R
-            q = _load_rows(q_ptr + batch * q_batch, rows, inside, CX, CP, WIDTHS)
-            dout = _load_rows(dout_ptr + batch * R * C, rows, inside, CX, CP, WIDTHS)
+            q = _load_rows(q_ptr + batch * Q_BATCHED * R * _offset(WIDTHS, len(WIDTHS)), rows, inside, WIDTHS)
+            dout = _load_rows(dout_ptr + batch * R * _offset(WIDTHS, len(WIDTHS)), rows, inside, WIDTHS)
             lse = tl.load(lse_ptr + batch * R + rows, mask=inside, other=0.0)
             lse = tl.where(lse == float("-inf"), 0.0, lse)
             delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
@@ -390,28 +423,24 @@ def backward_x(
             grad = _accumulate(grad, ds.to(dtype), q, WIDTHS, PRECISION)
         if NORM:
             # Loaded again: the float32 chunks would not survive the loop in registers.
-            raw = _load_keys(
-                x, position_ptr, keys, visible, x_row, x_column, position_row, position_column, CX, CP, WIDTHS, "evict_first"
-            )
+            raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
             xhat32, rstd = _normalise(raw, visible, eps, C, WIDTHS, NORM)
             mean, slope = tl.zeros_like(rstd), tl.zeros_like(rstd)
             for i in tl.static_range(len(WIDTHS)):
                 mean += tl.sum(grad[i], 1) / C
                 slope += tl.sum(grad[i] * xhat32[i], 1) / C
-        rows = keys.to(tl.int64)[:, None]
         for i in tl.static_range(len(WIDTHS)):
-            START: tl.constexpr = _offset(WIDTHS, i)
-            c = START + tl.arange(0, WIDTHS[i])[None, :]
             value = grad[i]
             if NORM:
                 value = (value - mean[:, None] - xhat32[i] * slope[:, None]) * rstd[:, None]
-            if WANT_POSITION and START < CP:
-                pointers = dposition_ptr + rows * CP + c
+            c = _offset(WIDTHS, i) + tl.arange(0, WIDTHS[i])[None, :]
+            if WANT_POSITION and _offset(WIDTHS, i) < CP:
+                pointers = dposition_ptr + keys.to(tl.int64)[:, None] * CP + c
                 mine = (keys < M)[:, None] & (c < CP)
                 before = tl.load(pointers, mask=mine & (b > 0), other=0.0)
                 tl.store(pointers, before + value, mask=mine)
-            if WANT_X and START + WIDTHS[i] > CP:
-                pointers = dx_ptr + (batch * M + rows) * CX + (c - CP)
+            if WANT_X and _offset(WIDTHS, i) + WIDTHS[i] > CP:
+                pointers = dx_ptr + (batch * M + keys)[:, None] * CX + (c - CP)
                 tl.store(pointers, value.to(dtype), mask=(keys < M)[:, None] & (c >= CP) & (c < C))
 
 
@@ -460,10 +489,12 @@ def _guard(tensor):
 
 
 def _common(q, x, position, key_mask, scale, eps):
-    """Arguments that the three kernels share: strides, sizes, compile-time facts."""
+    """Arguments that the three kernels share: strides, and compile-time facts."""
     channels, shared = q.shape[2], 0 if position is None else position.shape[1]
-    strides = [0 if q.shape[0] == 1 else q.stride(0), *x.stride()]
-    strides += [0, 0] if position is None else position.stride()
+    x_unit = math.gcd(16, *x.stride()[:2])
+    position_unit = 1 if position is None else math.gcd(16, position.stride(0))
+    strides = [x.stride(0) // x_unit, x.stride(1) // x_unit, x.stride(2)]
+    strides += [0, 0] if position is None else [position.stride(0) // position_unit, position.stride(1)]
     strides += [0, 0] if key_mask is None else key_mask.stride()
     facts = dict(
         scale=scale,
@@ -471,11 +502,23 @@ def _common(q, x, position, key_mask, scale, eps):
         CX=channels - shared,
         CP=shared,
         WIDTHS=chunks(channels),
+        X_UNIT=x_unit,
+        POSITION_UNIT=position_unit,
+        Q_BATCHED=q.shape[0] > 1,
         MASKED=key_mask is not None,
         NORM=eps >= 0,
         PRECISION=input_precision(x.dtype),
     )
     return strides, facts
+
+
+def _in_tile_order(rows, content):
+    """(B, R, C) as (B, R, sum of the chunks): position channels first, then the content's, then zeros. N-sized."""
+    padding = sum(chunks(rows.shape[-1])) - rows.shape[-1]
+    if padding == 0 and content == rows.shape[-1]:
+        return rows.contiguous()
+    zeros = rows.new_zeros(1).expand(*rows.shape[:-1], padding)
+    return torch.cat([rows[..., content:], rows[..., :content], zeros], -1)
 
 
 def _split(batch, rows, x, tiles):
@@ -504,7 +547,6 @@ def latent_fwd(
         return out.zero_(), lse.fill_(-math.inf)
     if out.numel() == 0:
         return out, lse
-    q = q.contiguous()
     tiles = _tiles("latent_fwd", channels, x)
     splits, split_size = _split(batch, rows, x, tiles)
     part, top, total = out, lse, lse
@@ -514,7 +556,7 @@ def latent_fwd(
     strides, facts = _common(q, x, position, key_mask, scale, eps)
     with _guard(x):
         forward[(splits * batch * triton.cdiv(rows, tiles.queries),)](
-            *(q, x, position, key_mask, part, top, total, *strides, rows, keys, batch, split_size),
+            *(_in_tile_order(q, x.shape[2]), x, position, key_mask, part, top, total, *strides, rows, keys, batch, split_size),
             **facts,
             SPLIT=splits > 1,
             **_launch(tiles),
@@ -548,17 +590,17 @@ def latent_bwd(
     dposition = q.new_empty(position.shape if want_position else 0, dtype=torch.float32)
     if batch == 0 or rows == 0 or keys == 0:
         return dq.zero_(), dx.zero_(), dposition.to(q.dtype).zero_()
-    q, dout, out, lse = q.contiguous(), dout.contiguous(), out.contiguous(), lse.contiguous()
+    dout, lse = dout.contiguous(), lse.contiguous()
     strides, facts = _common(q, x, position, key_mask, scale, eps)
     delta = torch.empty_like(lse)
     with _guard(x):
         row_sums[(batch * rows,)](
-            *(dout, out, None if dlse is None else dlse.contiguous(), delta),
+            *(dout, out.contiguous(), None if dlse is None else dlse.contiguous(), delta),
             C=channels,
             WIDTH=_width(channels),
             HAS_DLSE=dlse is not None,
         )
-        inputs = (dout, delta, q, x, position, key_mask, lse)
+        inputs = (_in_tile_order(dout, content), delta, _in_tile_order(q, content), x, position, key_mask, lse)
         if want_q:
             tiles = _tiles("latent_bwd_q", channels, x)
             splits, split_size = _split(batch, rows, x, tiles)
@@ -609,8 +651,9 @@ def _report_case(kernel, content, shared, dtype, code, capability):
     launch = _launch(tiles)
     options = dict(num_warps=launch.pop("num_warps"), num_stages=tiles.num_stages)
     constexprs = dict(
-        **dict(x_column=1, position_column=1, mask_column=1, q_batch=0),
+        **dict(x_column=1, position_column=1, mask_column=1),
         **dict(CX=content, CP=shared, WIDTHS=chunks(channels), MASKED=False, NORM=True, PRECISION="ieee"),
+        **dict(X_UNIT=math.gcd(16, content), POSITION_UNIT=math.gcd(16, shared), Q_BATCHED=False),
         **launch,
     )
     if kernel is forward:
@@ -631,8 +674,6 @@ def _report_case(kernel, content, shared, dtype, code, capability):
             signature[argument] = pointer + "fp32"
         elif pointer:
             signature[argument] = pointer + code
-        elif argument == "x_row" and content % 16 == 0 or argument == "position_row" and shared % 16 == 0:
-            signature[argument] = "i32:16"
         else:
             signature[argument] = "i32"
     return ReportCase(f"{name} {content}+{shared} {dtype}", kernel, signature, constexprs, options, capability)
