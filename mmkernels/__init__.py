@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _SUBPACKAGES = ("models", "modules", "ops", "testing", "train")
 _NAMES = {
     "BackendError": "._backends",
-    "explain": "._backends",
+    "explain": ".ops",
     "use_backend": "._backends",
 }
 __all__ = ["BackendError", "explain", "models", "modules", "ops", "testing", "train", "use_backend"]

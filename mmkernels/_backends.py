@@ -1,7 +1,7 @@
 """Which backend runs an op: capability as lists of reasons, one rule for choosing, one error that quotes them all.
 
 An op family describes itself with a `Family`. `choose` runs while an op is called (and while it is traced, so it uses
-plain Python only); `explain` runs the same code and reports instead of computing.
+plain Python only); `mmkernels.explain` runs the same code and reports instead of computing.
 """
 
 import functools
@@ -61,19 +61,6 @@ class Explanation(NamedTuple):
             if name != self.backend:
                 lines.append(f"  {name}: " + ("; ".join(reasons) if reasons else "could run; another one is preferred"))
         return "\n".join(lines)
-
-
-def explain(op_name: str, *args, **kwargs) -> Explanation:
-    """Says which backend would run `mmkernels.ops.<op_name>(*args, **kwargs)` and why the others would not.
-
-    Computes nothing. Bad arguments raise the same errors as the op itself.
-    """
-    from . import ops
-
-    explainers = ops.EXPLAINERS
-    if op_name not in explainers:
-        raise ValueError(f"op_name is {op_name!r}; allowed are {', '.join(map(repr, sorted(explainers)))}")
-    return explainers[op_name](*args, **kwargs)
 
 
 def choose(op: str, requested: str, order: tuple, refusals: Callable[[str], list]) -> str:

@@ -1,8 +1,19 @@
 """The ops: one folder per family. Every function validates, chooses a backend and runs; see each family's README."""
 
+from .._backends import Explanation
 from .attention import attention, explain_attention
 from .latent import explain_latent_attention, latent_attention
 
 EXPLAINERS = {"attention": explain_attention, "latent_attention": explain_latent_attention}
 
 __all__ = ["attention", "latent_attention"]
+
+
+def explain(op_name: str, *args, **kwargs) -> Explanation:
+    """Says which backend would run `mmkernels.ops.<op_name>(*args, **kwargs)` and why the others would not.
+
+    Computes nothing. Bad arguments raise the same errors as the op itself.
+    """
+    if op_name not in EXPLAINERS:
+        raise ValueError(f"op_name is {op_name!r}; allowed are {', '.join(map(repr, sorted(EXPLAINERS)))}")
+    return EXPLAINERS[op_name](*args, **kwargs)
