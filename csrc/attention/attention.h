@@ -1,0 +1,130 @@
+// Softmax attention on the CPU without the N x M matrix. No torch here.
+//
+// Queries lie in vector lanes: a panel is a few vectors of queries, and S^T = K Q^T, O^T = V^T P^T, dQ^T = K^T dS^T have
+// the panel's lanes as columns. So the softmax needs no sums across a vector, P^T is the next product's operand where it
+// lies, and a block of keys is read as it stands, one number at a time, by every panel.
+//
+// A family says how a block of its keys comes into cache (`load_keys`) and where its gradient goes
+// (`store_key_gradients`); attention reads k and v, latent normalises x and uses it as both.
+#pragma once
+#include <cmath>
+
+#include "common/cpu.h"
+
+namespace mmk {
+
+constexpr int64_t kBlockKeys = 144;   // keys in cache at a time: a multiple of every tile height
+constexpr int64_t kChunkRows = 128;   // queries in cache at a time in the backward: a multiple of every panel
+constexpr int64_t kKeptRows = 1024;   // up to this many queries the backward packs them once and keeps them
+
+struct KeyBlock {
+  int64_t begin, end;             // keys [begin, end) of the problem
+  int64_t count;                  // how many of them are visible: the rows of k and v
+  int32_t offset[kBlockKeys];     // of row i from `begin`; rising
+  const float *k, *v;             // float32, row-major
+  int64_t k_row, v_row;
+};
+
+struct Attention;
+// `space` holds key_space floats and stays untouched until the block's gradient is stored.
+using LoadKeys = void(const Attention&, int64_t batch, int64_t head, KeyBlock&, float* space);
+// dk and dv: (count, padded_row(D or E)); the same array when k and v are one.
+using StoreKeyGradients = void(const Attention&, int64_t batch, int64_t head, const KeyBlock&, const float* space,
+                               float* dk, float* dv);
+
+struct Attention {
+  int64_t batch, heads, queries, keys, qk_dim, v_dim;
+  float scale;
+  Strided q;                         // (B,H,N,D)
+  Strided key_mask;                  // bool (B,M) in the last two dimensions, or no data
+  LoadKeys* load_keys;
+  int64_t key_space;
+
+  Strided bias;                      // (B,H,N,M) with stride 0 where broadcast, or no data
+  bool bias_per_query = false, bias_per_key = false;  // N, M are not broadcast
+  bool dropout = false;
+  uint64_t seed = 0;
+  uint32_t drop_below = 0;
+  float keep_scale = 1.0f;
+
+  Strided out;                       // (B,H,N,E)
+  float* lse;                        // (B,H,N)
+
+  // Backward only.
+  Strided dout;                      // (B,H,N,E)
+  const float* dlse = nullptr;       // (B,H,N)
+  Strided dq;                        // (B,H,N,D) or no data
+  bool dq_shared = false;            // summed over the batch
+  StoreKeyGradients* store_key_gradients = nullptr;  // null: not wanted
+  bool one_key_gradient = false;     // k and v are one array, dk and dv too
+  bool summed_over_batch = false, summed_over_heads = false;  // by some gradient: they then go one after another
+  Strided dbias;                     // contiguous, of bias's shape, zero at first; stride 0 where broadcast
+  int64_t dbias_size = 0;
+  bool dbias_direct = false;         // nothing is summed: every element is written once. Else it is float32
+
+  bool masked() const { return key_mask.data != nullptr; }
+};
+
+// A piece of work for one thread.
+struct Part {
+  int64_t batch, head;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;  // begin is a multiple of kBlockKeys
+  int64_t dbias_copy = 0;      // which private copy of dbias it adds to
+};
+
+struct AttentionKernels {
+  int64_t lanes;  // queries in a panel
+  // Accumulated rows of one part: per panel O^T (E, lanes), maximum, sum; in the backward dQ^T (D, lanes).
+  int64_t (*forward_state)(const Attention&, int64_t rows);
+  int64_t (*forward_space)(const Attention&, int64_t rows);
+  void (*forward)(const Attention&, const Part&, float* state, float* space);
+  // Merges the states of the same rows over several key ranges, in order, and writes out and lse.
+  void (*finish_forward)(const Attention&, const Part&, float* states, int64_t count, int64_t stride);
+
+  int64_t (*backward_state)(const Attention&, int64_t rows);
+  int64_t (*backward_space)(const Attention&, int64_t rows);
+  // dq is added to `state`. Key gradients go to store_key_gradients, or are added to `key_state` when that is not null.
+  void (*backward)(const Attention&, const Part&, float* state, float* key_state, float* space);
+  void (*finish_queries)(const Attention&, const Part&, float* states, int64_t count, int64_t stride);
+  void (*finish_keys)(const Attention&, const Part&, float* key_states, int64_t count, int64_t stride, float* space);
+  // Sums `count` copies of `size` floats and writes them to `to`.
+  void (*finish_bias)(char* to, DType dtype, float* copies, int64_t count, int64_t size);
+
+  LoadKeys* load_keys;  // of the attention family itself
+  StoreKeyGradients* store_key_gradients;
+};
+
+inline int64_t key_state_floats(const Attention& a) {
+  return round_up(a.keys, kBlockKeys) * (padded_row(a.qk_dim) + padded_row(a.v_dim));
+}
+
+// The attention family's own problem: k and v in memory.
+struct PlainAttention : Attention {
+  Strided k, v, dk, dv;  // (B,H,M,D), (B,H,M,E)
+};
+
+// Sets the visible keys of a block; returns false when there are none.
+inline bool find_visible(const Attention& a, int64_t batch, KeyBlock& block) {
+  block.count = 0;
+  for (int64_t m = block.begin; m < block.end; ++m)
+    if (!a.masked() || a.key_mask.data[batch * a.key_mask.stride[2] + m * a.key_mask.stride[3]] != 0)
+      block.offset[block.count++] = static_cast<int32_t>(m - block.begin);
+  return block.count > 0;
+}
+
+// Calls f(row, offset, length) for every stretch of neighbouring visible keys.
+template <class F>
+void for_stretches(const KeyBlock& block, F f) {
+  for (int64_t i = 0, next; i < block.count; i = next) {
+    next = i + 1;
+    while (next < block.count && block.offset[next] == block.offset[next - 1] + 1) ++next;
+    f(i, static_cast<int64_t>(block.offset[i]), next - i);
+  }
+}
+
+// Plans the parts for torch's threads and runs them (attention_cpu.cpp).
+void attention_forward(const Attention&);
+void attention_backward(Attention&);
+
+}  // namespace mmk

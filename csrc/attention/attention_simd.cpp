@@ -1,0 +1,451 @@
+// The parts of attention that compute, compiled once per instruction set. attention.h explains the layout.
+#include "attention/attention.h"
+#include "common/dropout.h"
+#include "common/gemm.h"
+#include "common/tiles.h"
+
+namespace mmk::MMK_ISA {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr int64_t kChunkRow = kChunkRows + 16;  // row length of tiles over a chunk: see padded_row
+
+int64_t panels(int64_t rows) { return ceil_div(rows, kPanel); }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+void clear(float* p, int64_t floats) { std::memset(p, 0, floats * sizeof(float)); }
+
+// Hands out pieces of one scratch array, each on a cache line.
+struct Carver {
+  float* at;
+  float* take(int64_t floats) {
+    float* piece = at;
+    at += round_up(floats, 16);
+    return piece;
+  }
+};
+
+// The scores' bias of a block of keys and a panel of queries, as (count, kPanel).
+void load_bias(const Attention& a, const Part& part, const KeyBlock& block, int64_t row, int64_t lanes, float* tile) {
+  for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
+    load_tile(tile + i * kPanel, kPanel, a.bias.at(part.batch, part.head, row, block.begin + offset), a.bias.dtype,
+              a.bias.stride[3], a.bias.stride[2], length, lanes);
+  });
+}
+
+// The random bits of a panel of queries.
+struct PanelDropout {
+  UintVec low[2], high[2];
+
+  PanelDropout(const Attention& a, const Part& part, int64_t row) {
+    const int64_t first = (part.batch * a.heads + part.head) * a.queries + row;
+    for (int lane = 0; lane < kPanel; ++lane) {
+      const DropoutRow r = dropout_row(a.seed, static_cast<uint64_t>(first + lane));
+      low[lane / kWidth][lane % kWidth] = r.low;
+      high[lane / kWidth][lane % kWidth] = r.high;
+    }
+  }
+
+  // `weight` where the element survives, else 0.
+  Vec operator()(const Attention& a, int v, int64_t key, Vec weight) const {
+    UintVec u = low[v] ^ (static_cast<uint32_t>(key) * 0x9E3779B1u);
+    for (int round = 0; round < 2; ++round) {
+      u = (u ^ (u >> 16)) * 0x7FEB352Du;
+      u = (u ^ (u >> 15)) * 0x846CA68Bu;
+      u = (u ^ (u >> 16)) + (round == 0 ? high[v] : UintVec{});
+    }
+    return u < a.drop_below ? Vec{} : weight * a.keep_scale;
+  }
+};
+
+// --- Forward -------------------------------------------------------------------------------------------------------
+
+int64_t panel_state(const Attention& a) { return (a.v_dim + 2) * kPanel; }
+
+int64_t forward_state(const Attention& a, int64_t rows) { return panels(rows) * panel_state(a); }
+
+int64_t forward_space(const Attention& a, int64_t rows) {
+  return panels(rows) * a.qk_dim * kPanel + 2 * kBlockKeys * kPanel + a.key_space + 64;
+}
+
+// Turns scores (count, kPanel) into weights relative to the running maximum, and rescales what was summed before.
+template <int kVecs>
+void online_softmax(const Attention& a, const KeyBlock& block, float* scores, float* state, const PanelDropout* drop) {
+  float* maximum = state + a.v_dim * kPanel;
+  float* total = maximum + kPanel;
+  bool moved = false;
+  Vec factor[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec before = load(maximum + v * kWidth);
+    Vec top = before;
+    for (int64_t i = 0; i < block.count; ++i) {
+      const Vec s = load(scores + i * kPanel + v * kWidth);
+      top = s > top ? s : top;
+    }
+    const Vec base = top == -kInfinity ? Vec{} : top;  // all scores so far are -inf: avoid inf - inf
+    Vec added{};
+    for (int64_t i = 0; i < block.count; ++i) {
+      float* s = scores + i * kPanel + v * kWidth;
+      const Vec weight = exp(load(s) - base);
+      added += weight;
+      store(s, weight);
+    }
+    factor[v] = exp(before - base);
+    store(maximum + v * kWidth, top);
+    store(total + v * kWidth, load(total + v * kWidth) * factor[v] + added);
+    const IntVec changed = top != before;
+    for (int lane = 0; lane < kWidth; ++lane) moved |= changed[lane] != 0;
+    if (drop != nullptr)
+      for (int64_t i = 0; i < block.count; ++i) {
+        float* s = scores + i * kPanel + v * kWidth;
+        store(s, (*drop)(a, v, block.begin + block.offset[i], load(s)));
+      }
+  }
+  if (!moved) return;
+  for (int64_t e = 0; e < a.v_dim; ++e)
+    for (int v = 0; v < kVecs; ++v) {
+      float* o = state + e * kPanel + v * kWidth;
+      store(o, load(o) * factor[v]);
+    }
+}
+
+void forward(const Attention& a, const Part& part, float* state, float* space) {
+  const int64_t rows = part.row_end - part.row_begin;
+  Carver carver{space};
+  float* q = carver.take(panels(rows) * a.qk_dim * kPanel);
+  float* scores = carver.take(kBlockKeys * kPanel);
+  float* bias = carver.take(kBlockKeys * kPanel);
+  float* key_space = carver.take(a.key_space);
+  for (int64_t row = 0; row < rows; row += kPanel) {
+    load_tile(q + row * a.qk_dim, kPanel, a.q.at(part.batch, part.head, part.row_begin + row), a.q.dtype, a.q.stride[3],
+              a.q.stride[2], a.qk_dim, smaller(kPanel, rows - row), a.scale);
+    float* s = state + row / kPanel * panel_state(a);
+    clear(s, panel_state(a));
+    for (int lane = 0; lane < kPanel; ++lane) s[a.v_dim * kPanel + lane] = -kInfinity;
+  }
+  KeyBlock block;
+  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
+    block.end = smaller(block.begin + kBlockKeys, part.key_end);
+    if (!find_visible(a, part.batch, block)) continue;
+    a.load_keys(a, part.batch, part.head, block, key_space);
+    for (int64_t row = 0; row < rows; row += kPanel) {
+      const int64_t lanes = smaller(kPanel, rows - row);
+      float* s = state + row / kPanel * panel_state(a);
+      gemm<false>({block.k, block.k_row, q + row * a.qk_dim, kPanel, 0, scores, kPanel, 0}, block.count, lanes, a.qk_dim,
+                  false);
+      if (a.bias.data != nullptr) {
+        load_bias(a, part, block, part.row_begin + row, lanes, bias);
+        for (int64_t i = 0; i < block.count * kPanel; i += kPanel)
+          for (int64_t l = 0; l < lanes; l += kWidth) store(scores + i + l, load(scores + i + l) + load(bias + i + l));
+      }
+      if (a.dropout) {
+        const PanelDropout drop(a, part, part.row_begin + row);
+        online_softmax<2>(a, block, scores, s, &drop);
+      } else if (lanes > kWidth) {
+        online_softmax<2>(a, block, scores, s, nullptr);
+      } else {
+        online_softmax<1>(a, block, scores, s, nullptr);
+      }
+      gemm<true>({block.v, block.v_row, scores, kPanel, 0, s, kPanel, 0}, a.v_dim, lanes, block.count, true);
+    }
+  }
+}
+
+void finish_forward(const Attention& a, const Part& part, float* states, int64_t count, int64_t stride) {
+  const int64_t rows = part.row_end - part.row_begin;
+  for (int64_t row = 0; row < rows; row += kPanel) {
+    const int64_t lanes = smaller(kPanel, rows - row);
+    float* s = states + row / kPanel * panel_state(a);
+    float* maximum = s + a.v_dim * kPanel;
+    float* total = maximum + kPanel;
+    for (int64_t l = 0; l < lanes; l += kWidth) {
+      Vec top = load(maximum + l);
+      for (int64_t c = 1; c < count; ++c) {
+        const Vec other = load(maximum + c * stride + l);
+        top = other > top ? other : top;
+      }
+      const Vec base = top == -kInfinity ? Vec{} : top;
+      Vec sum{};
+      for (int64_t c = 0; c < count; ++c) {
+        const Vec factor = exp(load(maximum + c * stride + l) - base);
+        sum += factor * load(total + c * stride + l);
+        for (int64_t e = 0; count > 1 && e < a.v_dim; ++e) {
+          const Vec part_sum = factor * load(s + c * stride + e * kPanel + l);
+          store(s + e * kPanel + l, c == 0 ? part_sum : load(s + e * kPanel + l) + part_sum);
+        }
+      }
+      const Vec inverse = sum == 0.0f ? Vec{} : 1.0f / sum;  // a row without keys
+      for (int64_t e = 0; e < a.v_dim; ++e) store(s + e * kPanel + l, load(s + e * kPanel + l) * inverse);
+      float* lse = a.lse + (part.batch * a.heads + part.head) * a.queries + part.row_begin + row + l;
+      for (int64_t i = 0; i < smaller(kWidth, lanes - l); ++i)
+        lse[i] = sum[i] == 0.0f ? -kInfinity : top[i] + std::log(static_cast<float>(sum[i]));
+    }
+    store_tile(a.out.at(part.batch, part.head, part.row_begin + row), a.out.dtype, a.out.stride[3], a.out.stride[2], s,
+               kPanel, a.v_dim, lanes);
+  }
+}
+
+// --- Backward ------------------------------------------------------------------------------------------------------
+
+// Queries and gradients of a chunk of rows in the two layouts that the products want.
+struct Chunk {
+  float *q, *dout;            // panels of (D, kPanel) and (E, kPanel); q times the scale
+  float *q_rows, *dout_rows;  // (rows, padded_row): only where the keys want a gradient
+};
+
+int64_t chunk_floats(const Attention& a) {
+  const int64_t rows = a.store_key_gradients ? padded_row(a.qk_dim) + padded_row(a.v_dim) : 0;
+  return kChunkRows * (a.qk_dim + a.v_dim + rows);
+}
+
+Chunk chunk_at(const Attention& a, float* memory) {
+  Chunk c;
+  c.q = memory;
+  c.dout = c.q + kChunkRows * a.qk_dim;
+  c.q_rows = c.dout + kChunkRows * a.v_dim;
+  c.dout_rows = c.q_rows + kChunkRows * padded_row(a.qk_dim);
+  return c;
+}
+
+int64_t backward_state(const Attention& a, int64_t rows) { return panels(rows) * kPanel * a.qk_dim; }
+
+int64_t backward_space(const Attention& a, int64_t rows) {
+  const int64_t kept = rows <= kKeptRows ? ceil_div(rows, kChunkRows) : 1;
+  return kept * chunk_floats(a) + 2 * panels(rows) * kPanel + 2 * kBlockKeys * kChunkRow + 2 * kBlockKeys * kPanel +
+         2 * padded_row(a.v_dim) + kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim)) + a.key_space + 256;
+}
+
+void pack_chunk(const Attention& a, const Part& part, int64_t row, int64_t rows, const Chunk& chunk) {
+  const char* q = a.q.at(part.batch, part.head, row);
+  const char* dout = a.dout.at(part.batch, part.head, row);
+  for (int64_t r = 0; r < rows; r += kPanel) {
+    const int64_t lanes = smaller(kPanel, rows - r);
+    load_tile(chunk.q + r * a.qk_dim, kPanel, q + r * a.q.stride[2] * a.q.item_bytes(), a.q.dtype, a.q.stride[3],
+              a.q.stride[2], a.qk_dim, lanes, a.scale);
+    load_tile(chunk.dout + r * a.v_dim, kPanel, dout + r * a.dout.stride[2] * a.dout.item_bytes(), a.dout.dtype,
+              a.dout.stride[3], a.dout.stride[2], a.v_dim, lanes);
+  }
+  if (a.store_key_gradients == nullptr) return;
+  load_tile(chunk.q_rows, padded_row(a.qk_dim), q, a.q.dtype, a.q.stride[2], a.q.stride[3], rows, a.qk_dim, a.scale);
+  load_tile(chunk.dout_rows, padded_row(a.v_dim), dout, a.dout.dtype, a.dout.stride[2], a.dout.stride[3], rows, a.v_dim);
+}
+
+// lse of every row (+inf where it has no key, so that its weights are 0) and delta = dout . out - dlse.
+void row_statistics(const Attention& a, const Part& part, float* lse, float* delta, float* space) {
+  const int64_t rows = part.row_end - part.row_begin, ld = padded_row(a.v_dim);
+  const int64_t first = (part.batch * a.heads + part.head) * a.queries + part.row_begin;
+  for (int64_t r = 0; r < panels(rows) * kPanel; ++r) {
+    lse[r] = kInfinity, delta[r] = 0.0f;
+    if (r >= rows || a.lse[first + r] == -kInfinity) continue;
+    lse[r] = a.lse[first + r];
+    load_tile(space, ld, a.dout.at(part.batch, part.head, part.row_begin + r), a.dout.dtype, 0, a.dout.stride[3], 1,
+              a.v_dim);
+    load_tile(space + ld, ld, a.out.at(part.batch, part.head, part.row_begin + r), a.out.dtype, 0, a.out.stride[3], 1,
+              a.v_dim);
+    Vec product{};
+    for (int64_t e = 0; e < a.v_dim; e += kWidth) product += load(space + e) * load(space + ld + e);
+    delta[r] = sum(product) - (a.dlse == nullptr ? 0.0f : a.dlse[first + r]);
+  }
+}
+
+// scores -> (dropped) weights, dweights -> dS, both (count, ld).
+template <int kVecs>
+void softmax_gradient(const Attention& a, const KeyBlock& block, float* scores, float* dweights, int64_t ld,
+                      const float* lse, const float* delta, const PanelDropout* drop) {
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec row_lse = load(lse + v * kWidth), row_delta = load(delta + v * kWidth);
+    for (int64_t i = 0; i < block.count; ++i) {
+      float* s = scores + i * ld + v * kWidth;
+      float* d = dweights + i * ld + v * kWidth;
+      const Vec weight = exp(load(s) - row_lse);
+      Vec kept = weight, dkept = load(d);
+      if (drop != nullptr) {
+        const Vec keep = (*drop)(a, v, block.begin + block.offset[i], splat(1.0f));
+        kept *= keep;
+        dkept *= keep;
+      }
+      store(s, kept);
+      store(d, weight * (dkept - row_delta));
+    }
+  }
+}
+
+// Adds dS (count, ld) of one panel to the bias's gradient, summed over what the bias broadcasts.
+void add_bias_gradient(const Attention& a, const Part& part, const KeyBlock& block, int64_t row, int64_t lanes,
+                       const float* ds, int64_t ld, float* space) {
+  char* base = a.dbias.at(part.batch, part.head, row);
+  if (a.dbias_direct) {
+    for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
+      store_tile(base + (block.begin + offset) * a.dbias.stride[3] * a.dbias.item_bytes(), a.dbias.dtype, a.dbias.stride[3],
+                 a.dbias.stride[2], ds + i * ld, ld, length, lanes);
+    });
+    return;
+  }
+  float* to = reinterpret_cast<float*>(base) + part.dbias_copy * a.dbias_size;
+  if (a.bias_per_query && a.bias_per_key) {
+    store_tile(space, 1, kBlockKeys, ds, ld, block.count, lanes);  // (lanes, kBlockKeys)
+    for (int64_t l = 0; l < lanes; ++l) {
+      float* line = to + l * a.dbias.stride[2] + block.begin * a.dbias.stride[3];
+      for (int64_t i = 0; i < block.count; ++i) line[block.offset[i] * a.dbias.stride[3]] += space[l * kBlockKeys + i];
+    }
+  } else if (a.bias_per_query) {
+    for (int64_t l = 0; l < lanes; ++l)
+      for (int64_t i = 0; i < block.count; ++i) to[l * a.dbias.stride[2]] += ds[i * ld + l];
+  } else {
+    for (int64_t i = 0; i < block.count; ++i) {
+      Vec line{};
+      for (int64_t l = 0; l < lanes; l += kWidth) line += load(ds + i * ld + l);
+      to[a.bias_per_key ? (block.begin + block.offset[i]) * a.dbias.stride[3] : 0] += sum(line);
+    }
+  }
+}
+
+void backward(const Attention& a, const Part& part, float* state, float* key_state, float* space) {
+  const int64_t rows = part.row_end - part.row_begin;
+  const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
+  const bool keep_chunks = rows <= kKeptRows;
+  Carver carver{space};
+  float* chunks = carver.take((keep_chunks ? ceil_div(rows, kChunkRows) : 1) * chunk_floats(a));
+  float* lse = carver.take(panels(rows) * kPanel);
+  float* delta = carver.take(panels(rows) * kPanel);
+  float* scores = carver.take(kBlockKeys * kChunkRow);
+  float* dscores = carver.take(kBlockKeys * kChunkRow);
+  float* bias = carver.take(kBlockKeys * kPanel);
+  float* transposed = carver.take(kBlockKeys * kPanel);
+  float* two_rows = carver.take(2 * v_ld);
+  float* own_key_state = carver.take(kBlockKeys * (k_ld + v_ld));
+  float* key_space = carver.take(a.key_space);
+  row_statistics(a, part, lse, delta, two_rows);
+  bool packed = false;
+  KeyBlock block;
+  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
+    block.end = smaller(block.begin + kBlockKeys, part.key_end);
+    const bool visible = find_visible(a, part.batch, block);
+    if (visible) a.load_keys(a, part.batch, part.head, block, key_space);
+    float* dk = key_state == nullptr ? own_key_state : key_state + block.begin * (k_ld + v_ld);
+    float* dv = a.one_key_gradient ? dk : dk + kBlockKeys * k_ld;
+    if (a.store_key_gradients && key_state == nullptr) clear(dk, kBlockKeys * (k_ld + v_ld));
+    for (int64_t begin = 0; visible && begin < rows; begin += kChunkRows) {
+      const int64_t chunk_rows = smaller(kChunkRows, rows - begin);
+      const Chunk chunk = chunk_at(a, chunks + (keep_chunks ? begin / kChunkRows * chunk_floats(a) : 0));
+      if (!keep_chunks || !packed) pack_chunk(a, part, part.row_begin + begin, chunk_rows, chunk);
+      gemm<false>({block.k, block.k_row, chunk.q, kPanel, kPanel * a.qk_dim, scores, kChunkRow, kPanel}, block.count,
+                  chunk_rows, a.qk_dim, false);
+      gemm<false>({block.v, block.v_row, chunk.dout, kPanel, kPanel * a.v_dim, dscores, kChunkRow, kPanel}, block.count,
+                  chunk_rows, a.v_dim, false);
+      for (int64_t r = 0; r < chunk_rows; r += kPanel) {
+        const int64_t row = begin + r, lanes = smaller(kPanel, chunk_rows - r);
+        if (a.bias.data != nullptr) {
+          load_bias(a, part, block, part.row_begin + row, lanes, bias);
+          for (int64_t i = 0; i < block.count; ++i)
+            for (int64_t l = 0; l < lanes; l += kWidth) {
+              float* s = scores + i * kChunkRow + r + l;
+              store(s, load(s) + load(bias + i * kPanel + l));
+            }
+        }
+        if (a.dropout) {
+          const PanelDropout drop(a, part, part.row_begin + row);
+          softmax_gradient<2>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, &drop);
+        } else if (lanes > kWidth) {
+          softmax_gradient<2>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, nullptr);
+        } else {
+          softmax_gradient<1>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, nullptr);
+        }
+        if (a.dbias.data != nullptr)
+          add_bias_gradient(a, part, block, part.row_begin + row, lanes, dscores + r, kChunkRow, transposed);
+      }
+      if (a.dq.data != nullptr)
+        gemm<true>({block.k, block.k_row, dscores, kChunkRow, kPanel, state + begin * a.qk_dim, kPanel, kPanel * a.qk_dim},
+                   a.qk_dim, chunk_rows, block.count, true);
+      if (a.store_key_gradients) {
+        gemm<false>({scores, kChunkRow, chunk.dout_rows, v_ld, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim, chunk_rows,
+                    true);
+        gemm<false>({dscores, kChunkRow, chunk.q_rows, k_ld, kPanel, dk, k_ld, kPanel}, block.count, a.qk_dim, chunk_rows,
+                    true);
+      }
+    }
+    packed |= visible;
+    if (a.store_key_gradients && key_state == nullptr)
+      a.store_key_gradients(a, part.batch, part.head, block, key_space, dk, dv);
+  }
+}
+
+void add(float* to, const float* from, int64_t floats) {
+  for (int64_t i = 0; i < floats; ++i) to[i] += from[i];
+}
+
+void finish_queries(const Attention& a, const Part& part, float* states, int64_t count, int64_t stride) {
+  const int64_t rows = part.row_end - part.row_begin;
+  for (int64_t row = 0; row < rows; row += kPanel) {
+    float* s = states + row * a.qk_dim;
+    for (int64_t c = 1; c < count; ++c) add(s, s + c * stride, a.qk_dim * kPanel);
+    for (int64_t i = 0; i < a.qk_dim * kPanel; ++i) s[i] *= a.scale;
+    store_tile(a.dq.at(part.batch, part.head, part.row_begin + row), a.dq.dtype, a.dq.stride[3], a.dq.stride[2], s, kPanel,
+               a.qk_dim, smaller(kPanel, rows - row));
+  }
+}
+
+void finish_keys(const Attention& a, const Part& part, float* states, int64_t count, int64_t stride, float* space) {
+  const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
+  KeyBlock block;
+  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
+    block.end = smaller(block.begin + kBlockKeys, part.key_end);
+    find_visible(a, part.batch, block);
+    float* dk = states + block.begin * (k_ld + v_ld);
+    for (int64_t c = 1; c < count; ++c) add(dk, dk + c * stride, kBlockKeys * (k_ld + v_ld));
+    a.store_key_gradients(a, part.batch, part.head, block, space, dk, dk + kBlockKeys * k_ld);
+  }
+}
+
+void finish_bias(char* to, DType dtype, float* copies, int64_t count, int64_t size) {
+  for (int64_t c = 1; c < count; ++c) add(copies, copies + c * size, size);
+  store_tile(to, dtype, 0, 1, copies, 0, 1, size);
+}
+
+// --- The attention family's keys -----------------------------------------------------------------------------------
+
+// Points at the keys where they are good to read in place, else copies the visible ones.
+void load_matrix(const Attention& a, const Strided& source, int64_t columns, int64_t batch, int64_t head,
+                 const KeyBlock& block, float* copy, const float** data, int64_t* row) {
+  const bool in_place = source.dtype == DType::kFloat32 && (source.stride[3] == 1 || columns == 1) && !a.masked();
+  if (in_place && a.queries <= 2 * kPanel) {
+    *data = reinterpret_cast<const float*>(source.at(batch, head, block.begin));
+    *row = source.stride[2];
+    return;
+  }
+  *data = copy;
+  *row = padded_row(columns);
+  for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
+    load_tile(copy + i * *row, *row, source.at(batch, head, block.begin + offset), source.dtype, source.stride[2],
+              source.stride[3], length, columns);
+  });
+}
+
+void load_keys(const Attention& a, int64_t batch, int64_t head, KeyBlock& block, float* space) {
+  const auto& p = static_cast<const PlainAttention&>(a);
+  load_matrix(a, p.k, a.qk_dim, batch, head, block, space, &block.k, &block.k_row);
+  load_matrix(a, p.v, a.v_dim, batch, head, block, space + kBlockKeys * padded_row(a.qk_dim), &block.v, &block.v_row);
+}
+
+void store_key_gradients(const Attention& a, int64_t batch, int64_t head, const KeyBlock& block, const float*, float* dk,
+                         float* dv) {
+  const auto& p = static_cast<const PlainAttention&>(a);
+  for (int which = 0; which < 2; ++which) {
+    const Strided& to = which == 0 ? p.dk : p.dv;
+    const float* from = which == 0 ? dk : dv;
+    const int64_t columns = which == 0 ? a.qk_dim : a.v_dim, ld = padded_row(columns);
+    if (block.count < block.end - block.begin)
+      std::memset(to.at(batch, head, block.begin), 0, (block.end - block.begin) * columns * to.item_bytes());
+    for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
+      store_tile(to.at(batch, head, block.begin + offset), to.dtype, columns, 1, from + i * ld, ld, length, columns);
+    });
+  }
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels = {kPanel,         forward_state,  forward_space, forward,        finish_forward,
+                                            backward_state, backward_space, backward,      finish_queries, finish_keys,
+                                            finish_bias,    load_keys,      store_key_gradients};
+
+}  // namespace mmk::MMK_ISA

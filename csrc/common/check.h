@@ -1,0 +1,94 @@
+// Checks of tensors at the entry of CPU ops, and their description for the kernels.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/cpu.h"
+
+namespace mmk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string text(std::initializer_list<int64_t> sizes) {
+  std::string s;
+  for (int64_t n : sizes) s += (s.empty() ? "(" : ", ") + std::to_string(n);
+  return s + ")";
+}
+
+inline std::string text_of_shape(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i == 0 ? "" : ", ") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+inline void check_dtype(const Tensor& t, const char* name, ScalarType wanted) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; every tensor of this call must be");
+  STD_TORCH_CHECK(t.scalar_type() == wanted, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
+                  "; it must be ", torch::headeronly::toString(wanted));
+}
+
+inline void check_rank(const Tensor& t, const char* name, int64_t rank) {
+  STD_TORCH_CHECK(t.dim() == rank, name, " has shape ", text_of_shape(t), "; it must have ", rank, " dimensions");
+}
+
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
+  bool equal = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (int64_t n : sizes) equal = equal && t.size(i++) == n;
+  STD_TORCH_CHECK(equal, name, " has shape ", text_of_shape(t), "; it must be ", text(sizes));
+}
+
+// The dtype that all floating-point arguments of a call share is the one of its first argument.
+inline ScalarType check_first(const Tensor& t, const char* name, int64_t rank) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name, " has dtype ",
+      torch::headeronly::toString(dtype), "; it must be float32, bfloat16 or float16");
+  check_dtype(t, name, dtype);
+  check_rank(t, name, rank);
+  return dtype;
+}
+
+inline DType dtype_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float      ? DType::kFloat32
+         : t.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16
+                                                   : DType::kFloat16;
+}
+
+// Its dimensions are the last ones of a Strided; with `broadcast`, those of size 1 get the stride 0.
+inline Strided strided(const Tensor& t, bool broadcast = false) {
+  Strided s;
+  s.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+  s.dtype = dtype_of(t);
+  for (int64_t i = 0, rank = t.dim(); i < rank; ++i)
+    s.stride[4 - rank + i] = broadcast && t.size(i) == 1 ? 0 : t.stride(i);
+  return s;
+}
+
+inline Strided strided(const std::optional<Tensor>& t) { return t.has_value() ? strided(*t) : Strided{}; }
+
+inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+// Uninitialised float32 memory from torch's allocator, which accounts for it; aligned to cache lines.
+class Space {
+ public:
+  explicit Space(int64_t floats) {
+    if (floats > 0) tensor_ = torch::stable::empty({floats}, ScalarType::Float);
+    at_ = floats > 0 ? static_cast<float*>(tensor_->mutable_data_ptr()) : nullptr;
+  }
+  float* at(int64_t i) const { return at_ + i; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  float* at_;
+};
+
+}  // namespace mmk

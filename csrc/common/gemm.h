@@ -1,0 +1,86 @@
+// C (+)= A B in float32, register-tiled. Columns are vector lanes: B and C are cut into panels of kPanel columns.
+//
+//   A(i, p)  at  a + i * a_row + p * a_col     with a_col 1 (rows) or a_row 1 (kTransposed)
+//   B(p, j)  at  b + (j / kPanel) * b_panel + p * b_row + j % kPanel
+//   C(i, j)  at  c + (j / kPanel) * c_panel + i * c_row + j % kPanel
+//
+// A panel stride of kPanel is a row-major matrix; a larger one keeps the panels apart, each dense. Columns are computed up
+// to the next multiple of kWidth, so B must be readable and C writable there.
+#pragma once
+#include "common/simd.h"
+
+namespace mmk::MMK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;  // 12 x 2 accumulators of 32 registers
+#elif defined(__AVX__)
+constexpr int kTileRows = 6;  // of 16
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kPanel = 2 * kWidth;
+
+struct Gemm {
+  const float* a;
+  int64_t a_stride;  // of rows, or of columns when transposed
+  const float* b;
+  int64_t b_row, b_panel;
+  float* c;
+  int64_t c_row, c_panel;
+};
+
+template <int kRows, int kVecs, bool kTransposed>
+static void micro_kernel(const float* __restrict a, int64_t a_stride, const float* __restrict b, int64_t b_row,
+                         float* __restrict c, int64_t c_row, int64_t depth, bool accumulate) {
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = accumulate ? load(c + i * c_row + v * kWidth) : Vec{};
+  for (int64_t p = 0; p < depth; ++p) {
+    Vec columns[kVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec scalar = splat(kTransposed ? a[i] : a[i * a_stride]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[i][v] += scalar * columns[v];
+    }
+    a += kTransposed ? a_stride : 1;
+    b += b_row;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) store(c + i * c_row + v * kWidth, acc[i][v]);
+}
+
+template <int kVecs, bool kTransposed, int kRows = kTileRows>
+MMK_INLINE void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_row, float* c,
+                                int64_t c_row, int64_t depth, bool accumulate) {
+  if (rows == kRows)
+    micro_kernel<kRows, kVecs, kTransposed>(a, a_stride, b, b_row, c, c_row, depth, accumulate);
+  else if constexpr (kRows > 1)
+    micro_kernel_of<kVecs, kTransposed, kRows - 1>(rows, a, a_stride, b, b_row, c, c_row, depth, accumulate);
+}
+
+template <bool kTransposed>
+static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    const float* b = g.b + j / kPanel * g.b_panel;
+    float* c = g.c + j / kPanel * g.c_panel;
+    const bool wide = columns - j > kWidth;
+    for (int64_t tile = 0, i = 0, next; tile < tiles; ++tile, i = next) {
+      next = (tile + 1) * rows / tiles;  // tiles of almost equal height: a last one of one row would be slow
+      const float* a = g.a + (kTransposed ? i : i * g.a_stride);
+      if (wide)
+        micro_kernel_of<2, kTransposed>(next - i, a, g.a_stride, b, g.b_row, c + i * g.c_row, g.c_row, depth, accumulate);
+      else
+        micro_kernel_of<1, kTransposed>(next - i, a, g.a_stride, b, g.b_row, c + i * g.c_row, g.c_row, depth, accumulate);
+    }
+  }
+}
+
+}  // namespace mmk::MMK_ISA
