@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 CONFIGS = Path(__file__).resolve().parent / "configs"
 INTERPRETER = 0  # the capability that stands for Triton's interpreter: largest tiles that still leave edges
 _DEFAULTS = {}
@@ -65,3 +67,16 @@ def tiles(kernel: str, dims: tuple, dtype: str, capability: int, gpu: str = "") 
         nearest = min(near, key=lambda row: sum(abs(a - b) for a, b in zip(row["dims"], dims, strict=True)))
         tiles = tiles._replace(**nearest["tiles"])
     return tiles
+
+
+@functools.cache
+def _device_facts(device: torch.device) -> tuple:
+    if device.type != "cuda":
+        return INTERPRETER, ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, gpu_folder(torch.cuda.get_device_name(device))
+
+
+def device_tiles(kernel: str, dims: tuple, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """Tiles of `kernel` on `device`; a CPU stands for the interpreter."""
+    return tiles(kernel, dims, str(dtype).removeprefix("torch."), *_device_facts(device))

@@ -38,41 +38,47 @@ class ReportCase(NamedTuple):
 
 
 class Cover(NamedTuple):
-    """A head dim as `steps` chunks of `first` and one of `second` (0: none); powers of two from 16, the excess masked."""
+    """A head dim as `steps` chunks of `first` and one of `second` (0: none): powers of two from 16, the excess masked."""
 
     first: int
     steps: int
     second: int
 
 
+def _power(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
 def cover(dim: int, chunk: int = 0) -> Cover:
-    """Covers `dim` with at most two powers of two, wasting little (261 = 256 + 16), or, where that is wider than
-    `chunk` allows, with equal chunks to loop over. `chunk` 0 means no limit."""
-    whole = max(16, triton.next_power_of_2(dim))
-    first = max(16, whole // 2)
-    second = max(16, triton.next_power_of_2(dim - first)) if dim > first else 0
-    best = Cover(first, 1, second) if first + second < whole else Cover(whole, 1, 0)
-    if chunk and best.first + best.second > chunk:
-        return Cover(chunk, triton.cdiv(dim, chunk), 0) if dim > chunk else Cover(min(whole, chunk), 1, 0)
-    return best
+    """Covers `dim` by at most two powers of two held at once (261 = 256 + 16) or, where `chunk` says so, by a loop over
+    chunks and a rest (704 = 5 * 128 + 64)."""
+    if chunk and dim > chunk:
+        steps, rest = divmod(dim, chunk)
+        return Cover(chunk, steps + 1, 0) if rest > chunk // 2 else Cover(chunk, steps, _power(rest) if rest else 0)
+    whole = _power(dim)
+    first = whole // 2
+    if 16 <= first < dim and first + _power(dim - first) < whole:
+        return Cover(first, 1, _power(dim - first))
+    return Cover(whole, 1, 0)
 
 
 @triton.jit
-def load_tile(base, rows, row_stride, row_mask, columns, column_stride, COLUMNS: tl.constexpr):
-    """base[rows, columns] with zeros where `row_mask` is false or the column is not below COLUMNS."""
+def load_tile(base, rows, row_stride, inside, start, column_stride, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
+    """base[rows, start : start + WIDTH], zeros where `inside` (a vector over rows) is false or the column is not below
+    LIMIT; a LIMIT of 0 means that the caller knows the columns to exist."""
+    columns = start + tl.arange(0, WIDTH)
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    if COLUMNS % columns.shape[0] == 0:  # a power of two: no tile starts inside and ends outside
-        mask = row_mask[:, None]
-    else:
-        mask = row_mask[:, None] & (columns < COLUMNS)[None, :]
-    return tl.load(base + offsets, mask=mask, other=0.0)
+    if LIMIT > 0:
+        return tl.load(base + offsets, mask=inside[:, None] & (columns < LIMIT)[None, :], other=0.0)
+    return tl.load(base + offsets, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
-def store_tile(base, rows, row_stride, row_mask, columns, column_stride, COLUMNS: tl.constexpr, tile):
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    mask = row_mask[:, None] & (columns < COLUMNS)[None, :]
-    tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=mask)
+def store_tile(base, rows, row_stride, inside, start, tile, LIMIT: tl.constexpr):
+    """base[rows, start : start + width] = tile with contiguous columns, where `inside` and below LIMIT."""
+    columns = start + tl.arange(0, tile.shape[1])
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=inside[:, None] & (columns < LIMIT)[None, :])
 
 
 # --- Dropout by counter: the arithmetic of dropout.py ---------------------------------------------------------------------
@@ -128,18 +134,19 @@ def split_count(tiles: int, blocks: int, device: torch.device, num_warps: int) -
 
 @triton.jit
 def merge_kernel(
-    partial,  # float32 (splits, rows, columns): sums of exp2(score - top) times value
-    top,  # float32 (splits, rows): largest score of the split, base 2; -inf where it has no key
-    total,  # float32 (splits, rows): sum of exp2(score - top)
+    partial,  # float32 (splits, rows, columns): sums of exp(score - top) times value
+    top,  # float32 (splits, rows): largest score of the split; -inf where it has no key
+    total,  # float32 (splits, rows): sum of exp(score - top)
     out,  # (rows, columns)
     lse,  # float32 (rows): natural logarithm
     rows,
     columns,
     splits,
+    BASE2: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Puts softmax over split keys together: out = sum_s 2^(top_s - top) partial_s / sum_s 2^(top_s - top) total_s."""
+    """Softmax over split keys put together: out = sum_s exp(top_s - top) partial_s / sum_s exp(top_s - top) total_s."""
     column_blocks = tl.cdiv(columns, BLOCK_C)
     pid = tl.program_id(0)
     r = (pid // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -154,14 +161,17 @@ def merge_kernel(
         m_split = tl.load(top + row, mask=inside, other=float("-inf"))
         m_new = tl.maximum(m, m_split)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        keep, gain = tl.exp2(m - shift), tl.exp2(m_split - shift)
+        keep = tl.exp2(m - shift) if BASE2 else tl.exp(m - shift)
+        gain = tl.exp2(m_split - shift) if BASE2 else tl.exp(m_split - shift)
         z = z * keep + tl.load(total + row, mask=inside, other=0.0) * gain
-        acc = acc * keep[:, None] + tl.load(partial + row[:, None] * columns + c[None, :], mask=mask, other=0.0) * gain[:, None]
+        acc = (
+            acc * keep[:, None] + tl.load(partial + row[:, None] * columns + c[None, :], mask=mask, other=0.0) * gain[:, None]
+        )
         m = m_new
         row += rows
     z = tl.where(z == 0.0, 1.0, z)
     tl.store(out + r[:, None] * columns + c[None, :], (acc / z[:, None]).to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + r, (m + tl.log2(z)) * LN_2, mask=inside & (pid % column_blocks == 0))
+    tl.store(lse + r, (m + tl.log2(z)) * LN_2 if BASE2 else m + tl.log(z), mask=inside & (pid % column_blocks == 0))
 
 
 @triton.jit
@@ -177,13 +187,18 @@ def sum_kernel(partial, out, size, splits, BLOCK: tl.constexpr):
     tl.store(out + index, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def merge_splits(partial, top, total, out, lse) -> None:
-    """Fills `out` (..., C) and `lse` (...) from `partial` (S, ..., C) and `top`, `total` (S, ...); all contiguous."""
+def merge_splits(partial, top, total, out, lse, base2: bool = True) -> None:
+    """Fills `out` (..., C) and `lse` (...) from `partial` (S, ..., C) and `top`, `total` (S, ...); all contiguous.
+
+    `base2`: the scores are in base 2 rather than e.
+    """
     splits, columns = partial.shape[0], partial.shape[-1]
     rows = lse.numel()
     block_r, block_c = (64, 1024) if _backends.INTERPRET else (4, min(256, max(16, triton.next_power_of_2(columns))))
     grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
-    merge_kernel[grid](partial, top, total, out, lse, rows, columns, splits, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    merge_kernel[grid](
+        partial, top, total, out, lse, rows, columns, splits, BASE2=base2, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4
+    )
 
 
 def sum_splits(partial, out) -> None:
