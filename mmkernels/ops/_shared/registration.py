@@ -33,10 +33,13 @@ def attach_fakes(namespace: str) -> None:
             torch.library.register_fake(f"{namespace}::{name}", function)
 
 
-@torch.compiler.assume_constant_result
 def _define_triton_ops(family: str) -> bool:
     """Imports the family's Triton kernels, which defines their ops: on first use, also while a graph is being traced."""
     return importlib.import_module(f"mmkernels.ops.{family}.kernels") is not None
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler, which takes seconds.
+_define_triton_ops._dynamo_marked_constant = True
 
 
 def forward_backward(family: str, backend: str):
