@@ -53,11 +53,11 @@ def main(arguments: list | None = None) -> int:
         return parsed.run(parsed) or 0
     except CommandError as error:
         message = str(error)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", "mmkernels", "bench"):
+        if package in ("mmkernels", "bench"):
             raise
-        message = f"it needs {package}, which is not installed (the source tree's requirements.txt has all that is used)"
+        message = f"it needs {package}, which is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
     print(f"python -m mmkernels {name}: {message}", file=sys.stderr)
     return 1
 

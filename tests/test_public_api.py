@@ -1,0 +1,73 @@
+"""The public names and their signatures. They may grow; what is here does not change."""
+
+import inspect
+
+import pytest
+
+import mmkernels
+from mmkernels import models, modules, ops
+from mmkernels.models import perceiver
+
+SIGNATURES = {
+    ops.attention: "(q, k, v, *, key_mask=None, bias=None, scale=None, dropout_p=0.0, dropout_seed=None, return_lse=False, "
+    "backend='auto')",
+    ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
+    "position=None, key_mask=None, scale=None, backend='auto')",
+    mmkernels.explain: "(op_name, *args, **kwargs)",
+    mmkernels.use_backend: "(name)",
+    modules.LatentCrossAttention: "(query_channels, input_channels, *, num_heads=1, qk_channels=None, v_channels=None, "
+    "output_channels=None, shape_for_attention='kv', eps=1e-05, backend='auto', device=None, dtype=None)",
+    modules.LatentCrossAttention.forward: "(self, latents, inputs, *, position=None, key_mask=None)",
+    modules.LatentSelfAttention: "(channels, *, num_heads=8, qk_channels=None, v_channels=None, output_channels=None, "
+    "eps=1e-05, backend='auto', device=None, dtype=None)",
+    modules.LatentSelfAttention.forward: "(self, latents, *, key_mask=None)",
+    modules.FourierPositions: "(index_shape, num_bands, max_resolution=None, *, device=None, dtype=None)",
+    modules.FourierPositions.forward: "(self)",
+    modules.set_backend: "(model, backend)",
+    models.load: "(name_or_path, *, device=None, dtype=None, **overrides)",
+    perceiver.from_official: "(config, state_dict, *, backend='auto')",
+    perceiver.Perceiver.save_pretrained: "(self, path)",
+}
+
+
+def without_annotations(function) -> str:
+    signature = inspect.signature(function)
+    empty = inspect.Parameter.empty
+    parameters = [parameter.replace(annotation=empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signature(function):
+    assert without_annotations(function) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (mmkernels, {"BackendError", "explain", "models", "modules", "ops", "testing", "train", "use_backend"}),
+        (ops, {"attention", "latent_attention"}),
+        (modules, {"FourierPositions", "LatentCrossAttention", "LatentSelfAttention", "set_backend"}),
+        (models, {"load", "names", "perceiver"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_public_names(module, names):
+    assert names <= set(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+def test_every_public_thing_says_what_it_is():
+    for function in SIGNATURES:
+        if function.__name__ != "forward":
+            assert function.__doc__, function.__qualname__
+
+
+def test_unknown_names():
+    with pytest.raises(AttributeError, match="no attribute 'latent_attention'"):
+        mmkernels.latent_attention  # noqa: B018
+    with pytest.raises(ValueError, match="op_name is 'softmax'; allowed are 'attention', 'latent_attention'"):
+        mmkernels.explain("softmax")
+    with pytest.raises(ValueError, match="backend is 'magic'; allowed are 'auto', 'cuda'"):
+        mmkernels.use_backend("magic")
