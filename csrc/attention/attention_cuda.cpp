@@ -1,9 +1,10 @@
 // The registered ops of the attention family on CUDA tensors: checks, allocation, geometry of every pass, launches.
+#include "attention/attention_cuda.h"
+
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
-#include "attention/attention_cuda.h"
 #include "common/cuda_binding.h"
 #include "common/waves.h"
 
@@ -39,8 +40,8 @@ void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_
                   shape.size());
   int64_t i = 0;
   for (int64_t size : shape) {
-    STD_TORCH_CHECK(t.size(i) == size || (broadcast && t.size(i) == 1), name, " has size ", t.size(i), " in dimension ", i,
-                    "; it must be ", size, broadcast ? " or 1" : "");
+    STD_TORCH_CHECK(t.size(i) == size || (broadcast && t.size(i) == 1), name, " has size ", t.size(i), " in dimension ",
+                    i, "; it must be ", size, broadcast ? " or 1" : "");
     ++i;
   }
 }
@@ -80,7 +81,8 @@ struct Call {
     STD_TORCH_CHECK(q.dim() == 4, "q has ", q.dim(), " dimensions; it must have 4: (B, H, N, D)");
     check_like(k, "k", q, q.scalar_type());
     check_like(v, "v", q, q.scalar_type());
-    STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4, "k and v have ", k.dim(), " and ", v.dim(), " dimensions; it must be 4");
+    STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4, "k and v have ", k.dim(), " and ", v.dim(),
+                    " dimensions; it must be 4");
     const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
     check_shape(k, "k", {batch, heads, keys, q.size(3)});
     check_shape(v, "v", {batch, heads, keys, v.size(3)});
@@ -198,9 +200,9 @@ Pass pass_over_queries(const Call& c) {
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_mask,
-                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, double scale,
-                                   double dropout_p) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const std::optional<Tensor>& key_mask, const std::optional<Tensor>& bias,
+                                   const std::optional<Tensor>& seed, double scale, double dropout_p) {
   const OnDevice device(q);
   const Call call(q, k, v, key_mask, bias, seed, scale, dropout_p);
   Pass p = pass_over_keys(call);
@@ -220,9 +222,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   p.partial_lse = p.partial + partial * p.width;
   check_launch(mmk_attention_pass(call.dtype, Mode::forward, &p, device.stream), "attention_fwd");
   if (p.splits > 1) {
-    check_launch(mmk_attention_merge(call.dtype, p.partial, p.partial_lse, p.splits, rows, p.width, p.out, p.lse,
-                                     device.stream),
-                 "attention_fwd");
+    check_launch(
+        mmk_attention_merge(call.dtype, p.partial, p.partial_lse, p.splits, rows, p.width, p.out, p.lse, device.stream),
+        "attention_fwd");
   }
   return {out, lse};
 }
@@ -243,10 +245,12 @@ void run_backward(const Call& call, Mode mode, Pass& p, const Tensor& out, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_in, const std::optional<Tensor>& dlse_in,
-                                                    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_in,
-                                                    const Tensor& lse_in, const std::optional<Tensor>& key_mask,
-                                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& seed,
-                                                    double scale, double dropout_p, int64_t wanted) {
+                                                    const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    const Tensor& out_in, const Tensor& lse_in,
+                                                    const std::optional<Tensor>& key_mask,
+                                                    const std::optional<Tensor>& bias,
+                                                    const std::optional<Tensor>& seed, double scale, double dropout_p,
+                                                    int64_t wanted) {
   const OnDevice device(q);
   Call call(q, k, v, key_mask, bias, seed, scale, dropout_p);
   const int64_t batch = call.common.batch, heads = call.common.heads, queries = call.common.queries;
@@ -276,8 +280,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_in, const
   const Matrix dout_matrix = matrix_of(dout, call.size, false);
   const Tensor delta = empty(q, {batch, heads, queries}, ScalarType::Float);
   if (delta.numel()) {
-    check_launch(mmk_attention_delta(call.dtype, &dout_matrix, out.const_data_ptr(), dlse ? floats(*dlse) : nullptr, batch,
-                                     heads, queries, width, floats(delta), device.stream),
+    check_launch(mmk_attention_delta(call.dtype, &dout_matrix, out.const_data_ptr(), dlse ? floats(*dlse) : nullptr,
+                                     batch, heads, queries, width, floats(delta), device.stream),
                  "attention_bwd");
   }
   call.common.lse = floats(lse);

@@ -1,6 +1,5 @@
 // Attention on tensor cores with mma.sync (sm_80 and newer). attention_cuda.h says which pass is which.
 #include "attention/attention_cuda.h"
-
 #include "common/dropout.h"
 #include "common/ptx.cuh"
 #include "common/tile.cuh"
@@ -16,7 +15,8 @@ struct Place {
   int row, column;
 };
 
-__device__ __forceinline__ Rows rows_of(const Pass& p, const Matrix& m, const Place& at, int size, int rows, int columns) {
+__device__ __forceinline__ Rows rows_of(const Pass& p, const Matrix& m, const Place& at, int size, int rows,
+                                        int columns) {
   return {static_cast<const char*>(m.data) + (at.batch * m.batch + at.head * m.head) * size,
           m.row * size,
           rows,
@@ -121,8 +121,8 @@ __device__ __forceinline__ void drop(float (&s)[Blocks][4], uint32_t keep) {
 }
 
 template <class Out, int Blocks>
-__device__ __forceinline__ void store_rows(Out* out, const float (&d)[Blocks][4], const float (&factor)[2], const Place& at,
-                                           const Pass& p, int first_column) {
+__device__ __forceinline__ void store_rows(Out* out, const float (&d)[Blocks][4], const float (&factor)[2],
+                                           const Place& at, const Pass& p, int first_column) {
 #pragma unroll
   for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
@@ -169,7 +169,8 @@ __device__ __forceinline__ void store_bias(unsigned char* shared, const float (&
   for (int i = threadIdx.x; i < rows_here * kColumns; i += blockDim.x) {
     const int64_t row = home.row + i / kColumns, column = home.column + i % kColumns;
     if (row < p.bias_sizes[2] && column < p.bias_sizes[3]) {
-      p.partial[(matrix * p.bias_sizes[2] + row) * p.bias_sizes[3] + column] = tile[i / kColumns * kWidth + i % kColumns];
+      p.partial[(matrix * p.bias_sizes[2] + row) * p.bias_sizes[3] + column] =
+          tile[i / kColumns * kWidth + i % kColumns];
     }
   }
 }
@@ -226,8 +227,8 @@ __global__ void __launch_bounds__(mode == Mode::bias ? kMaxThreads / 2 : kMaxThr
     return at;
   };
 
-  // Shared memory: the resident rows, chunk after chunk; then the stages of the pipeline, each one chunk of a column tile,
-  // followed by the same chunk of the rows where these are not resident.
+  // Shared memory: the resident rows, chunk after chunk; then the stages of the pipeline, each one chunk of a column
+  // tile, followed by the same chunk of the rows where these are not resident.
   unsigned char* const resident = shared_memory();
   unsigned char* const stages = resident + (p.resident ? (a_chunks + b_chunks) * rows_here * kRowBytes : 0);
   const int stage_bytes = (kColumns + (p.resident ? 0 : rows_here)) * kRowBytes;
@@ -240,8 +241,14 @@ __global__ void __launch_bounds__(mode == Mode::bias ? kMaxThreads / 2 : kMaxThr
       const Place at = place(fetched_item);
       const bool is_a = fetched_chunk < a_chunks, is_value = fetched_chunk >= a_chunks + b_chunks;
       const int column = (fetched_chunk - (is_a ? 0 : is_value ? a_chunks + b_chunks : a_chunks)) * kChunk<T>;
-      const Rows columns = rows_of(p, is_a ? p.columns_a : is_value ? p.values : p.columns_b, at, kSize, p.columns,
-                                   is_a ? p.a_dim : is_value ? min(p.width, first_value + p.tile_width) : p.b_dim);
+      const Rows columns = rows_of(p,
+                                   is_a       ? p.columns_a
+                                   : is_value ? p.values
+                                              : p.columns_b,
+                                   at, kSize, p.columns,
+                                   is_a       ? p.a_dim
+                                   : is_value ? min(p.width, first_value + p.tile_width)
+                                              : p.b_dim);
       load_chunk<T>(stage, columns, at.column, kColumns, column + (is_value ? first_value : 0));
       if (!p.resident && !is_value) {
         const Rows rows = rows_of(p, is_a ? p.rows_a : p.rows_b, at, kSize, p.rows, is_a ? p.a_dim : p.b_dim);
@@ -261,7 +268,7 @@ __global__ void __launch_bounds__(mode == Mode::bias ? kMaxThreads / 2 : kMaxThr
     fetch();
     return stage;
   };
-  auto dot = [&](float(&d)[kTileBlocks][4], int resident_chunk, int chunks, int dim) {
+  auto dot = [&](float (&d)[kTileBlocks][4], int resident_chunk, int chunks, int dim) {
     for (int c = 0; c < chunks; ++c) {
       const unsigned char* stage = next_stage();
       const unsigned char* rows =
@@ -369,8 +376,8 @@ __global__ void __launch_bounds__(mode == Mode::bias ? kMaxThreads / 2 : kMaxThr
 
 // One block a row.
 template <class T>
-__global__ void merge_kernel(const float* partial, const float* partial_lse, int64_t splits, int64_t rows, int64_t width,
-                             T* out, float* lse) {
+__global__ void merge_kernel(const float* partial, const float* partial_lse, int64_t splits, int64_t rows,
+                             int64_t width, T* out, float* lse) {
   const int64_t row = blockIdx.x;
   float top = -INFINITY;
   for (int64_t s = 0; s < splits; ++s) top = fmaxf(top, partial_lse[s * rows + row]);
@@ -398,13 +405,13 @@ __global__ void sum_kernel(const float* partial, int64_t splits, int64_t count, 
 
 // One warp a row.
 template <class T>
-__global__ void delta_kernel(const Matrix dout, const T* out, const float* dlse, int64_t heads, int64_t rows, int64_t width,
-                             int64_t count, float* delta) {
+__global__ void delta_kernel(const Matrix dout, const T* out, const float* dlse, int64_t heads, int64_t rows,
+                             int64_t width, int64_t count, float* delta) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (row >= count) return;  // a whole warp
   const int64_t matrix = row / rows;
-  const T* gradient =
-      static_cast<const T*>(dout.data) + matrix / heads * dout.batch + matrix % heads * dout.head + row % rows * dout.row;
+  const T* gradient = static_cast<const T*>(dout.data) + matrix / heads * dout.batch + matrix % heads * dout.head +
+                      row % rows * dout.row;
   float sum = 0.0f;
   for (int64_t e = threadIdx.x % 32; e < width; e += 32) sum += to_float(gradient[e]) * to_float(out[row * width + e]);
   for (int bits = 16; bits; bits /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bits);
@@ -413,12 +420,12 @@ __global__ void delta_kernel(const Matrix dout, const T* out, const float* dlse,
 
 template <class T, Mode mode, int Blocks>
 int start(const Pass& p, void* stream) {
-  const int64_t blocks =
-      mode == Mode::bias ? p.splits * p.bias_sizes[0] * p.bias_sizes[1] * (p.bias_sizes[2] == 1 ? 1 : p.row_tiles) *
-                               (p.bias_sizes[3] == 1 ? 1 : p.column_tiles)
-                         : p.splits * p.batch * p.heads * p.row_tiles * p.value_tiles;
-  return launch(attention_kernel<T, mode, Blocks>, dim3(static_cast<unsigned>(blocks)), dim3(32 * p.warps), p.shared_bytes,
-                stream, p);
+  const int64_t blocks = mode == Mode::bias
+                             ? p.splits * p.bias_sizes[0] * p.bias_sizes[1] * (p.bias_sizes[2] == 1 ? 1 : p.row_tiles) *
+                                   (p.bias_sizes[3] == 1 ? 1 : p.column_tiles)
+                             : p.splits * p.batch * p.heads * p.row_tiles * p.value_tiles;
+  return launch(attention_kernel<T, mode, Blocks>, dim3(static_cast<unsigned>(blocks)), dim3(32 * p.warps),
+                p.shared_bytes, stream, p);
 }
 
 template <class T, Mode mode>
@@ -460,8 +467,8 @@ int mmk_attention_merge(Dtype dtype, const float* partial, const float* partial_
                         int64_t width, void* out, float* lse, void* stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return mmk::launch(merge_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(64), 0, stream, partial, partial_lse, splits,
-                       rows, width, static_cast<T*>(out), lse);
+    return mmk::launch(merge_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(64), 0, stream, partial, partial_lse,
+                       splits, rows, width, static_cast<T*>(out), lse);
   });
 }
 
@@ -473,8 +480,8 @@ int mmk_attention_sum(Dtype dtype, const float* partial, int64_t splits, int64_t
   });
 }
 
-int mmk_attention_delta(Dtype dtype, const Matrix* dout, const void* out, const float* dlse, int64_t batch, int64_t heads,
-                        int64_t rows, int64_t width, float* delta, void* stream) {
+int mmk_attention_delta(Dtype dtype, const Matrix* dout, const void* out, const float* dlse, int64_t batch,
+                        int64_t heads, int64_t rows, int64_t width, float* delta, void* stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     return mmk::launch(delta_kernel<T>, dim3(blocks_of(batch * heads * rows, 4)), dim3(128), 0, stream, *dout,

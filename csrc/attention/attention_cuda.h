@@ -1,6 +1,8 @@
-// What the binding tells the kernels. Plain data: the binding is compiled without CUDA headers, the kernels without torch's.
+// What the binding tells the kernels. Plain data: the binding is compiled without CUDA headers, the kernels without
+// torch's.
 //
-// Every pass of attention, forward and backward, is the same walk: a block keeps some rows and goes over tiles of columns,
+// Every pass of attention, forward and backward, is the same walk: a block keeps some rows and goes over tiles of
+// columns,
 //     S = a_rows a_columns^T            then weights W from S, and in backward from dP = b_rows b_columns^T as well
 //     out = W values                    over one tile of the values' columns
 //
@@ -21,42 +23,42 @@ enum class Mode : int { forward, backward, bias };
 struct Matrix {  // (B, H, rows, columns), columns with stride 1; strides in elements
   const void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
-  int copy_bytes = 0;     // see Rows in common/tile.cuh
-  bool is_keys = false;   // the key mask hides its rows
+  int copy_bytes = 0;    // see Rows in common/tile.cuh
+  bool is_keys = false;  // the key mask hides its rows
 };
 
 struct Pass {
   Matrix rows_a, rows_b, columns_a, columns_b, values;
   int64_t batch, heads;
   int queries, keys;
-  int rows, columns;          // queries and keys in the order of this pass
-  int a_dim, b_dim, width;    // b_dim is 0 when W is P
+  int rows, columns;        // queries and keys in the order of this pass
+  int a_dim, b_dim, width;  // b_dim is 0 when W is P
   bool rows_are_keys;
-  float scale;                // of the scores
-  float out_scale;            // of the result
+  float scale;      // of the scores
+  float out_scale;  // of the result
 
   const uint8_t* key_mask;
   int64_t mask_batch, mask_key;
   const void* bias;
   bool bias_is_fp32;
-  int64_t bias_strides[4];    // 0 where it is broadcast
-  const int64_t* seed;        // null: no dropout
+  int64_t bias_strides[4];  // 0 where it is broadcast
+  const int64_t* seed;      // null: no dropout
   uint32_t drop_below;
   float keep_scale;
 
-  float* lse;                 // (B, H, N): written by forward, read by backward
-  const float* delta;         // (B, H, N): rowsum(dout out) - dlse
-  void* out;                  // (B, H, rows, width) of the inputs' dtype; used when there is one split
-  float* partial;             // (splits, B, H, rows, width) otherwise; (splits, *bias's shape) for dbias
-  float* partial_lse;         // (splits, B, H, rows)
+  float* lse;          // (B, H, N): written by forward, read by backward
+  const float* delta;  // (B, H, N): rowsum(dout out) - dlse
+  void* out;           // (B, H, rows, width) of the inputs' dtype; used when there is one split
+  float* partial;      // (splits, B, H, rows, width) otherwise; (splits, *bias's shape) for dbias
+  float* partial_lse;  // (splits, B, H, rows)
 
   // Geometry, from plan_pass.
   int warps, row_tiles, column_tiles, value_tiles, tile_width;
-  int blocks_of_8;            // of the accumulator: which instantiation runs
-  int64_t items;              // column tiles a piece of work walks (dbias: tiles that add up in one entry)
+  int blocks_of_8;  // of the accumulator: which instantiation runs
+  int64_t items;    // column tiles a piece of work walks (dbias: tiles that add up in one entry)
   int64_t splits, items_per_split;
   int shared_bytes;
-  bool resident;              // the rows stay in shared memory; otherwise they are read again with every column tile
+  bool resident;  // the rows stay in shared memory; otherwise they are read again with every column tile
   int64_t bias_sizes[4];
 };
 
@@ -79,6 +81,7 @@ int mmk_attention_merge(mmk::attention::Dtype dtype, const float* partial, const
 int mmk_attention_sum(mmk::attention::Dtype dtype, const float* partial, int64_t splits, int64_t count, void* out,
                       void* stream);
 // delta = rowsum(dout out) - dlse; dlse may be null.
-int mmk_attention_delta(mmk::attention::Dtype dtype, const mmk::attention::Matrix* dout, const void* out, const float* dlse,
-                        int64_t batch, int64_t heads, int64_t rows, int64_t width, float* delta, void* stream);
+int mmk_attention_delta(mmk::attention::Dtype dtype, const mmk::attention::Matrix* dout, const void* out,
+                        const float* dlse, int64_t batch, int64_t heads, int64_t rows, int64_t width, float* delta,
+                        void* stream);
 }

@@ -292,8 +292,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
   if (threads == 0 || threads > 1024 || threads % 32 != 0) {
     launch_error = "a block of " + std::to_string(threads) + " threads; it must be a multiple of 32, 32 to 1024";
   } else if (shared_bytes > static_cast<size_t>(shared_memory_limit())) {
-    launch_error = std::to_string(shared_bytes) + " bytes of shared memory; a block has " +
-                   std::to_string(shared_memory_limit());
+    launch_error =
+        std::to_string(shared_bytes) + " bytes of shared memory; a block has " + std::to_string(shared_memory_limit());
   } else if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
     launch_error = "a grid of more than 2147483647 x 65535 x 65535 blocks";
   }
@@ -461,9 +461,21 @@ void multiply(void* const* lanes) {
       }
     }
   }
+  // Tensor cores add 16 bytes of exact products at a time to the accumulator and truncate the sum to fp32.
   for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < depth; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    for (int first = 0; first < depth; first += depth / 2) {
+      double sum[8];
+      for (int column = 0; column < 8; ++column) sum[column] = d[row][column];
+      for (int k = first; k < first + depth / 2; ++k) {
+        for (int column = 0; column < 8; ++column) sum[column] += double{a[row][k]} * b[k][column];
+      }
+      for (int column = 0; column < 8; ++column) {
+        uint64_t bits;
+        std::memcpy(&bits, &sum[column], 8);
+        bits &= ~uint64_t{0} << 29;
+        std::memcpy(&sum[column], &bits, 8);
+        d[row][column] = static_cast<float>(sum[column]);
+      }
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
