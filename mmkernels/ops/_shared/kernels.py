@@ -21,9 +21,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 class ReportCase(NamedTuple):
     """All that compiling one kernel for an architecture takes; see `mmkernels kernel-report`.
 
-    `signature` maps every argument to a Triton type, "constexpr" or, for a tuple, a tuple of them. `constexprs` holds the
-    values, an argument's name or a path (argument index, place in the tuple) as the key. Pointers, and integers whose
-    type is written with a "D" suffix ("i32:16"), are known to be divisible by 16.
+    `signature` maps every argument, in order, to its Triton type, "constexpr", or a tuple of them where the argument is a
+    tuple. Pointers, and integers written "i32:16", are known to be divisible by 16. `constexprs` holds the values, with an
+    argument's name or a path (argument index, place in the tuple) as the key; `options` what the launch says.
     """
 
     name: str

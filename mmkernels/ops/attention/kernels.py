@@ -592,6 +592,17 @@ def _backward_bias_tiles(dims, dtype, capability):
 # --- Launchers ------------------------------------------------------------------------------------------------------------
 
 
+def _columns(head_dim, value_dim, tiles) -> dict:
+    """The constexprs that say how the head dims are covered."""
+    (d1, d_steps, d2), (e1, e_steps, e2) = cover(head_dim, tiles.head), cover(value_dim, tiles.value)
+    return dict(D=head_dim, D1=d1, D_STEPS=d_steps, D2=d2, E=value_dim, E1=e1, E_STEPS=e_steps, E2=e2)
+
+
+def _held(columns) -> bool:
+    """Whether a program holds whole rows of both head dims, and so can compute both gradients of the keys' side."""
+    return columns["D_STEPS"] == 1 and columns["E_STEPS"] == 1
+
+
 class _Problem:
     """What every launch of one call shares."""
 
@@ -619,11 +630,7 @@ class _Problem:
         return _tuning.device_tiles(kernel, (self.head_dim, self.value_dim), self.q.dtype, self.q.device)
 
     def columns(self, tiles) -> dict:
-        """The constexprs that say how the head dims are covered."""
-        (d1, d_steps, d2), (e1, e_steps, e2) = cover(self.head_dim, tiles.head), cover(self.value_dim, tiles.value)
-        return dict(
-            D=self.head_dim, D1=d1, D_STEPS=d_steps, D2=d2, E=self.value_dim, E1=e1, E_STEPS=e_steps, E2=e2
-        )  # fmt: skip
+        return _columns(self.head_dim, self.value_dim, tiles)
 
     def options(self, tiles) -> dict:
         return dict(
@@ -821,8 +828,7 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dr
         if wanted & 1:
             _one_side(p, False, dout, statistics, dq, None)
         if wanted & 2:
-            columns = p.columns(p.tiles("attention_backward_keys"))
-            if columns["D_STEPS"] == 1 and columns["E_STEPS"] == 1:
+            if _held(p.columns(p.tiles("attention_backward_keys"))):
                 _one_side(p, True, dout, statistics, dk, dv)
             else:
                 _one_side(p, True, dout, statistics, dk, None)
@@ -830,6 +836,78 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dr
         if wanted & 4:
             _bias(p, dout, statistics, dbias)
     return dq, dk, dv, dbias
+
+
+# --- For the kernel report ------------------------------------------------------------------------------------------------
+
+_CODES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_REPORTED = {  # name: kernel, its tiles, constexprs, what has what kind of rows
+    "forward": (forward_kernel, dict(SPLIT=False), dict(q="D", k="D", v="E")),
+    "backward_queries": (
+        backward_kernel,
+        dict(OWN_KEYS=False, FIRST=True, SECOND=False),
+        dict(a="D", a2="E", b="D", b2="E"),
+    ),
+    "backward_keys": (
+        backward_kernel,
+        dict(OWN_KEYS=True, FIRST=True, SECOND=True),
+        dict(a="D", a2="E", b="D", b2="E"),
+    ),
+    "backward_bias": (bias_kernel, dict(SUM_N=False, SUM_M=False), dict(q="D", k="D", v="E", dout="E")),
+}
+
+
+def report_case(name, dims, dtype, capability, tiles=None, *, extras=False) -> ReportCase:
+    """One kernel of `_REPORTED` for head dims `dims`; `extras` adds a key mask, a bias and dropout."""
+    kernel, constexprs, rows = _REPORTED[name]
+    if tiles is None:
+        tiles = _tuning.tiles(f"attention_{name}", dims, dtype, capability)
+    covered = _columns(*dims, tiles)
+    blocks = dict(BLOCK_N=tiles.queries, BLOCK_M=tiles.keys)
+    if kernel is backward_kernel:
+        own = (tiles.keys, tiles.queries) if constexprs["OWN_KEYS"] else (tiles.queries, tiles.keys)
+        blocks = dict(BLOCK_OWN=own[0], BLOCK_OTHER=own[1])
+        if constexprs["OWN_KEYS"] and not _held(covered):
+            constexprs = constexprs | dict(SECOND=False)
+    values = constexprs | covered | blocks | dict(PRECISION="ieee", HAS_MASK=extras, HAS_BIAS=extras, DROPOUT=extras)
+    code, signature, final = _CODES[dtype], {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        absent = argument in ("top",) or argument == "da2" and not values["SECOND"]
+        absent |= argument in ("key_mask", "seed") and not extras
+        absent |= argument == "bias" and not extras and kernel is not bias_kernel
+        tensor = argument.removesuffix("_strides")
+        if argument in values or absent:
+            signature[argument] = "constexpr"
+            final[argument] = values.get(argument)
+        elif tensor != argument:
+            dim = dims[0] if rows.get(tensor) == "D" else dims[1] if tensor in rows else 16
+            step = "i32:16" if dim % 16 == 0 else "i32"
+            signature[argument] = (step, "constexpr") if tensor == "mask" else (step, step, step, "constexpr")
+            final[index, len(signature[argument]) - 1] = 1
+        elif argument in ("scale", "keep_scale"):
+            signature[argument] = "fp32"
+        elif argument in ("statistics", "lse"):
+            signature[argument] = "*fp32"
+        elif argument in ("key_mask", "seed"):
+            signature[argument] = "*u8" if argument == "key_mask" else "*i64"
+        elif argument in (*rows, "out", "bias", "da", "da2", "dbias"):
+            signature[argument] = f"*{code}"
+        else:
+            signature[argument] = "i32"
+    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    title = f"attention_{name} {dims[0]}/{dims[1]} {dtype}" + (" mask+bias+dropout" if extras else "")
+    return ReportCase(title, kernel, signature, final, options, capability)
+
+
+def report_cases():
+    """Every kernel at published head dims, for the report that compiles them without a GPU."""
+    for capability in (80, 90, 100):
+        for name in _REPORTED:
+            for dim in (64, 128, 256, 261, 512, 704):
+                yield report_case(name, (dim, dim), "bfloat16", capability)
+            for dim in (64, 261):
+                yield report_case(name, (dim, dim), "float32", capability)
+            yield report_case(name, (64, 64), "bfloat16", capability, extras=True)
 
 
 # --- Registration ---------------------------------------------------------------------------------------------------------
