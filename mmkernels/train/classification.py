@@ -9,13 +9,15 @@ import torch
 from .. import models
 from ..models.registry import InputError, read_json, require, write_atomically
 from .compare import classification_loss
-from .data.images import Preprocessing
+from .data import derive_seed
+from .data.images import Images, Preprocessing
 from .loop import Task
 
 TASK = "task.json"
 
 
-def make_task(training, held_out, fingerprint) -> Task:
+def make_task(training: Images, held_out: Images) -> Task:
+    fingerprint = f"{derive_seed(training.fingerprint(), held_out.fingerprint()):016x}"
     return Task(training, held_out, classification_loss, accuracy, fingerprint)
 
 

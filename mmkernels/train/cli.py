@@ -102,7 +102,6 @@ def _train(arguments, load_data):
     from .. import models
     from ..models import InputError
     from . import checkpoint, classification, compare, loop
-    from .data import derive_seed
 
     started = time.perf_counter()
     if arguments.threads:
@@ -127,8 +126,7 @@ def _train(arguments, load_data):
         weight_decay=arguments.weight_decay,
         seed=arguments.seed,
     )
-    fingerprint = derive_seed(classes, preprocessing, training.labels, held_out.labels, [str(i) for i in training.images])
-    task = classification.make_task(training, held_out, f"{fingerprint:x}")
+    task = classification.make_task(training, held_out)
 
     with checkpoint.locked(arguments.output):
         if arguments.restart:

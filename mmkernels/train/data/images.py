@@ -64,7 +64,7 @@ class Images(torch.utils.data.Dataset):
     """(epoch, index) -> (image (size, size, channels), label); epoch None: no augmentation.
 
     Args:
-        images: tensors (channels, s, s), or paths to read.
+        images: a tensor (n, channels, s, s), or a list of paths to read.
         labels: class numbers.
         preprocessing: how an image becomes an input.
         shift: largest shift, as a share of the side.
@@ -87,6 +87,12 @@ class Images(torch.utils.data.Dataset):
             image = self.preprocessing.read(image)
         transform = None if epoch is None else self._draw(epoch, index)
         return self.preprocessing.finish(image, transform), self.labels[index]
+
+    def fingerprint(self) -> int:
+        """Changes with the images (tensors by value, files by path), the labels, and how they are read and augmented."""
+        images = self.images
+        images = [str(i) for i in images] if not isinstance(images, torch.Tensor) else images.numpy().tobytes()
+        return derive_seed(images, self.labels, self.preprocessing, self.shift, self.scale, self.flip, self.seed)
 
     def _draw(self, epoch, index):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, index))
