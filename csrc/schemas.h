@@ -27,6 +27,10 @@ void define_schemas(Library& m) {
   m.def(
       "latent_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor x, Tensor? position, Tensor? key_mask, Tensor out, "
       "Tensor lse, float scale, float eps, int wanted) -> (Tensor, Tensor, Tensor)");
+  // The whole forward with absorbed projections, for inference on a CPU: arguments as mmkernels.ops.latent_attention.
+  m.def(
+      "latent_attention(Tensor q, Tensor x, Tensor w_k, Tensor w_v, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor? b_v, Tensor? position, Tensor? key_mask, int num_heads, float scale, float eps) -> Tensor");
 }
 
 }  // namespace mmk

@@ -4,11 +4,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 
 #include "common/check.h"
-#include "common/isa.h"
+#include "common/parallel.h"
 #include "common/waves.h"
 
 namespace mmk {
@@ -26,34 +25,6 @@ extern const AttentionKernels attention_kernels;
 #endif
 
 namespace {
-
-// Few queries leave most lanes of a wide vector empty: half as wide is twice as fast.
-const AttentionKernels& kernels_for(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::kV4) return v4::attention_kernels;
-  if (isa == Isa::kV3) return v3::attention_kernels;
-#endif
-  return base::attention_kernels;
-}
-
-// Calls f(part, worker) for every part; workers take the next part when they are free.
-template <class F>
-void for_parts(int64_t parts, int64_t threads, const F& f) {
-  std::atomic<int64_t> next{0};
-  auto work = [&](int64_t first, int64_t last) {
-    for (int64_t worker = first; worker < last; ++worker)
-      for (int64_t part; (part = next++) < parts;) f(part, worker);
-  };
-  if (std::min(threads, parts) <= 1)
-    work(0, 1);
-  else
-    torch::stable::parallel_for(0, std::min(threads, parts), 1, work);
-}
-
-int64_t threads_for(const Attention& a) {
-  const double operations = 2.0 * a.batch * a.heads * a.queries * a.keys * (a.qk_dim + a.v_dim);
-  return operations < 2e6 ? 1 : torch::stable::get_num_threads();  // waking threads costs as much
-}
 
 int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
 
@@ -76,6 +47,10 @@ struct Cut {
   }
 };
 
+int64_t threads_for(const Attention& a) {
+  return mmk::threads_for(2.0 * a.batch * a.heads * a.queries * a.keys * (a.qk_dim + a.v_dim));
+}
+
 // Row parts of at most `most_rows`, and as many as threads need, but none below kChunkRows for that.
 int64_t plan_row_parts(const Attention& a, int64_t problems, int64_t threads, int64_t most_rows) {
   const int64_t for_threads = std::min(ceil_div(threads, problems), a.queries / kChunkRows);
@@ -85,8 +60,12 @@ int64_t plan_row_parts(const Attention& a, int64_t problems, int64_t threads, in
 }  // namespace
 
 const AttentionKernels& attention_kernels(int64_t queries) {
-  const Isa isa = chosen_isa();
-  return kernels_for(isa == Isa::kV4 && queries <= 8 ? Isa::kV3 : isa);
+#if defined(__x86_64__)
+  const Isa isa = isa_for(queries);
+  if (isa == Isa::kV4) return v4::attention_kernels;
+  if (isa == Isa::kV3) return v3::attention_kernels;
+#endif
+  return base::attention_kernels;
 }
 
 void attention_forward(const Attention& a) {

@@ -6,6 +6,9 @@
 //
 // A panel stride of kPanel is a row-major matrix; a larger one keeps the panels apart, each dense. Columns are computed up
 // to the next multiple of kWidth, so B must be readable and C writable there.
+//
+// Long sums are cut into stretches that are added up: the rounding error grows with the root of a stretch, and a stretch of
+// a panel of B stays in the first cache level.
 #pragma once
 #include "common/simd.h"
 
@@ -19,6 +22,7 @@ constexpr int kTileRows = 6;  // of 16
 constexpr int kTileRows = 4;
 #endif
 constexpr int kPanel = 2 * kWidth;
+constexpr int64_t kStretch = 192;
 
 struct Gemm {
   const float* a;
@@ -36,7 +40,7 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) acc[i][v] = accumulate ? load(c + i * c_row + v * kWidth) : Vec{};
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
   for (int64_t p = 0; p < depth; ++p) {
     Vec columns[kVecs];
 #pragma GCC unroll 2
@@ -53,11 +57,14 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) store(c + i * c_row + v * kWidth, acc[i][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = c + i * c_row + v * kWidth;
+      store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
+    }
 }
 
 template <int kVecs, bool kTransposed, int kRows = kTileRows>
-MMK_INLINE void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_row, float* c,
+static void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_row, float* c,
                                 int64_t c_row, int64_t depth, bool accumulate) {
   if (rows == kRows)
     micro_kernel<kRows, kVecs, kTransposed>(a, a_stride, b, b_row, c, c_row, depth, accumulate);
@@ -67,18 +74,20 @@ MMK_INLINE void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, 
 
 template <bool kTransposed>
 static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  // Tiles of almost equal height, stretches of almost equal length: a last one of one row would be slow.
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, stretches = (depth + kStretch - 1) / kStretch;
   for (int64_t j = 0; j < columns; j += kPanel) {
-    const float* b = g.b + j / kPanel * g.b_panel;
-    float* c = g.c + j / kPanel * g.c_panel;
     const bool wide = columns - j > kWidth;
-    for (int64_t tile = 0, i = 0, next; tile < tiles; ++tile, i = next) {
-      next = (tile + 1) * rows / tiles;  // tiles of almost equal height: a last one of one row would be slow
-      const float* a = g.a + (kTransposed ? i : i * g.a_stride);
-      if (wide)
-        micro_kernel_of<2, kTransposed>(next - i, a, g.a_stride, b, g.b_row, c + i * g.c_row, g.c_row, depth, accumulate);
-      else
-        micro_kernel_of<1, kTransposed>(next - i, a, g.a_stride, b, g.b_row, c + i * g.c_row, g.c_row, depth, accumulate);
+    for (int64_t stretch = 0; stretch < stretches; ++stretch) {
+      const int64_t p = stretch * depth / stretches, length = (stretch + 1) * depth / stretches - p;
+      const float* b = g.b + j / kPanel * g.b_panel + p * g.b_row;
+      for (int64_t tile = 0, i = 0, next; tile < tiles; ++tile, i = next) {
+        next = (tile + 1) * rows / tiles;
+        const float* a = g.a + (kTransposed ? p * g.a_stride + i : i * g.a_stride + p);
+        float* c = g.c + j / kPanel * g.c_panel + i * g.c_row;
+        const auto kernel = wide ? micro_kernel_of<2, kTransposed> : micro_kernel_of<1, kTransposed>;
+        kernel(next - i, a, g.a_stride, b, g.b_row, c, g.c_row, length, accumulate || stretch > 0);
+      }
     }
   }
 }

@@ -24,7 +24,7 @@ using IntVec = int32_t __attribute__((vector_size(4 * kWidth)));
 using UintVec = uint32_t __attribute__((vector_size(4 * kWidth)));
 using ShortVec = uint16_t __attribute__((vector_size(2 * kWidth)));
 
-MMK_INLINE Vec splat(float x) { return Vec{} + x; }
+MMK_INLINE Vec splat(float x) { return x - Vec{}; }  // x + 0 would have to turn -0 into 0
 
 MMK_INLINE Vec load(const float* p) {
   Vec v;

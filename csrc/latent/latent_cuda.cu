@@ -91,30 +91,58 @@ __device__ __forceinline__ void clear(float (&d)[M][N][4]) {
   }
 }
 
-// d += a b^T over the channels; a: 16 * M rows, b: 8 * N rows of `pitch` elements.
+// d += part; tensor cores cut fp32 sums off instead of rounding them, so fp32 results take only short sums from them.
+template <int M, int N>
+__device__ __forceinline__ void add(float (&d)[M][N][4], const float (&part)[M][N][4]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[m][n][i] += part[m][n][i];
+    }
+  }
+}
+
+// d += a b^T over one step of channels; a: 16 * M rows, b: 8 * N rows, both at this lane's ldmatrix addresses.
+template <class T, int M, int N>
+__device__ __forceinline__ void multiply_step(float (&d)[M][N][4], const T* a, const T* b, int pitch) {
+  uint32_t fa[M][4], fb[N][2];
+#pragma unroll
+  for (int m = 0; m < M; ++m) ptx::ldmatrix_x4(fa[m], a + m * 16 * pitch);
+  if constexpr (N == 1) {
+    ptx::ldmatrix_x2(fb[0], b);
+  } else {
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32_t two[4];
+      ptx::ldmatrix_x4(two, b + n * 8 * pitch);
+      fb[n][0] = two[0], fb[n][1] = two[1], fb[n + 1][0] = two[2], fb[n + 1][1] = two[3];
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) multiply<T>(d[m][n], fa[m], fb[n][0], fb[n][1]);
+  }
+}
+
+// d = a b^T over `depth` channels.
 template <class T, int M, int N>
 __device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], const T* a, const T* b, int pitch, int depth, int lane) {
   a += lane % 16 * pitch + lane / 16 * kVector<T>;
   b += (lane % 8 + (N > 1 ? lane / 16 * 8 : 0)) * pitch + lane / 8 % 2 * kVector<T>;
+  clear(d);
+  if constexpr (sizeof(T) == 2) {
 #pragma unroll 2
-  for (int k = 0; k < depth; k += kDepth<T>) {
-    uint32_t fa[M][4], fb[N][2];
-#pragma unroll
-    for (int m = 0; m < M; ++m) ptx::ldmatrix_x4(fa[m], a + m * 16 * pitch + k);
-    if constexpr (N == 1) {
-      ptx::ldmatrix_x2(fb[0], b + k);
-    } else {
-#pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        uint32_t two[4];
-        ptx::ldmatrix_x4(two, b + n * 8 * pitch + k);
-        fb[n][0] = two[0], fb[n][1] = two[1], fb[n + 1][0] = two[2], fb[n + 1][1] = two[3];
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) multiply<T>(d[m][n], fa[m], fb[n][0], fb[n][1]);
+    for (int k = 0; k < depth; k += kDepth<T>) multiply_step<T>(d, a + k, b + k, pitch);
+  } else {
+    for (int k = 0; k < depth; k += 2 * kDepth<T>) {
+      float part[M][N][4];
+      clear(part);
+      multiply_step<T>(part, a + k, b + k, pitch);
+      multiply_step<T>(part, a + k + kDepth<T>, b + k + kDepth<T>, pitch);
+      add(d, part);
     }
   }
 }
@@ -136,21 +164,50 @@ __device__ __forceinline__ void load_columns(uint32_t (&b)[4], const T* tile, in
 template <class T, class Tile>
 __device__ __forceinline__ void accumulate(float (&sum)[Tile::kFragments][2 * Tile::kPairs][4], const T* w, int w_pitch,
                                            const T* tile, int pitch, int pairs, const Thread<Tile>& at) {
+  constexpr int M = Tile::kFragments;
   w += at.lane % 16 * w_pitch + at.lane / 16 * kVector<T>;
-#pragma unroll 1
-  for (int k = 0; k < Tile::kColumns; k += kDepth<T>) {
-    uint32_t a[Tile::kFragments][4];
+  auto load_weights = [&](uint32_t(&a)[M][4], int k) {
 #pragma unroll
-    for (int m = 0; m < Tile::kFragments; ++m) ptx::ldmatrix_x4(a[m], w + m * 16 * w_pitch + k);
+    for (int m = 0; m < M; ++m) ptx::ldmatrix_x4(a[m], w + m * 16 * w_pitch + k);
+  };
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll 1
+    for (int k = 0; k < Tile::kColumns; k += kDepth<T>) {
+      uint32_t a[M][4];
+      load_weights(a, k);
+#pragma unroll
+      for (int p = 0; p < Tile::kPairs; ++p) {
+        if (at.pair(p) < pairs) {
+          uint32_t b[4];
+          load_columns(b, tile + k * pitch + at.pair(p) * 16, pitch, at.lane);
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            multiply<T>(sum[m][2 * p], a[m], b[0], b[1]);
+            multiply<T>(sum[m][2 * p + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+    }
+  } else {
 #pragma unroll
     for (int p = 0; p < Tile::kPairs; ++p) {
       if (at.pair(p) < pairs) {
-        uint32_t b[4];
-        load_columns(b, tile + k * pitch + at.pair(p) * 16, pitch, at.lane);
+        float part[M][2][4];
+        clear(part);
+        for (int k = 0; k < Tile::kColumns; k += kDepth<T>) {
+          uint32_t a[M][4], b[4];
+          load_weights(a, k);
+          load_columns(b, tile + k * pitch + at.pair(p) * 16, pitch, at.lane);
 #pragma unroll
-        for (int m = 0; m < Tile::kFragments; ++m) {
-          multiply<T>(sum[m][2 * p], a[m], b[0], b[1]);
-          multiply<T>(sum[m][2 * p + 1], a[m], b[2], b[3]);
+          for (int m = 0; m < M; ++m) {
+            multiply<T>(part[m][0], a[m], b[0], b[1]);
+            multiply<T>(part[m][1], a[m], b[2], b[3]);
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sum[m][2 * p + i / 4][i % 4] += part[m][i / 4][i % 4];
         }
       }
     }
@@ -412,7 +469,7 @@ struct Share {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, Plan plan, Forward f, bool staged) {
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(Problem p, Plan plan, Forward f, bool staged) {
   using Shared = ForwardShared<T, Tile>;
   const Shared shared(p, staged, shared_memory());
   const Thread<Tile> at;
@@ -437,7 +494,6 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, Plan plan,
 
     float s[Tile::kFragments][Tile::kScores][4];
     if (active && at.scores) {
-      clear(s);
       multiply_rows<T>(s, shared.q + at.first_row * pitch, shared.keys.tile + at.first_score * pitch, pitch, padded(p),
                        at.lane);
 #pragma unroll
@@ -609,7 +665,7 @@ struct BackwardQShared {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads) backward_q_kernel(Problem p, Plan plan, Backward b, bool staged) {
+__global__ void __launch_bounds__(kThreads, 1) backward_q_kernel(Problem p, Plan plan, Backward b, bool staged) {
   using Shared = BackwardQShared<T, Tile>;
   const Shared shared(p, staged, shared_memory());
   const Thread<Tile> at;
@@ -643,8 +699,6 @@ __global__ void __launch_bounds__(kThreads) backward_q_kernel(Problem p, Plan pl
     if (active && at.scores) {
       float s[Tile::kFragments][Tile::kScores][4], dp[Tile::kFragments][Tile::kScores][4];
       const T* keys = shared.keys.tile + at.first_score * pitch;
-      clear(s);
-      clear(dp);
       multiply_rows<T>(s, shared.q + at.first_row * pitch, keys, pitch, padded(p), at.lane);
       multiply_rows<T>(dp, shared.dout + at.first_row * pitch, keys, pitch, padded(p), at.lane);
 #pragma unroll
@@ -810,7 +864,7 @@ __device__ void normalise_backward(const Problem& p, const float (&g)[Tile::kFra
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads) backward_x_kernel(Problem p, Plan plan, Backward b, bool doubled) {
+__global__ void __launch_bounds__(kThreads, 1) backward_x_kernel(Problem p, Plan plan, Backward b, bool doubled) {
   using Shared = BackwardXShared<T, Tile>;
   const Shared shared(p, doubled, shared_memory());
   const Thread<Tile> at;
@@ -836,8 +890,6 @@ __global__ void __launch_bounds__(kThreads) backward_x_kernel(Problem p, Plan pl
       if (at.scores) {
         float s[Tile::kFragments][Tile::kScores][4], dp[Tile::kFragments][Tile::kScores][4];
         const T* keys = shared.keys.tile + at.first_row * pitch;
-        clear(s);
-        clear(dp);
         multiply_rows<T>(s, keys, shared.q + (start + at.first_score) * pitch, pitch, padded(p), at.lane);
         multiply_rows<T>(dp, keys, shared.dout + (start + at.first_score) * pitch, pitch, padded(p), at.lane);
 #pragma unroll
