@@ -1,6 +1,6 @@
-"""Runs one training command again and again and kills it: `kill_and_resume.py JSON`, prints one exit status per attempt.
+"""Runs a training command again and again and kills it: `kill_and_resume.py JSON`, prints the exit statuses.
 
-JSON: {"arguments": [...], "attempts": [...]}; an attempt is {} (runs to its end), {"after": seconds} or {"call": "fsync" or
+JSON: [[arguments, [attempt, ...]], ...]; an attempt is {} (runs to its end), {"after": seconds} or {"call": "fsync" or
 "replace", "number": n} (the process dies in front of its n-th call of that function, in the middle of a save). Attempts are
 forks of a process that has imported everything, so that a kill falls into the training.
 """
@@ -47,6 +47,5 @@ def attempt(arguments, after=None, call=None, number=None):
 
 
 torch.set_num_threads(1)
-request = json.loads(sys.argv[1])
-for options in request["attempts"]:
-    print(f"status {attempt(request['arguments'], **options)}", flush=True)
+for arguments, attempts in json.loads(sys.argv[1]):
+    print("statuses", [attempt(arguments, **options) for options in attempts], flush=True)

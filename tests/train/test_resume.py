@@ -21,19 +21,8 @@ OPTIONS = (
 ).split()
 
 
-def run(output, attempts):
-    request = {"arguments": [*OPTIONS, "--output", str(output)], "attempts": attempts}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kill_and_resume.py")), json.dumps(request)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")], done
+SAVES = [{"call": call, "number": number} for call in ("fsync", "replace") for number in (1, 4)]
+RESULTS = [{"call": "replace", "number": number} for number in (1, 2, 3, 4)]
 
 
 def content(path):
@@ -42,35 +31,46 @@ def content(path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    output = tmp_path_factory.mktemp("whole")
-    statuses, _ = run(output, [{}])
-    assert statuses == [0]
-    return {name: content(output / name) for name in ("model.safetensors", checkpoint.NAME)}
-
-
-def check_same(output, uninterrupted):
-    for name, expected in uninterrupted.items():
-        assert content(output / name) == expected, name
-    assert not list(output.glob(".*.part")), "a temporary file was left"
-
-
-def test_killed_at_random_moments(tmp_path, uninterrupted):
-    moments = [round(random.uniform(0.1, 1.2), 2) for _ in range(4)]
+def trainings(tmp_path_factory):
+    """{name: (folder, exit statuses)} of one training that nobody disturbs and of two that are killed."""
+    moments = [round(random.uniform(0.1, 1.0), 2) for _ in range(4)]
     print("killed after", moments)
-    statuses, done = run(tmp_path, [{"after": seconds} for seconds in moments] + [{}])
-    assert statuses[-1] == 0 and set(statuses[:-1]) <= {-9, 0}, done.stderr
-    check_same(tmp_path, uninterrupted)
+    plans = {
+        "whole": [{}],
+        "random": [*({"after": seconds} for seconds in moments), {}],
+        "saving": [*SAVES, {"call": "replace", "number": 999}, *RESULTS, {}],
+    }
+    folders = {name: tmp_path_factory.mktemp(name) for name in plans}
+    request = [[[*OPTIONS, "--output", str(folders[name])], attempts] for name, attempts in plans.items()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kill_and_resume.py")), json.dumps(request)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    statuses = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("statuses")]
+    return {name: (folders[name], status) for name, status in zip(plans, statuses, strict=True)}
 
 
-def test_killed_while_saving(tmp_path, uninterrupted):
-    """In front of the write to disk and of the rename, of a state and of each result file."""
-    attempts = [{"call": call, "number": number} for call in ("fsync", "replace") for number in (1, 4)]
-    ends = [{"call": "replace", "number": number} for number in (1, 2, 3, 4)]  # nothing is left to train: the results
-    statuses, done = run(tmp_path, [*attempts, {"call": "replace", "number": 999}, *ends, {}])
-    assert statuses == [-9] * len(attempts) + [0] + [-9] * len(ends) + [0], done.stderr
-    assert "resuming" in done.stdout
-    check_same(tmp_path, uninterrupted)
+def check_same(trainings, name):
+    for file in ("model.safetensors", checkpoint.NAME):
+        assert content(trainings[name][0] / file) == content(trainings["whole"][0] / file), file
+    assert not list(trainings[name][0].glob(".*.part")), "a temporary file was left"
+
+
+def test_killed_at_random_moments(trainings):
+    assert trainings["whole"][1] == [0]
+    assert trainings["random"][1][-1] == 0 and set(trainings["random"][1]) <= {-9, 0}
+    check_same(trainings, "random")
+
+
+def test_killed_while_saving(trainings):
+    """In front of the write to disk and of the rename: of a state, and of each result file when all is trained."""
+    assert trainings["saving"][1] == [-9] * len(SAVES) + [0] + [-9] * len(RESULTS) + [0]
+    check_same(trainings, "saving")
 
 
 def test_the_same_command_only(tmp_path, capsys):

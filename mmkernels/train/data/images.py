@@ -38,9 +38,12 @@ class Preprocessing:
         image_library = require("PIL.Image", "train")
         numpy = require("numpy", "train")
         side = self.native_size or self.size
+        filters = image_library.Resampling
+        # Low-resolution recordings are sums over the area of a pixel.
+        resample = filters.BOX if self.native_size else filters.BILINEAR
         try:
             with image_library.open(path) as image:
-                pixels = image.convert(self.mode).resize((side, side), image_library.Resampling.BILINEAR, reducing_gap=3.0)
+                pixels = image.convert(self.mode).resize((side, side), resample, reducing_gap=3.0)
         except (OSError, ValueError, SyntaxError, image_library.DecompressionBombError) as error:
             raise InputError(f"{path} cannot be read as an image: {error}") from error
         tensor = torch.from_numpy(numpy.array(pixels, dtype=numpy.float32) / 255).reshape(side, side, -1).permute(2, 0, 1)
