@@ -5,7 +5,9 @@ once and every output written once. Both belong to the problem, not to a candida
 """
 
 import functools
+import json
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ from mmkernels.ops._shared.waves import MERGE, START, split_keys
 from mmkernels.ops.latent import plan
 
 from .registry import Problem, wanted
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Counts(NamedTuple):
@@ -101,7 +105,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Ceilings:
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)
     flops = 2 * size**3 / _best_time(lambda: torch.mm(a, b, out=out), device)
-    source = torch.randn((2**30 if cuda else 2**26) // 4 * 1, device=device)
+    source = torch.randn((2**30 if cuda else 2**26) // 4, device=device)
     target = torch.empty_like(source).copy_(source)
     bandwidth = 2 * source.nbytes / _best_time(lambda: target.copy_(source), device)
     return Ceilings(flops, bandwidth)
@@ -124,10 +128,11 @@ class Gpu(NamedTuple):
 
 H100 = Gpu("H100 SXM", 132, {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}, 3.35e12, 0.80, 0.90)
 H200 = Gpu("H200", 132, {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}, 4.8e12, 0.80, 0.90)
-A100 = Gpu("A100 SXM 80 GB", 108, {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12}, 2.04e12, 0.85, 0.88)
 # Of a large product's rate, what an attention loop reaches when the chip is full: the exponentials, the running maximum and
-# the rescaling stand between its two products. Published attention kernels for Hopper reach 0.6 to 0.75.
+# the rescaling stand between its two products. Published kernels with wgmma reach 0.6 to 0.75 forward; on Hopper mma.sync
+# gets at about six tenths of what wgmma gets.
 LOOP_SHARE = {"forward": 0.6, "backward": 0.45}
+INSTRUCTION_SHARE = {"wgmma": 1.0, "mma.sync": 0.6}
 
 
 class Prediction(NamedTuple):
@@ -138,35 +143,35 @@ class Prediction(NamedTuple):
     filled: float  # share of the chip that has work, over the time of the kernel
 
 
-def predict(problem: Problem, pass_: str, gpu: Gpu = H200, rows: int = 128, block: int = 64, resident: int = 1) -> Prediction:
-    """Time of a pass from its operations, bytes and waves of thread blocks.
+def predict(
+    problem: Problem, pass_: str, gpu: Gpu = H200, instruction="wgmma", rows: int = 128, block: int = 64, resident: int = 1
+) -> Prediction:
+    """Time of a pass from its operations, bytes and waves of thread blocks, for kernels that do not spill.
 
-    A thread block owns `rows` queries and walks the keys `block` at a time; `resident` of them share a multiprocessor. The
-    backward pass is the sum of one walk per side. Seconds = max(operations / (rate * LOOP_SHARE * filled), bytes / bandwidth)
-    + launches.
+    A thread block owns `rows` queries and walks the keys `block` at a time; `resident` of them share a multiprocessor.
+    Seconds = max(operations / (rate * LOOP_SHARE * INSTRUCTION_SHARE * filled), bytes / bandwidth) + launches.
     """
     if pass_.startswith("step"):
-        suffix = pass_.removeprefix("step")
-        parts = (
-            predict(problem, "forward", gpu, rows, block, resident),
-            predict(problem, "backward" + suffix, gpu, rows, block, resident),
-        )
-        seconds, floor = (sum(p[i] for p in parts) for i in (0, 1))
-        return Prediction(seconds, floor, parts[1].bound, parts[0].splits, min(p.filled for p in parts))
-    counted = counts(problem, pass_)
+        forward = predict(problem, "forward", gpu, instruction, rows, block, resident)
+        backward = predict(problem, "backward" + pass_.removeprefix("step"), gpu, instruction, rows, block, resident)
+        seconds, floor = forward.seconds + backward.seconds, forward.floor + backward.floor
+        return Prediction(seconds, floor, backward.bound, forward.splits, min(forward.filled, backward.filled))
+    counted, kind = counts(problem, pass_), "forward" if pass_ == "forward" else "backward"
     ceilings = Ceilings(gpu.flops[problem.dtype] * gpu.product_share, gpu.bandwidth * gpu.copy_share)
-    kind = "forward" if pass_ == "forward" else "backward"
-    heads_in_rows = problem.op == "latent_attention"  # the rows of all heads stand one after another and share the keys
-    stacked = problem.queries * (problem.heads if heads_in_rows else 1)
-    tiles = problem.batch * (1 if heads_in_rows else problem.heads) * -(-stacked // rows)
-    blocks, slots = -(-problem.keys // block), gpu.multiprocessors * resident
+    # latent_attention stacks the rows of all heads: they share the keys.
+    groups, stacked = problem.batch * problem.heads, problem.queries
+    if problem.op == "latent_attention":
+        groups, stacked = problem.batch, problem.queries * problem.heads
+    tiles, blocks, slots = groups * -(-stacked // rows), -(-problem.keys // block), gpu.multiprocessors * resident
     splits = split_keys(tiles, blocks, slots)
     steps = -(-blocks // splits)
     makespan = -(-tiles * splits // slots) * (steps + START) + (MERGE * splits if splits > 1 else 0.0)
     filled = tiles * blocks / slots / makespan
-    compute = counted.operations / (ceilings.flops * LOOP_SHARE[kind] * filled)
-    memory = counted.bytes / ceilings.bandwidth
-    launches = (1 if splits == 1 else 2) if kind == "forward" else 3
+    rate = ceilings.flops * LOOP_SHARE[kind]
+    if problem.dtype != "float32":
+        rate *= INSTRUCTION_SHARE[instruction]
+    compute, memory = counted.operations / (rate * filled), counted.bytes / ceilings.bandwidth
+    launches = 3 if kind == "backward" else 1 if splits == 1 else 2
     return Prediction(
         max(compute, memory) + launches * gpu.launch,
         ceilings.floor(counted),
@@ -174,3 +179,36 @@ def predict(problem: Problem, pass_: str, gpu: Gpu = H200, rows: int = 128, bloc
         splits,
         filled,
     )
+
+
+def report(gpu: Gpu = H200) -> list:
+    """Lines of Markdown: predicted times of the `gpu` preset, beside the newest measured ones on such a GPU."""
+    from .registry import PRESETS
+
+    measured_rows = {}
+    for path in sorted(RESULTS.glob(f"*{gpu.name.lower().split()[0]}*/*.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            if row["kind"] == "mmkernels" and row["status"] == "ok":
+                measured_rows[row["case"], row["candidate"]] = row
+    lines = [
+        f"## Predicted times on an {gpu.name}",
+        "",
+        "By `bench/roofline.py`: operations of the cheapest plan, bytes read and written once, waves of thread blocks. The",
+        f"floor allows {gpu.product_share:.0%} of the data sheet's product rate and {gpu.copy_share:.0%} of its bandwidth. The",
+        f"prediction takes {LOOP_SHARE['forward']:.0%} (backward {LOOP_SHARE['backward']:.0%}) of that rate for a full chip, and",
+        f"{INSTRUCTION_SHARE['mma.sync']:.0%} of it with `mma.sync` (the CUDA kernels). Spills are not in the model.",
+        "",
+        "| case | GFLOP | MB | floor ms | splits | filled | Triton ms (TFLOP/s) | CUDA ms (TFLOP/s) | measured Triton, CUDA |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in PRESETS["gpu"]:
+        counted = counts(case.problem, case.pass_)
+        triton, cuda = (predict(case.problem, case.pass_, gpu, name) for name in INSTRUCTION_SHARE)
+        times = [f"{p.seconds * 1e3:.3f} ({counted.operations / p.seconds * 1e-12:.0f})" for p in (triton, cuda)]
+        seen = [measured_rows.get((case.id, f"mmkernels {name}")) for name in ("triton", "cuda")]
+        told = [f"{row['ms']:.3f} ({row['tflops']:.0f})" if row else "–" for row in seen]
+        lines.append(
+            f"| {case.id} | {counted.operations / 1e9:.3g} | {counted.bytes / 1e6:.3g} | {triton.floor * 1e3:.3f} | "
+            f"{triton.splits} | {triton.filled:.0%} | {times[0]} | {times[1]} | {', '.join(told)} |"
+        )
+    return [*lines, ""]
