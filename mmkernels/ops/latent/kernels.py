@@ -56,7 +56,16 @@ def _store_rows(base, rows, inside, tiles, CX: tl.constexpr, CP: tl.constexpr, W
 
 @triton.jit
 def _load_block(
-    base, keys, row_stride, UNIT: tl.constexpr, column_stride, visible, c, FIRST: tl.constexpr, COUNT: tl.constexpr
+    base,
+    keys,
+    row_stride,
+    UNIT: tl.constexpr,
+    column_stride,
+    visible,
+    c,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """base[keys, c], zeros where the key is not visible or the column not in [0, COUNT); FIRST is the first of c.
 
@@ -68,7 +77,7 @@ def _load_block(
         mask = mask & (c >= 0)[None, :]
     if FIRST + c.shape[0] > COUNT:
         mask = mask & (c < COUNT)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -83,14 +92,15 @@ def _load_chunk(
     CP: tl.constexpr,
     X_UNIT: tl.constexpr,
     POSITION_UNIT: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     c = START + tl.arange(0, WIDTH)
     if START + WIDTH <= CP:
-        chunk = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP)
+        chunk = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP, EVICT)
     else:
-        chunk = _load_block(inputs[0], keys, strides[0], X_UNIT, strides[1], visible, c - CP, START - CP, CX)
+        chunk = _load_block(inputs[0], keys, strides[0], X_UNIT, strides[1], visible, c - CP, START - CP, CX, EVICT)
         if START < CP:
-            position = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP)
+            position = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP, EVICT)
             chunk = tl.where((c < CP)[None, :], position, chunk)
     return chunk
 
@@ -106,39 +116,97 @@ def _load_keys(
     X_UNIT: tl.constexpr,
     POSITION_UNIT: tl.constexpr,
     WIDTHS: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ):
     """Chunks of [position ; x] of the given keys; zeros where the key is not visible. inputs (x, position), any strides."""
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
         chunk = _load_chunk(
-            inputs, strides, keys.to(tl.int64), visible, _offset(WIDTHS, i), WIDTHS[i], CX, CP, X_UNIT, POSITION_UNIT
+            inputs, strides, keys.to(tl.int64), visible, _offset(WIDTHS, i), WIDTHS[i], CX, CP, X_UNIT, POSITION_UNIT, EVICT
         )
         tiles = tiles + (chunk,)
     return tiles
 
 
-@triton.jit
-def _normalise(tiles, visible, eps, C: tl.constexpr, WIDTHS: tl.constexpr, NORM: tl.constexpr):
-    """LayerNorm without affine, statistics in two passes (the mean may be far larger than the deviation).
+@triton.constexpr_function
+def _group(start, width, cp, x_unit, position_unit):
+    """How many neighbouring columns of a chunk one thread holds."""
+    if start < cp < start + width:
+        return 1
+    return min(8, position_unit if start < cp else x_unit)
 
-    Returns float32 chunks and 1 / deviation. Rows that are not visible stay zero.
+
+@triton.jit
+def _group_statistics(chunk, START: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr):
+    """Sums over groups of neighbouring columns, the squares around each group's mean, and how many columns are real."""
+    GROUPS: tl.constexpr = chunk.shape[1] // GROUP
+    values = tl.reshape(chunk, [chunk.shape[0], GROUPS, GROUP]).to(tl.float32)
+    total = tl.sum(values, 2)
+    if START + chunk.shape[1] <= C:
+        count = tl.full([GROUPS], GROUP, tl.float32)
+        centred = values - (total * (1.0 / GROUP))[:, :, None]
+    else:
+        c = START + tl.reshape(tl.arange(0, chunk.shape[1]), [GROUPS, GROUP])
+        count = tl.sum((c < C).to(tl.float32), 1)
+        group_mean = total * (1.0 / tl.maximum(count, 1.0))[None, :]
+        centred = tl.where((c < C)[None, :, :], values - group_mean[:, :, None], 0.0)
+    return total, tl.sum(tl.sum(centred * centred, 2), 1), count
+
+
+@triton.jit
+def _statistics(
+    tiles,
+    visible,
+    eps,
+    CX: tl.constexpr,
+    CP: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    POSITION_UNIT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """LayerNorm's mean and 1 / deviation; 0 and 1 for no norm. Rows that are not visible get 0 and 0, whatever eps is.
+
+    The mean may be far larger than the deviation, so squares are taken around a mean: first that of a group of columns in
+    one thread, then the groups' means around the row's. No thread keeps its part of the tile in float32 for a second pass.
     """
+    mean = tl.full([tiles[0].shape[0]], 0.0, tl.float32)
+    rstd = tl.full([tiles[0].shape[0]], 1.0, tl.float32)
+    if NORM:
+        groups = ()
+        squares = tl.full([tiles[0].shape[0]], 0.0, tl.float32)
+        for i in tl.static_range(len(WIDTHS)):
+            total, around, count = _group_statistics(
+                tiles[i], _offset(WIDTHS, i), CX + CP, _group(_offset(WIDTHS, i), WIDTHS[i], CP, X_UNIT, POSITION_UNIT)
+            )
+            groups = groups + ((total, count),)
+            squares += around
+            mean += tl.sum(total, 1) / (CX + CP)
+        for i in tl.static_range(len(WIDTHS)):
+            count = groups[i][1][None, :]
+            centred = groups[i][0] * (1.0 / tl.maximum(count, 1.0)) - mean[:, None]
+            squares += tl.sum(centred * centred * count, 1)
+        rstd = tl.rsqrt(squares / (CX + CP) + eps)
+    return mean, tl.where(visible, rstd, 0.0)
+
+
+@triton.jit
+def _normalise(tiles, mean, rstd, C: tl.constexpr, WIDTHS: tl.constexpr):
+    """(x - mean) / deviation in float32, zeros in the columns that are padding."""
+    normalised = ()
+    for i in tl.static_range(len(WIDTHS)):
+        real = _offset(WIDTHS, i) + tl.arange(0, WIDTHS[i]) < C
+        chunk = tl.where(real[None, :], (tiles[i].to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
+        normalised = normalised + (chunk,)
+    return normalised
+
+
+@triton.jit
+def _row_totals(tiles, WIDTHS: tl.constexpr):
     total = tl.sum(tiles[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(WIDTHS)):
         total += tl.sum(tiles[i].to(tl.float32), 1)
-    mean = total / C if NORM else tl.zeros_like(total)
-    square = tl.zeros_like(total)
-    centred = ()
-    for i in tl.static_range(len(WIDTHS)):
-        real = _offset(WIDTHS, i) + tl.arange(0, WIDTHS[i]) < C
-        chunk = tl.where(real[None, :], tiles[i].to(tl.float32) - mean[:, None], 0.0)
-        square += tl.sum(chunk * chunk, 1)
-        centred = centred + (chunk,)
-    rstd = tl.where(visible, tl.rsqrt(square / C + eps) if NORM else 1.0, 0.0)
-    normalised = ()
-    for i in tl.static_range(len(WIDTHS)):
-        normalised = normalised + (centred[i] * rstd[:, None],)
-    return normalised, rstd
+    return total
 
 
 @triton.jit
@@ -183,6 +251,14 @@ def _scaled(tiles, factor, WIDTHS: tl.constexpr):
     return scaled
 
 
+@triton.jit
+def _shifted(tiles, offset, WIDTHS: tl.constexpr):
+    shifted = ()
+    for i in tl.static_range(len(WIDTHS)):
+        shifted = shifted + (tiles[i] - offset[:, None],)
+    return shifted
+
+
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +292,7 @@ def forward(
     Q_BATCHED: tl.constexpr,
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
+    FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -236,6 +313,8 @@ def forward(
     q = _load_rows(q_ptr + batch * Q_BATCHED * R * _offset(WIDTHS, len(WIDTHS)), rows, inside, WIDTHS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = _zeros(BLOCK_R, WIDTHS)
+    q_total = _row_totals(q, WIDTHS)
+    offset = tl.full([BLOCK_R], 0.0, tl.float32)
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.full([BLOCK_R], 0.0, tl.float32)
     last = tl.minimum((split + 1) * split_size, M)
@@ -247,16 +326,25 @@ def forward(
                 mask_ptr + batch * mask_batch + keys.to(tl.int64) * mask_column, mask=visible, other=0
             ).to(tl.int1)
         raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
-        xhat = _cast(_normalise(raw, visible, eps, CX + CP, WIDTHS, NORM)[0], WIDTHS, dtype)
-        s = _inner(q, xhat, WIDTHS, PRECISION) * scale
+        mean, rstd = _statistics(raw, visible, eps, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, NORM)
+        if FOLD:
+            s = (_inner(q, raw, WIDTHS, PRECISION) - q_total[:, None] * mean[None, :]) * rstd[None, :] * scale
+        else:
+            raw = _cast(_normalise(raw, mean, rstd, CX + CP, WIDTHS), WIDTHS, dtype)
+            s = _inner(q, raw, WIDTHS, PRECISION) * scale
         s = tl.where(visible[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key so far: exp2(-inf - 0) = 0, not NaN
         p = tl.exp2((s - shift[:, None]) * LOG2_E)
         shrink = tl.exp2((top - shift) * LOG2_E)
         total = total * shrink + tl.sum(p, 1)
-        acc = _accumulate(_scaled(acc, shrink, WIDTHS), p.to(dtype), xhat, WIDTHS, PRECISION)
+        if FOLD:
+            p *= rstd[None, :]
+            offset = offset * shrink + tl.sum(p.to(dtype).to(tl.float32) * mean[None, :], 1)
+        acc = _accumulate(_scaled(acc, shrink, WIDTHS), p.to(dtype), raw, WIDTHS, PRECISION)
         top = new_top
+    if FOLD:
+        acc = _shifted(acc, offset, WIDTHS)
     base = (split * batches + batch) * R
     if SPLIT:
         tl.store(top_ptr + base + rows, top * LOG2_E, mask=inside)
@@ -311,6 +399,7 @@ def backward_q(
     Q_BATCHED: tl.constexpr,
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
+    FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -330,6 +419,8 @@ def backward_q(
     delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = _zeros(BLOCK_R, WIDTHS)
+    q_total, dout_total = _row_totals(q, WIDTHS), _row_totals(dout, WIDTHS)
+    offset = tl.full([BLOCK_R], 0.0, tl.float32)
     last = tl.minimum((split + 1) * split_size, M)
     for start in tl.range(split * split_size, last, BLOCK_M, num_stages=STAGES):
         keys = start + tl.arange(0, BLOCK_M)
@@ -339,11 +430,22 @@ def backward_q(
                 mask_ptr + batch * mask_batch + keys.to(tl.int64) * mask_column, mask=visible, other=0
             ).to(tl.int1)
         raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
-        xhat = _cast(_normalise(raw, visible, eps, CX + CP, WIDTHS, NORM)[0], WIDTHS, dtype)
-        s = _inner(q, xhat, WIDTHS, PRECISION) * scale
+        mean, rstd = _statistics(raw, visible, eps, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, NORM)
+        if FOLD:
+            s = (_inner(q, raw, WIDTHS, PRECISION) - q_total[:, None] * mean[None, :]) * rstd[None, :] * scale
+            dp = (_inner(dout, raw, WIDTHS, PRECISION) - dout_total[:, None] * mean[None, :]) * rstd[None, :]
+        else:
+            raw = _cast(_normalise(raw, mean, rstd, CX + CP, WIDTHS), WIDTHS, dtype)
+            s = _inner(q, raw, WIDTHS, PRECISION) * scale
+            dp = _inner(dout, raw, WIDTHS, PRECISION)
         p = tl.where(visible[None, :], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
-        ds = p * (_inner(dout, xhat, WIDTHS, PRECISION) - delta[:, None])
-        acc = _accumulate(acc, ds.to(dtype), xhat, WIDTHS, PRECISION)
+        ds = p * (dp - delta[:, None])
+        if FOLD:
+            ds *= rstd[None, :]
+            offset += tl.sum(ds.to(dtype).to(tl.float32) * mean[None, :], 1)
+        acc = _accumulate(acc, ds.to(dtype), raw, WIDTHS, PRECISION)
+    if FOLD:
+        acc = _shifted(acc, offset, WIDTHS)
     acc = _scaled(acc, tl.full([BLOCK_R], 1.0, tl.float32) * scale, WIDTHS)
     _store_rows(dq_ptr + (split * batches + batch) * R * (CX + CP), rows, inside, acc, CX, CP, WIDTHS)
 
@@ -379,6 +481,7 @@ def backward_x(
     Q_BATCHED: tl.constexpr,
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
+    FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     WANT_X: tl.constexpr,
     WANT_POSITION: tl.constexpr,
@@ -406,7 +509,8 @@ def backward_x(
             ).to(tl.int1)
         x = x_ptr + batch * x_batch * X_UNIT
         raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
-        xhat = _cast(_normalise(raw, visible, eps, C, WIDTHS, NORM)[0], WIDTHS, dtype)
+        mean, rstd = _statistics(raw, visible, eps, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, NORM)
+        xhat = _cast(_normalise(raw, mean, rstd, C, WIDTHS), WIDTHS, dtype)
         grad = _zeros(BLOCK_M, WIDTHS)
         for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
             rows = start + tl.arange(0, BLOCK_R)
@@ -421,18 +525,18 @@ def backward_x(
             ds = p * (_inner(xhat, dout, WIDTHS, PRECISION) - delta[None, :]) * scale
             grad = _accumulate(grad, p.to(dtype), dout, WIDTHS, PRECISION)
             grad = _accumulate(grad, ds.to(dtype), q, WIDTHS, PRECISION)
+        level, slope = tl.zeros_like(mean), tl.zeros_like(mean)
         if NORM:
-            # Loaded again: the float32 chunks would not survive the loop in registers.
-            raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
-            xhat32, rstd = _normalise(raw, visible, eps, C, WIDTHS, NORM)
-            mean, slope = tl.zeros_like(rstd), tl.zeros_like(rstd)
+            # Read again, and said to be for the last time: kept from above, the tile would fill the loop's registers.
+            raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, "evict_first")
             for i in tl.static_range(len(WIDTHS)):
-                mean += tl.sum(grad[i], 1) / C
-                slope += tl.sum(grad[i] * xhat32[i], 1) / C
+                level += tl.sum(grad[i], 1)
+                slope += tl.sum(grad[i] * (raw[i].to(tl.float32) - mean[:, None]), 1)
+            level, slope = level / C, slope * rstd * rstd / C
         for i in tl.static_range(len(WIDTHS)):
             value = grad[i]
             if NORM:
-                value = (value - mean[:, None] - xhat32[i] * slope[:, None]) * rstd[:, None]
+                value = (value - level[:, None] - (raw[i].to(tl.float32) - mean[:, None]) * slope[:, None]) * rstd[:, None]
             c = _offset(WIDTHS, i) + tl.arange(0, WIDTHS[i])[None, :]
             if WANT_POSITION and _offset(WIDTHS, i) < CP:
                 pointers = dposition_ptr + keys.to(tl.int64)[:, None] * CP + c
@@ -507,6 +611,7 @@ def _common(q, x, position, key_mask, scale, eps):
         Q_BATCHED=q.shape[0] > 1,
         MASKED=key_mask is not None,
         NORM=eps >= 0,
+        FOLD=eps >= 0 and x.dtype == torch.bfloat16,
         PRECISION=input_precision(x.dtype),
     )
     return strides, facts
@@ -653,6 +758,7 @@ def _report_case(kernel, content, shared, dtype, code, capability):
     constexprs = dict(
         **dict(x_column=1, position_column=1, mask_column=1),
         **dict(CX=content, CP=shared, WIDTHS=chunks(channels), MASKED=False, NORM=True, PRECISION="ieee"),
+        FOLD=dtype == "bfloat16",
         **dict(X_UNIT=math.gcd(16, content), POSITION_UNIT=math.gcd(16, shared), Q_BATCHED=False),
         **launch,
     )
