@@ -35,6 +35,7 @@ template <class T, int Bytes>
 __device__ __forceinline__ void copy_chunk(unsigned char* tile, const Rows& m, int first_row, int count,
                                            int first_column) {
   constexpr int kPieces = kChunkBytes / Bytes, kElements = Bytes / static_cast<int>(sizeof(T));
+#pragma unroll 1
   for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
     const int row = first_row + i / kPieces, piece = i % kPieces, column = first_column + piece * kElements;
     int valid = min(max(m.columns - column, 0), kElements) * static_cast<int>(sizeof(T));
@@ -100,12 +101,12 @@ __device__ __forceinline__ void set_operand(Operand<float>& a, int i, float x) {
   a.small[i] = h.small;
 }
 
-// The left operand: 16 rows of shared memory, 32 bytes of each.
+// The left operand: 16 rows of shared memory, `row_bytes` apart, 32 bytes of each.
 template <class T>
-__device__ __forceinline__ Operand<T> load_left(const unsigned char* rows) {
+__device__ __forceinline__ Operand<T> load_left(const void* rows, int row_bytes = kRowBytes) {
   const int lane = threadIdx.x % 32;
   uint32_t r[4];
-  ptx::ldmatrix_x4(r, rows + lane % 16 * kRowBytes + lane / 16 * 16);
+  ptx::ldmatrix_x4(r, static_cast<const unsigned char*>(rows) + lane % 16 * row_bytes + lane / 16 * 16);
   Operand<T> a;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

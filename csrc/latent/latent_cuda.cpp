@@ -16,8 +16,9 @@ void check_like(const Tensor& t, const char* name, const Tensor& x, ScalarType t
   STD_TORCH_CHECK(t.dim() == rank, name, " has ", t.dim(), " dimensions; it must have ", rank);
   STD_TORCH_CHECK(t.scalar_type() == type, name, " has dtype ", dtype_name(t.scalar_type()), "; it must be ",
                   dtype_name(type));
-  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(),
-                  name, " is not on x's device");
+  STD_TORCH_CHECK(
+      t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), name,
+      " is not on x's device");
 }
 
 void check_size(const Tensor& t, const char* name, int64_t dim, int64_t size) {
@@ -70,10 +71,10 @@ Strided strided(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.st
 
 // The rows of q or dout as the kernels read them: as they are where they are aligned and in the kernels' channel order,
 // otherwise a copy, which `keep` holds.
-Rows aligned_rows(const Problem& p, const Tensor& t, Tensor& keep, void* stream) {
+QueryRows aligned_rows(const Problem& p, const Tensor& t, Tensor& keep, void* stream) {
   const int64_t vector = 16 / static_cast<int64_t>(t.element_size()), width = t.size(2);
   auto whole = [&](int64_t stride) { return stride % vector == 0; };
-  Rows rows{t.const_data_ptr(), t.stride(0), t.stride(1)};
+  QueryRows rows{t.const_data_ptr(), t.stride(0), t.stride(1)};
   const bool direct = p.position == 0 && t.stride(2) == 1 && whole(width) && whole(t.stride(0)) && whole(t.stride(1)) &&
                       reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
   if (!direct) {
@@ -87,15 +88,13 @@ Rows aligned_rows(const Problem& p, const Tensor& t, Tensor& keep, void* stream)
   return rows;
 }
 
-Plan plan_for(const Problem& p, Kernel kernel) {
+// The plan of a kernel whose blocks are tiles of rows times splits of the keys, or (`whole_keys`) tiles of keys.
+Plan plan_for(const Problem& p, int (*planner)(const Problem*, Plan*), bool whole_keys = false) {
   Plan plan{};
-  const int code = mmk_latent_plan(&p, kernel, &plan);
-  STD_TORCH_CHECK(code == 0, "latent: no tile for ", p.content + p.position,
+  STD_TORCH_CHECK(planner(&p, &plan) == 0, "latent: no tile for ", p.content + p.position,
                   " channels fits into the shared memory of this device");
-  if (kernel != Kernel::backward_x) {
-    plan.splits = split_keys(plan.row_tiles * p.batch, plan.key_tiles, plan.slots);
-  }
-  const int64_t blocks = p.batch * (kernel == Kernel::backward_x ? plan.key_tiles : plan.row_tiles * plan.splits);
+  if (!whole_keys) plan.splits = split_keys(plan.row_tiles * p.batch, plan.key_tiles, plan.slots);
+  const int64_t blocks = p.batch * (whole_keys ? plan.key_tiles : plan.row_tiles * plan.splits);
   STD_TORCH_CHECK(blocks <= INT32_MAX, "latent: the problem needs ", blocks, " thread blocks; 2^31 - 1 are allowed");
   return plan;
 }
@@ -117,7 +116,7 @@ std::tuple<Tensor, Tensor> latent_fwd(const Tensor& q, const Tensor& x, const Op
   }
   Tensor packed, sums, tops;
   p.q = aligned_rows(p, q, packed, device.stream);
-  const Plan plan = plan_for(p, Kernel::forward);
+  const Plan plan = plan_for(p, mmk_latent_plan_fwd);
   Forward f{out.mutable_data_ptr(), floats(lse), nullptr, nullptr};
   if (plan.splits > 1) {
     sums = empty(q, {plan.splits, p.batch, p.rows, channels}, ScalarType::Float);
@@ -174,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> latent_bwd(const Tensor& dout, const Optional
   b.lse = static_cast<const float*>(dense_lse.const_data_ptr());
   b.delta = floats(delta);
   if (want_q) {
-    const Plan plan = plan_for(p, Kernel::backward_q);
+    const Plan plan = plan_for(p, mmk_latent_plan_bwd_q);
     b.dq = dq.mutable_data_ptr();
     b.dq_batch = q.size(0);
     if (plan.splits > 1 || b.dq_batch < p.batch) {
@@ -184,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> latent_bwd(const Tensor& dout, const Optional
     check_launch(mmk_latent_bwd_q(&p, &plan, &b, device.stream), "latent_bwd");
   }
   if (want_x || want_position) {
-    const Plan plan = plan_for(p, Kernel::backward_x);
+    const Plan plan = plan_for(p, mmk_latent_plan_bwd_x, true);
     if (want_x) b.dx = dx.mutable_data_ptr();
     if (want_position) {
       b.dtable = dposition.mutable_data_ptr();

@@ -6,9 +6,9 @@ namespace mmk::latent {
 
 enum class Type : int { float32, bfloat16, float16 };
 
-// Matrices of one row per query as the kernels read them: every row starts at a multiple of 16 bytes, its channels are in
-// the kernels' order (those of the position first) and zeros follow up to the next multiple of 16 bytes.
-struct Rows {
+// Matrices of one row per query as the kernels read them: every row starts at a multiple of 16 bytes, its channels are
+// in the kernels' order (those of the position first) and zeros follow up to the next multiple of 16 bytes.
+struct QueryRows {
   const void* data;
   int64_t batch, row;  // strides; batch 0: shared
 };
@@ -23,11 +23,11 @@ struct Problem {
   int64_t table_key, table_channel;
   const bool* mask;  // (batch, keys) or null
   int64_t mask_batch, mask_key;
-  Rows q;
+  QueryRows q;
   float scale, eps;
 };
 
-// How a kernel cuts the problem up, decided by `mmk_latent_plan`; the binding adds the splits.
+// How a kernel cuts the problem up, decided by its planner; the binding adds the splits.
 struct Plan {
   int64_t row_tiles, key_tiles;
   int64_t slots;   // blocks that the device runs at a time
@@ -35,20 +35,21 @@ struct Plan {
 };
 
 struct Forward {
-  void* out;           // (batch, rows, C) contiguous, of the problem's type
-  float* lse;          // (batch, rows)
-  float *sums, *tops;  // with splits: (splits, batch, rows, C) unnormalised outputs; (2, splits, batch, rows) maxima, sums
+  void* out;   // (batch, rows, C) contiguous, of the problem's type
+  float* lse;  // (batch, rows)
+  float *sums,
+      *tops;  // with splits: (splits, batch, rows, C) unnormalised outputs; (2, splits, batch, rows) maxima, sums
 };
 
 struct Backward {
-  Rows dout;
+  QueryRows dout;
   const float *lse, *delta;  // (batch, rows)
   void* dq;                  // (dq_batch, rows, C) contiguous; dq_batch is batch, or 1 for shared queries
   int64_t dq_batch;
-  float* partial_dq;         // (splits, batch, rows, C), or null where a block's result is final
-  void* dx;                  // (batch, keys, content) contiguous, or null
-  void* dtable;              // (keys, position) contiguous, or null
-  float* table_sums;         // (keys, position), where 16-bit sums over the batch need it
+  float* partial_dq;  // (splits, batch, rows, C), or null where a block's result is final
+  void* dx;           // (batch, keys, content) contiguous, or null
+  void* dtable;       // (keys, position) contiguous, or null
+  float* table_sums;  // (keys, position), where 16-bit sums over the batch need it
 };
 
 struct Strided {  // (batch, rows, C) of any strides
@@ -56,13 +57,13 @@ struct Strided {  // (batch, rows, C) of any strides
   int64_t batch, row, channel;
 };
 
-enum class Kernel : int { forward, backward_q, backward_x };
-
 }  // namespace mmk::latent
 
-// All return 0 or a CUDA error code; mmk_latent_plan returns -1 where no tile fits the device's shared memory.
+// All return 0 or a CUDA error code; the planners return -1 where no tile fits the device's shared memory.
 extern "C" {
-int mmk_latent_plan(const mmk::latent::Problem*, mmk::latent::Kernel, mmk::latent::Plan*);
+int mmk_latent_plan_fwd(const mmk::latent::Problem*, mmk::latent::Plan*);
+int mmk_latent_plan_bwd_q(const mmk::latent::Problem*, mmk::latent::Plan*);
+int mmk_latent_plan_bwd_x(const mmk::latent::Problem*, mmk::latent::Plan*);
 int mmk_latent_fwd(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Forward*, void* stream);
 int mmk_latent_bwd_q(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Backward*, void* stream);
 int mmk_latent_bwd_x(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Backward*, void* stream);

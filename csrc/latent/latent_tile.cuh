@@ -1,0 +1,436 @@
+// What the kernels of the latent family share: the tile of rows that a block accumulates, products of shared tiles, the
+// way of q, dout and x into shared memory (x becomes xhat there), and the choice of a tile that fits.
+//
+// Channels are ordered [position ; content] inside the kernels, so that the wide part starts at an even column.
+#pragma once
+#include "common/cuda_device.h"
+#include "common/ptx.cuh"
+#include "common/tile.cuh"
+#include "latent/latent_cuda.h"
+
+namespace mmk::latent {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements of 16 bytes; an mma is two of them deep
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
+__host__ __device__ inline int channels(const Problem& p) { return p.position + p.content; }
+__host__ __device__ inline int padded(const Problem& p) { return round_up(channels(p), 16); }
+
+// --- Who does what
+// ----------------------------------------------------------------------------------------------------
+
+// Eight warps as Groups x ColumnGroups. A warp accumulates 16 * Fragments rows by up to 16 * Pairs channels: of the
+// 16-channel pairs of mma columns, every ColumnGroups-th one. The scores of a block of Columns columns are made by the
+// first kScoreGroups warps of each group, for the rows that the warp accumulates.
+template <int Groups, int Fragments, int Pairs, int Columns>
+struct Tile {
+  static constexpr int kFragments = Fragments, kPairs = Pairs, kColumns = Columns;
+  static constexpr int kRows = 16 * Fragments * Groups;
+  static constexpr int kColumnGroups = kWarps / Groups;
+  static constexpr int kScoreGroups = kColumnGroups < Columns / 8 ? kColumnGroups : Columns / 8;
+  static constexpr int kScores = Columns / kScoreGroups / 8;  // mma column fragments of a warp
+  static constexpr int kChannels = 16 * Pairs * kColumnGroups;
+};
+
+// Where a thread stands. Accumulator element i of fragment (m, n): row m * 16 + g + 8 * (i / 2), column 2 * t + i % 2.
+template <class Tile>
+struct Thread {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int column_group = threadIdx.x / 32 % Tile::kColumnGroups;
+  int first_row = threadIdx.x / 32 / Tile::kColumnGroups * 16 * Tile::kFragments;
+  bool scores = column_group < Tile::kScoreGroups;
+  int first_score = column_group * 8 * Tile::kScores;
+
+  __device__ int row(int m, int half) const { return first_row + m * 16 + g + 8 * half; }
+  __device__ int score(int n) const { return first_score + n * 8 + 2 * t; }
+  __device__ int pair(int p) const { return column_group + p * Tile::kColumnGroups; }
+};
+
+// A block's part of the work: one tile of rows, the keys of one split, one example. Tiles of rows that read the same
+// keys run side by side.
+struct Share {
+  int64_t batch, split, first_row, first_key, last_key;
+
+  __device__ Share(const Problem& p, const Plan& plan, int rows, int columns) {
+    const int64_t block = blockIdx.x;
+    first_row = block % plan.row_tiles * rows;
+    split = block / plan.row_tiles % plan.splits;
+    batch = block / plan.row_tiles / plan.splits;
+    const int64_t tiles = ceil_div(plan.key_tiles, plan.splits);
+    first_key = split * tiles * columns;
+    last_key = min(p.keys, first_key + tiles * columns);
+  }
+};
+
+// --- Matrix products on shared tiles
+// ----------------------------------------------------------------------------------
+
+template <int M, int N>
+__device__ __forceinline__ void clear(float (&d)[M][N][4]) {
+#pragma unroll
+  for (int i = 0; i < M * N * 4; ++i) d[i / 4 / N][i / 4 % N][i % 4] = 0.0f;
+}
+
+// d = a b^T over `depth` channels; a: 16 * M rows, b: 8 * N rows of `pitch` elements.
+template <class T, int M, int N>
+__device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], const T* a, const T* b, int pitch, int depth) {
+  const int lane = threadIdx.x % 32, row_bytes = pitch * static_cast<int>(sizeof(T));
+  b += (lane % 8 + (N > 1 ? lane / 16 * 8 : 0)) * pitch + lane / 8 % 2 * kVector<T>;
+  clear(d);
+#pragma unroll 2
+  for (int k = 0; k < depth; k += 2 * kVector<T>) {
+    uint32_t fb[N][2];
+    if constexpr (N == 1) {
+      ptx::ldmatrix_x2(fb[0], b + k);
+    } else {
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        uint32_t two[4];
+        ptx::ldmatrix_x4(two, b + n * 8 * pitch + k);
+        fb[n][0] = two[0], fb[n][1] = two[1], fb[n + 1][0] = two[2], fb[n + 1][1] = two[3];
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const Operand<T> fa = load_left<T>(a + m * 16 * pitch + k, row_bytes);
+#pragma unroll
+      for (int n = 0; n < N; ++n) multiply<T>(d[m][n], fa, fb[n][0], fb[n][1]);
+    }
+  }
+}
+
+// The b operands of a 2 * kVector x 16 piece of a tile of rows.
+template <class T>
+__device__ __forceinline__ void load_columns(uint32_t (&b)[4], const T* tile, int pitch, int lane) {
+  if constexpr (sizeof(T) == 2) {
+    ptx::ldmatrix_x4_trans(b, tile + lane % 16 * pitch + lane / 16 * 8);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      b[i] = __float_as_uint(tile[(lane % 4 + i % 2 * 4) * pitch + lane / 4 + i / 2 * 8]);
+    }
+  }
+}
+
+// sum += w tile over the block's columns; w: this warp's rows of weights, tile: a row of channels for each column.
+template <class T, class Tile>
+__device__ __forceinline__ void accumulate(float (&sum)[Tile::kFragments][2 * Tile::kPairs][4], const T* w, int w_pitch,
+                                           const T* tile, int pitch, int pairs, const Thread<Tile>& at) {
+#pragma unroll 1
+  for (int k = 0; k < Tile::kColumns; k += 2 * kVector<T>) {
+    Operand<T> a[Tile::kFragments];
+#pragma unroll
+    for (int m = 0; m < Tile::kFragments; ++m) {
+      a[m] = load_left<T>(w + m * 16 * w_pitch + k, w_pitch * static_cast<int>(sizeof(T)));
+    }
+#pragma unroll
+    for (int p = 0; p < Tile::kPairs; ++p) {
+      if (at.pair(p) < pairs) {
+        uint32_t b[4];
+        load_columns(b, tile + k * pitch + at.pair(p) * 16, pitch, at.lane);
+#pragma unroll
+        for (int m = 0; m < Tile::kFragments; ++m) {
+          multiply<T>(sum[m][2 * p], a[m], b[0], b[1]);
+          multiply<T>(sum[m][2 * p + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_two(T* to, float first, float second) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<uint32_t*>(to) = pack<T>(first, second);
+  } else {
+    *reinterpret_cast<float2*>(to) = make_float2(first, second);
+  }
+}
+
+// --- From device memory to shared memory
+// ------------------------------------------------------------------------------
+
+// Rows of q or dout into a tile; rows past the end and the padding become zeros. cp.async, not yet committed.
+template <class T>
+__device__ void load_rows(const Problem& p, const QueryRows& rows, int64_t batch, int64_t first, T* tile, int count,
+                          int pitch) {
+  const int chunks = padded(p) / kVector<T>, filled = static_cast<int>(ceil_div(channels(p), kVector<T>));
+  const T* source = static_cast<const T*>(rows.data) + batch * rows.batch;
+  for (int i = threadIdx.x; i < count * chunks; i += kThreads) {
+    const int r = i / chunks, c = i % chunks;
+    const bool inside = first + r < p.rows && c < filled;
+    ptx::cp_async<16>(tile + r * pitch + c * kVector<T>,
+                      inside ? source + (first + r) * rows.row + c * kVector<T> : source, inside ? 16 : 0);
+  }
+}
+
+// One of the two parts of the keys' rows, [key][channel].
+template <class T>
+struct Part {
+  const T* data;
+  int64_t key, channel;
+  int width;
+
+  __device__ const T* row(int r) const { return data + r * key; }
+  __device__ bool dense() const { return key == width; }
+};
+
+template <class T>
+__device__ Part<T> table_part(const Problem& p, int64_t first) {
+  return {static_cast<const T*>(p.table) + first * p.table_key, p.table_key, p.table_channel, p.position};
+}
+
+template <class T>
+__device__ Part<T> content_part(const Problem& p, int64_t batch, int64_t first) {
+  return {static_cast<const T*>(p.x) + batch * p.x_batch + first * p.x_key, p.x_key, p.x_channel, p.content};
+}
+
+// Raw rows in shared memory, at the same distance from a multiple of 16 bytes as in device memory: then 16 bytes are
+// copied at a time whatever the width. Dense rows follow one another there too.
+template <class T>
+__host__ __device__ int raw_pitch(int width) {
+  return round_up(width * static_cast<int>(sizeof(T)), 16) + 16;
+}
+
+__device__ __forceinline__ int lead(const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16); }
+
+template <class T>
+__device__ void stage(const Part<T>& part, int rows, unsigned char* raw) {
+  const int spans = part.dense() ? 1 : rows;
+  const int bytes = (part.dense() ? rows : 1) * part.width * static_cast<int>(sizeof(T));
+  const int chunks = (bytes + 30) / 16;  // as many as a span can touch
+  for (int i = threadIdx.x; i < spans * chunks; i += kThreads) {
+    const int r = i / chunks, c = i % chunks;
+    const char* source = reinterpret_cast<const char*>(part.row(r));
+    unsigned char* to = raw + r * raw_pitch<T>(part.width) + c * 16;
+    const int from = c * 16 - lead(source);
+    if (from >= 0 && from + 16 <= bytes) {
+      ptx::cp_async<16>(to, source + from);
+    } else {
+      for (int b = max(from, 0); b < min(from + 16, bytes); b += sizeof(T)) {
+        *reinterpret_cast<T*>(to + (b - from)) = *reinterpret_cast<const T*>(source + b);
+      }
+    }
+  }
+}
+
+template <class T>
+__device__ const T* staged_row(const Part<T>& part, const unsigned char* raw, int r) {
+  if (part.dense()) return reinterpret_cast<const T*>(raw + lead(part.data)) + r * part.width;
+  return reinterpret_cast<const T*>(raw + r * raw_pitch<T>(part.width) + lead(part.row(r)));
+}
+
+// Element by element, straight into the tile: for any strides, and where nothing is left for a second copy.
+template <class T>
+__device__ void copy_part(const Part<T>& part, int rows, T* tile, int pitch) {
+  for (int r = threadIdx.x / 32; r < rows; r += kWarps) {
+#pragma unroll 4
+    for (int c = threadIdx.x % 32; c < part.width; c += 32) tile[r * pitch + c] = part.row(r)[c * part.channel];
+  }
+}
+
+__device__ __forceinline__ int rows_left(int64_t total, int64_t first, int count) {
+  return static_cast<int>(total - first < count ? total - first : count);
+}
+
+// xhat of key `first + r` into its row of the tile, from its raw parts in shared memory (which may be that very row).
+// `bias` becomes 0, or -inf for keys that nobody may see, whose xhat and rstd are zero.
+template <class T, int Count>
+__device__ void normalise(const Problem& p, int64_t batch, int64_t first, const T* table, const T* content, T* row,
+                          int r, float* bias, float* rstds) {
+  constexpr int kLanes = kThreads / Count;  // a row's, in one warp
+  static_assert(kLanes >= 1 && kLanes <= 32);
+  const int lane = threadIdx.x % kLanes, count = channels(p);
+  const int64_t key = first + r;
+  const bool visible = key < p.keys && (!p.mask || p.mask[batch * p.mask_batch + key * p.mask_key]);
+  auto row_sum = [](float x) {
+#pragma unroll
+    for (int bit = 1; bit < kLanes; bit *= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
+    return x;
+  };
+  // This lane's share of a part, two elements at a time; `otherwise` stands for the one past an odd end.
+  auto each = [&](const T* part, int width, float otherwise, auto act) {
+#pragma unroll 4
+    for (int c = 2 * lane; visible && c < width; c += 2 * kLanes) {
+      act(c, to_float(part[c]), c + 1 < width ? to_float(part[c + 1]) : otherwise);
+    }
+  };
+
+  float mean = 0.0f, rstd = 1.0f;
+  if (p.eps >= 0.0f) {
+    // Moments about a value close to the mean: about zero they would cancel where the mean is large. For 16-bit inputs
+    // the first element is close enough (the error of the variance stays below C * 2^-24); fp32 takes a first pass.
+    float shift = visible ? to_float(p.position ? table[0] : content[0]) : 0.0f, sum = 0.0f, squares = 0.0f;
+    if constexpr (sizeof(T) == 4) {
+      auto add = [&](int, float x, float y) { sum += x + y; };
+      each(table, p.position, 0.0f, add);
+      each(content, p.content, 0.0f, add);
+      shift = row_sum(sum) / count;
+      sum = 0.0f;
+    }
+    auto add = [&](int, float x, float y) {
+      x -= shift;
+      y -= shift;
+      sum += x + y;
+      squares += x * x + y * y;
+    };
+    each(table, p.position, shift, add);
+    each(content, p.content, shift, add);
+    const float offset = row_sum(sum) / count;
+    mean = shift + offset;
+    rstd = 1.0f / sqrtf(fmaxf(row_sum(squares) / count - offset * offset, 0.0f) + p.eps);
+  }
+  auto write = [&](T* to, int width) {
+    return [=](int c, float x, float y) {
+      x = (x - mean) * rstd;
+      y = (y - mean) * rstd;
+      if (c + 1 < width && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0) return store_two(to + c, x, y);
+      to[c] = from_float<T>(x);
+      if (c + 1 < width) to[c + 1] = from_float<T>(y);
+    };
+  };
+  each(table, p.position, 0.0f, write(row, p.position));
+  each(content, p.content, 0.0f, write(row + p.position, p.content));
+  for (int c = (visible ? count : 0) + lane; c < padded(p); c += kLanes) row[c] = from_float<T>(0.0f);
+  if (lane == 0) {
+    bias[r] = visible ? 0.0f : -INFINITY;
+    rstds[r] = visible ? rstd : 0.0f;
+  }
+}
+
+// The keys of one block of columns, on their way from device memory to xhat.
+template <class T, int Count>
+struct KeyTile {
+  T* tile;
+  float *bias, *rstd;
+  unsigned char *raw_table, *raw_content;  // null: no copy runs ahead
+  int pitch;
+
+  __device__ void fetch(const Problem& p, int64_t batch, int64_t first) const {
+    const int count = rows_left(p.keys, first, Count);
+    if (raw_content && count > 0) {
+      if (p.position) stage(table_part<T>(p, first), count, raw_table);
+      if (p.content) stage(content_part<T>(p, batch, first), count, raw_content);
+    }
+    ptx::cp_async_commit();
+  }
+
+  // Everything that was fetched has arrived and nobody reads the tile any more: for all threads together.
+  __device__ void make(const Problem& p, int64_t batch, int64_t first) const {
+    const int r = threadIdx.x / (kThreads / Count), count = rows_left(p.keys, first, Count);
+    const Part<T> table = table_part<T>(p, first), content = content_part<T>(p, batch, first);
+    T* row = tile + r * pitch;
+    if (raw_content) {
+      normalise<T, Count>(p, batch, first, staged_row(table, raw_table, r), staged_row(content, raw_content, r), row, r,
+                          bias, rstd);
+    } else {
+      copy_part(table, count, tile, pitch);
+      copy_part(content, count, tile + p.position, pitch);
+      __syncthreads();
+      normalise<T, Count>(p, batch, first, row, row + p.position, row, r, bias, rstd);
+    }
+    __syncthreads();
+  }
+};
+
+// Hands out shared memory; with a null base it only counts.
+struct Arena {
+  unsigned char* base;
+  int used = 0;
+
+  template <class U>
+  __host__ __device__ U* take(int count) {
+    unsigned char* p = base + used;
+    used += round_up(count * static_cast<int>(sizeof(U)), 16);
+    return reinterpret_cast<U*>(p);
+  }
+};
+
+template <class T>
+__host__ __device__ int tile_pitch(const Problem& p) {
+  return padded(p) + kVector<T>;  // an odd number of 16 bytes: ldmatrix meets no bank twice
+}
+
+template <class T, int Count>
+__host__ __device__ KeyTile<T, Count> take_keys(const Problem& p, bool staged, Arena& arena) {
+  KeyTile<T, Count> keys{};
+  keys.pitch = tile_pitch<T>(p);
+  keys.tile = arena.take<T>(Count * keys.pitch);
+  keys.bias = arena.take<float>(Count);
+  keys.rstd = arena.take<float>(Count);
+  if (staged) {
+    keys.raw_table = arena.take<unsigned char>(p.position ? Count * raw_pitch<T>(p.position) : 0);
+    keys.raw_content = arena.take<unsigned char>(p.content ? Count * raw_pitch<T>(p.content) : 0);
+  }
+  return keys;
+}
+
+// --- Which tile
+// -------------------------------------------------------------------------------------------------------
+
+struct Device {
+  int multiprocessors, shared;  // the shared memory that a block may ask for
+};
+
+Device this_device() { return {mmk_multiprocessors(), mmk_shared_memory()}; }
+
+// A kernel instance that fits: what the launchers start and the planner describes.
+template <class... Parameters>
+struct Choice {
+  void (*kernel)(Parameters...) = nullptr;
+  int rows = 1, columns = 1, bytes = 0;
+  bool flag = false;  // staged, or doubled buffers
+};
+
+// Tries the tiles in the order given, each first with the larger use of shared memory.
+template <class T, template <class, class> class Shared, class... Tiles, class Kernels, class Choice>
+void first_fit(const Problem& p, const Device& device, bool may_flag, Kernels kernels, Choice& choice) {
+  auto attempt = [&](auto tile, bool flag) {
+    using Tile = decltype(tile);
+    const int bytes = Shared<T, Tile>(p, flag, nullptr).bytes;
+    if (choice.kernel || padded(p) > Tile::kChannels || bytes > device.shared) return;
+    choice = {kernels(tile), Tile::kRows, Tile::kColumns, bytes, flag};
+  };
+  if (may_flag) (attempt(Tiles{}, true), ...);
+  (attempt(Tiles{}, false), ...);
+}
+
+// The raw copies that run ahead need rows without gaps between their channels.
+bool stageable(const Problem& p) {
+  return (p.content <= 1 || p.x_channel == 1) && (p.position <= 1 || p.table_channel == 1);
+}
+
+template <class Choice>
+int resident_blocks(const Choice& choice) {
+#ifdef MMK_EMULATOR
+  return 1;
+#else
+  int blocks = 0;
+  cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, choice.bytes);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, choice.kernel, kThreads, choice.bytes);
+  return blocks > 0 ? blocks : 1;
+#endif
+}
+
+// What the binding needs to know of a choice.
+template <class Choice>
+int describe(const Choice& choice, const Device& device, int64_t row_tiles, int64_t key_tiles, Plan* plan) {
+  if (!choice.kernel) return -1;
+  *plan = {row_tiles, key_tiles, static_cast<int64_t>(device.multiprocessors) * resident_blocks(choice), 1};
+  return 0;
+}
+
+template <class F>
+int with_type(Type type, F&& f) {
+  if (type == Type::float32) return f(float{});
+  return type == Type::bfloat16 ? f(bf16{}) : f(fp16{});
+}
+
+}  // namespace
+}  // namespace mmk::latent
