@@ -92,6 +92,7 @@ def triton_missing() -> str:
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _capability(index: int) -> tuple:
     return torch.cuda.get_device_capability(index)

@@ -28,9 +28,20 @@ def build_facts() -> dict:
         return {}
 
 
-@functools.cache
+_statuses = {}
+
+
 def load(name: str) -> Status:
-    """Loads `_C_<name>.so` (`cpu`, `cuda` or `emulator`) and registers its ops. Never raises: the reason is kept."""
+    """Loads `_C_<name>.so` (`cpu`, `cuda` or `emulator`) and registers its ops. Never raises: the reason is kept.
+
+    The families load `cpu` and `cuda` when they are imported, so that a graph being traced meets a dictionary only.
+    """
+    if name not in _statuses:
+        _statuses[name] = _load(name)
+    return _statuses[name]
+
+
+def _load(name: str) -> Status:
     path = PACKAGE / f"_C_{name}.so"
     if name == "cuda":
         if torch.version.cuda is None:

@@ -11,6 +11,8 @@ import torch
 from ... import _backends, _library
 
 _FAKES = {}
+_library.load("cpu")
+_library.load("cuda")
 
 
 def fake(name: str):
@@ -19,7 +21,6 @@ def fake(name: str):
     def attach(function):
         _FAKES[name] = function
         if _library.load("cpu").loaded:
-            _library.load("cuda")
             torch.library.register_fake(f"mmkernels::{name}", function)
         return function
 
