@@ -520,11 +520,11 @@ def backward_x(
             lse = tl.load(lse_ptr + batch * R + rows, mask=inside, other=0.0)
             lse = tl.where(lse == float("-inf"), 0.0, lse)
             delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
-            s = _inner(xhat, q, WIDTHS, PRECISION) * scale
-            p = tl.where(visible[:, None], tl.exp2((s - lse[None, :]) * LOG2_E), 0.0)
-            ds = p * (_inner(xhat, dout, WIDTHS, PRECISION) - delta[None, :]) * scale
-            grad = _accumulate(grad, p.to(dtype), dout, WIDTHS, PRECISION)
-            grad = _accumulate(grad, ds.to(dtype), q, WIDTHS, PRECISION)
+            s = _inner(q, xhat, WIDTHS, PRECISION) * scale
+            p = tl.where(visible[None, :], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
+            ds = p * (_inner(dout, xhat, WIDTHS, PRECISION) - delta[:, None]) * scale
+            grad = _accumulate(grad, tl.trans(p.to(dtype)), dout, WIDTHS, PRECISION)
+            grad = _accumulate(grad, tl.trans(ds.to(dtype)), q, WIDTHS, PRECISION)
         level, slope = tl.zeros_like(mean), tl.zeros_like(mean)
         if NORM:
             # Read again, and said to be for the last time: kept from above, the tile would fill the loop's registers.
@@ -551,11 +551,11 @@ def backward_x(
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-def chunks(channels: int) -> tuple:
-    """At most three powers of two, 16 or more, whose sum covers the channels with the least padding.
+def chunks(channels: int, widest: int = 0) -> tuple:
+    """Powers of two, 16 or more, whose sum covers the channels with little padding: three, cut where wider than `widest`.
 
-    >>> chunks(261), chunks(322), chunks(704)
-    ((256, 16), (256, 64, 16), (512, 128, 64))
+    >>> chunks(261), chunks(322), chunks(704), chunks(704, 256)
+    ((256, 16), (256, 64, 16), (512, 128, 64), (256, 256, 128, 64))
     """
     widths = []
     while channels > 0:
@@ -566,7 +566,7 @@ def chunks(channels: int) -> tuple:
         channels -= width
     if len(widths) > 1 and sum(widths) >= 2 * widths[0]:
         widths = [2 * widths[0]]
-    return tuple(widths)
+    return tuple(part for w in widths for part in ([widest] * (w // widest) if 0 < widest < w else [w]))
 
 
 def _default(dims, dtype, capability):
@@ -605,7 +605,6 @@ def _common(q, x, position, key_mask, scale, eps):
         eps=eps,
         CX=channels - shared,
         CP=shared,
-        WIDTHS=chunks(channels),
         X_UNIT=x_unit,
         POSITION_UNIT=position_unit,
         Q_BATCHED=q.shape[0] > 1,
@@ -664,7 +663,7 @@ def latent_fwd(
             *(_in_tile_order(q, x.shape[2]), x, position, key_mask, part, top, total, *strides, rows, keys, batch, split_size),
             **facts,
             SPLIT=splits > 1,
-            **_launch(tiles),
+            **_launch(tiles, channels),
         )
         if splits > 1:
             merge_splits(part, top, total, out, lse)
@@ -711,7 +710,7 @@ def latent_bwd(
             splits, split_size = _split(batch, rows, x, tiles)
             part = q.new_empty(splits, batch, rows, channels, dtype=torch.float32)
             backward_q[(splits * batch * triton.cdiv(rows, tiles.queries),)](
-                *(*inputs, part, *strides, rows, keys, batch, split_size), **facts, **_launch(tiles)
+                *(*inputs, part, *strides, rows, keys, batch, split_size), **facts, **_launch(tiles, channels)
             )
             sum_splits(part.view(-1, *q.shape), dq)
         if (want_x and content) or want_position:
@@ -722,13 +721,19 @@ def latent_bwd(
                 **facts,
                 WANT_X=want_x,
                 WANT_POSITION=want_position,
-                **_launch(tiles),
+                **_launch(tiles, channels),
             )
     return dq, dx, dposition.to(q.dtype)
 
 
-def _launch(tiles):
-    return dict(BLOCK_R=tiles.queries, BLOCK_M=tiles.keys, STAGES=tiles.num_stages, num_warps=tiles.num_warps)
+def _launch(tiles, channels):
+    return dict(
+        WIDTHS=chunks(channels, tiles.head),
+        BLOCK_R=tiles.queries,
+        BLOCK_M=tiles.keys,
+        STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps,
+    )
 
 
 def _width(channels):
@@ -753,11 +758,11 @@ def _report_case(kernel, content, shared, dtype, code, capability):
     channels = content + shared
     name = {forward: "latent_fwd", backward_q: "latent_bwd_q", backward_x: "latent_bwd_x"}[kernel]
     tiles = _tuning.tiles(name, (channels, channels), dtype, capability)
-    launch = _launch(tiles)
+    launch = _launch(tiles, channels)
     options = dict(num_warps=launch.pop("num_warps"), num_stages=tiles.num_stages)
     constexprs = dict(
         **dict(x_column=1, position_column=1, mask_column=1),
-        **dict(CX=content, CP=shared, WIDTHS=chunks(channels), MASKED=False, NORM=True, PRECISION="ieee"),
+        **dict(CX=content, CP=shared, MASKED=False, NORM=True, PRECISION="ieee"),
         FOLD=dtype == "bfloat16",
         **dict(X_UNIT=math.gcd(16, content), POSITION_UNIT=math.gcd(16, shared), Q_BATCHED=False),
         **launch,
