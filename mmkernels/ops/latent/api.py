@@ -59,6 +59,10 @@ def latent_attention(
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
+    if backend in ("auto", "cpp") and not torch.compiler.is_compiling():
+        out = _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale, backend)
+        if out is not None:
+            return out
     q, x, w_k, w_v, b_k, b_v, position, scale, eps = _check(
         q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
     )
@@ -103,6 +107,34 @@ def explain_latent_attention(
     detail = "" if name == "reference" else f"scores: {chosen.score}, values: {chosen.value}, {chosen.flops:.3g} operations"
     reasons = {n: _refusals(n, x) for n in _backends.NAMES}
     return _backends.Explanation("latent_attention", name, detail, reasons)
+
+
+def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale, backend):
+    """The whole absorbed forward as one native call, or None where the long way must decide.
+
+    A tiny problem costs what its calls cost, so the arguments are checked by the native op alone: what it refuses goes the
+    long way, which runs it or says what is wrong.
+    """
+    try:
+        if type(x) is not torch.Tensor or x.device.type != "cpu" or b_k is not None or torch.is_autocast_enabled("cpu"):
+            return None
+        if torch.is_grad_enabled():
+            for tensor in (q, x, w_k, w_v, norm_weight, norm_bias, b_v, position):
+                if tensor is not None and tensor.requires_grad:
+                    return None
+        if eps is None and norm_weight is None and norm_bias is None:
+            eps = -1.0
+        elif eps is None or not eps >= 0.0:
+            return None
+        if _choose(x, backend) != "cpp" or not _plan(q, x, w_k, w_v, num_heads).absorbed:
+            return None
+        if scale is None:
+            scale = (w_k.shape[0] // num_heads) ** -0.5
+        return torch.ops.mmkernels.latent_attention.default(
+            q, x, w_k, w_v, norm_weight, norm_bias, b_v, position, key_mask, num_heads, scale, eps
+        )
+    except Exception:
+        return None
 
 
 def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):

@@ -23,6 +23,11 @@ def _backward_fake(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, w
     return grad(q, 1), grad(x, 2), grad(position, 4)
 
 
+@fake("latent_attention")
+def _inference_fake(q, x, w_k, w_v, norm_weight, norm_bias, b_v, position, key_mask, num_heads, scale, eps):
+    return q.new_empty(x.shape[0], q.shape[1], w_v.shape[0])
+
+
 class _Latent(torch.autograd.Function):
     @staticmethod
     def forward(backend, q, x, position, key_mask, scale, eps):
