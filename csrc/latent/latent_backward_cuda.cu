@@ -32,7 +32,7 @@ struct BackwardQShared {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, 1) backward_q_kernel(Problem p, Plan plan, Backward b, bool staged) {
+__global__ void __launch_bounds__(kThreads, Tile::kResident) backward_q_kernel(Problem p, Plan plan, Backward b, bool staged) {
   using Shared = BackwardQShared<T, Tile>;
   const Shared shared(p, staged, shared_memory());
   const Thread<Tile> at;
@@ -232,7 +232,7 @@ __device__ void normalise_backward(const Problem& p, const float (&g)[Tile::kFra
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, 1) backward_x_kernel(Problem p, Plan plan, Backward b, bool doubled) {
+__global__ void __launch_bounds__(kThreads, Tile::kResident) backward_x_kernel(Problem p, Plan plan, Backward b, bool doubled) {
   using Shared = BackwardXShared<T, Tile>;
   const Shared shared(p, doubled, shared_memory());
   const Thread<Tile> at;

@@ -28,7 +28,7 @@ struct ForwardShared {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(Problem p, Plan plan, Forward f, bool staged) {
+__global__ void __launch_bounds__(kThreads, Tile::kResident) forward_kernel(Problem p, Plan plan, Forward f, bool staged) {
   using Shared = ForwardShared<T, Tile>;
   const Shared shared(p, staged, shared_memory());
   const Thread<Tile> at;

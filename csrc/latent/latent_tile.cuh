@@ -36,6 +36,7 @@ struct Tile {
   static constexpr int kScoreGroups = kColumnGroups < Columns / 8 ? kColumnGroups : Columns / 8;
   static constexpr int kScores = Columns / kScoreGroups / 8;  // mma column fragments of a warp
   static constexpr int kChannels = 16 * Pairs * kColumnGroups;
+  static constexpr int kResident = Pairs <= 2 ? 2 : 1;  // blocks of a multiprocessor that the registers must allow
 };
 
 // Where a thread stands. Accumulator element i of fragment (m, n): row m * 16 + g + 8 * (i / 2), column 2 * t + i % 2.

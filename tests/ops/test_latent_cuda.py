@@ -1,0 +1,296 @@
+"""The CUDA kernels of the latent family, their own source in the emulator: every tile, thread order, copy timing and split.
+
+What the op means is tested for all backends in test_latent.py; here is what only these kernels have.
+"""
+
+import pytest
+import torch
+
+from mmkernels import testing
+from mmkernels.ops._shared.registration import forward_backward
+from mmkernels.ops.latent import reference
+
+NAMES = ("out", "lse", "dq", "dx", "dposition")
+SM80_SHARED = str(163 * 1024)  # bytes a block; the emulator's default is that of sm_90
+
+
+@pytest.fixture
+def ops(on):
+    return forward_backward("latent", on("cuda"))
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """device(seed=.., copies=.., multiprocessors=.., shared=..) sets what the emulator reads at every launch."""
+
+    def set(**options):
+        for name, value in options.items():
+            monkeypatch.setenv(f"MMKERNELS_EMULATOR_{name.upper()}", str(value))
+
+    return set
+
+
+def make(generator, sizes, channels, dtype=torch.float32, shared_q=False, mask=False):
+    """Arguments of latent_fwd for (B, R, M) and (Cx, Cp), without scale and eps, and the gradients of out and lse."""
+    (b, r, m), (content, position) = sizes, channels
+    c = content + position
+    q = torch.randn(1 if shared_q else b, r, c, generator=generator).to(dtype)
+    x = torch.randn(b, m, content, generator=generator).to(dtype)
+    table = torch.randn(m, position, generator=generator).to(dtype) if position else None
+    key_mask = torch.rand(b, m, generator=generator) < 0.7 if mask else None
+    gradients = torch.randn(b, r, c, generator=generator).to(dtype), torch.randn(b, r, generator=generator)
+    return [q, x, table, key_mask], gradients
+
+
+def run(ops, arguments, gradients, eps=1e-5, wanted=7):
+    """(out, lse, dq, dx, dposition) of the kernels."""
+    forward, backward = ops
+    scale = arguments[0].shape[2] ** -0.5
+    out, lse = forward(*arguments, scale, eps)
+    return out, lse, *backward(*gradients, *arguments, out, lse, scale, eps, wanted)
+
+
+def plain(q, x, position, key_mask, scale, eps):
+    """reference.core with every step in the inputs' dtype."""
+    xhat = reference.normalise(x, position, key_mask, eps)
+    scores = (q @ xhat.transpose(-1, -2)) * scale
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None], float("-inf"))
+    return scores.softmax(-1) @ xhat, scores.float().logsumexp(-1)
+
+
+def differentiate(function, arguments, gradients, dtype, eps):
+    q, x, position, key_mask = arguments
+    inputs = [t.to(dtype).requires_grad_() for t in (q, x, position) if t is not None]
+    outputs = function(*inputs[:2], inputs[2] if position is not None else None, key_mask, q.shape[2] ** -0.5, eps)
+    cotangents = [g.to(o.dtype) for o, g in zip(outputs, gradients, strict=True)]
+    return *outputs, *torch.autograd.grad(outputs, inputs, cotangents)
+
+
+def check(ops, arguments, gradients, eps=1e-5):
+    ours = run(ops, arguments, gradients, eps)
+    exact = differentiate(reference.core, arguments, gradients, torch.float64, eps)
+    eager = differentiate(plain, arguments, gradients, arguments[0].dtype, eps)
+    for name, *three in zip(NAMES, ours, exact, eager, strict=False):
+        testing.assert_within_budget(*three, name, 2.0 if name in ("out", "lse") else 3.0)
+    return ours
+
+
+def same_bits(first, second):
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(a, b), f"result {i} of {len(first)}"
+
+
+# --- Against float64: sizes, and every tile that a launcher can choose ---------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "sizes, channels",
+    [((2, 1, 1), (5, 0)), ((1, 63, 97), (64, 0)), ((2, 97, 63), (3, 37)), ((1, 33, 111), (3, 258)), ((2, 1, 200), (40, 0))],
+    ids=str,
+)
+def test_matches_float64(ops, generator, sizes, channels, dtype):
+    check(ops, *make(generator, sizes, channels, dtype))
+
+
+@pytest.mark.parametrize("shared", [SM80_SHARED, str(227 * 1024)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("channels", [(288, 0), (320, 2), (528, 0), (577, 0), (704, 0), (20, 1004)], ids=str)
+def test_every_tile(ops, generator, device, channels, dtype, shared):
+    """Four key tiles at least, two tiles of rows; both amounts of shared memory of the supported GPUs."""
+    device(shared=shared)
+    check(ops, *make(generator, (1, 35, 70 if channels[0] > 500 or channels[1] else 200), channels, dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_without_normalisation(ops, generator, dtype):
+    check(ops, *make(generator, (2, 19, 70), (10, 7), dtype), eps=-1.0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_moments_do_not_cancel(ops, generator, dtype):
+    """A large mean; rows whose first element, about which 16-bit moments are taken, is far from the others."""
+    arguments, gradients = make(generator, (1, 9, 130), (33, 0), dtype)
+    arguments[1][:, ::2] += 100.0
+    arguments[1][:, 1::4, 0] = 1000.0
+    check(ops, arguments, gradients)
+
+
+# --- Split keys, shared queries ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shared_q", (False, True))
+def test_splits(ops, generator, device, dtype, shared_q):
+    """One multiprocessor walks over all keys; 256 split them, the last split shorter than the others."""
+    arguments, gradients = make(generator, (2, 17, 600), (3, 18), dtype, shared_q, mask=True)
+    arguments[3][0, 100:] = False  # whole splits without a visible key
+    device(multiprocessors=1)
+    whole = check(ops, arguments, gradients)
+    device(multiprocessors=256)
+    parts = check(ops, arguments, gradients)
+    assert not all(torch.equal(a, b) for a, b in zip(whole[:3], parts[:3], strict=True)), "the keys were not split"
+    same_bits(parts, run(ops, arguments, gradients))
+
+
+def test_gradients_of_shared_operands_are_sums(ops, generator):
+    arguments, gradients = make(generator, (3, 20, 90), (6, 10), shared_q=True)
+    dq, _, dposition = check(ops, arguments, gradients)[2:]
+    assert dq.shape == arguments[0].shape and dposition.shape == arguments[2].shape
+
+
+@pytest.mark.parametrize("wanted", range(8))
+def test_only_what_is_wanted(ops, generator, wanted):
+    arguments, gradients = make(generator, (2, 5, 70), (6, 10), torch.bfloat16)
+    everything = run(ops, arguments, gradients)
+    some = run(ops, arguments, gradients, wanted=wanted)
+    for bit, a, b in zip((1, 2, 4), everything[2:], some[2:], strict=True):
+        assert torch.equal(a, b) if wanted & bit else b.numel() == 0
+
+
+def test_memory_does_not_grow_with_the_keys(ops, generator):
+    """Neither pass allocates anything of M rows unless a gradient of M rows is wanted."""
+
+    def allocated(keys):
+        arguments, gradients = make(generator, (1, 5, keys), (6, 10), shared_q=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run(ops, arguments, gradients, wanted=1)
+        return sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+
+    few, many = allocated(700), allocated(2800)
+    assert 0 < many <= few + 2048, "bytes allocated for 700 and for 2800 keys"
+
+
+# --- Thread orders and copies in flight ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("channels", [(12, 9), (3, 258)], ids=str)
+def test_any_order_of_threads_and_copies(ops, generator, device, channels, dtype):
+    """A missing barrier or wait gives other bits in some order. Five key tiles and more turn every buffer over."""
+    arguments, gradients = make(generator, (1, 70, 330) if channels[1] < 100 else (1, 34, 330), channels, dtype, mask=True)
+    device(multiprocessors=1, copies="late", seed=0)
+    first = check(ops, arguments, gradients)
+    for seed, copies in ((1, "early"), (2, "random"), (3, "late"), (4, "early")):
+        device(seed=seed, copies=copies)
+        same_bits(first, run(ops, arguments, gradients))
+
+
+# --- Layouts ----------------------------------------------------------------------------------------------------------------
+
+
+def every_second(t):
+    """The same values with gaps between them, in every dimension; the gaps are NaN."""
+    wide = torch.full([2 * n for n in t.shape], float("nan"), dtype=t.dtype)
+    view = wide[tuple(slice(None, None, 2) for _ in t.shape)]
+    view.copy_(t)
+    return view
+
+
+def odd_rows(t):
+    """Dense rows, an odd number of elements apart, the first at an odd address."""
+    wide = torch.full((*t.shape[:-1], t.shape[-1] + 3 - t.shape[-1] % 2), float("nan"), dtype=t.dtype)
+    wide[..., 1 : t.shape[-1] + 1] = t
+    return wide[..., 1 : t.shape[-1] + 1]
+
+
+def reversed_dimensions(t):
+    return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+
+
+@pytest.mark.parametrize("layout", [every_second, odd_rows, reversed_dimensions], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("channels", [(16, 0), (3, 14)], ids=str)
+def test_any_strides(ops, generator, layout, dtype, channels):
+    arguments, gradients = make(generator, (2, 9, 70), channels, dtype, mask=True)
+    dense = run(ops, arguments, gradients)
+    moved = [None if t is None else layout(t) if t.is_floating_point() else reversed_dimensions(t) for t in arguments]
+    out, lse = dense[:2]
+    scale = arguments[0].shape[2] ** -0.5
+    same_bits(dense[:2], ops[0](*moved, scale, 1e-5))
+    moved_gradients = [layout(g) for g in gradients]
+    same_bits(dense[2:], ops[1](*moved_gradients, *moved, layout(out), layout(lse), scale, 1e-5, 7))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_stride_zero(ops, generator, dtype):
+    """x, position and the incoming gradients broadcast by stride 0."""
+    arguments, _ = make(generator, (3, 9, 70), (8, 8), dtype)
+    arguments[1] = arguments[1][:1, :1].expand(3, 70, -1)
+    arguments[2] = arguments[2][:, :1].expand(-1, 8)
+    gradients = torch.ones((), dtype=dtype).expand(3, 9, 16), torch.ones(()).expand(3, 9)
+    check(ops, arguments, gradients)
+
+
+# --- Masks ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("hidden", ["left", "right", "holes"])
+def test_nan_behind_the_mask(ops, generator, dtype, hidden):
+    arguments, gradients = make(generator, (2, 19, 200), (9, 7), dtype, mask=True)
+    mask = arguments[3]
+    if hidden != "holes":
+        mask[:] = True
+        for row, count in enumerate((131, 5)):
+            mask[row, slice(0, count) if hidden == "left" else slice(200 - count, 200)] = False
+    nowhere = ~mask.any(0)
+    clean = check(ops, arguments, gradients)
+    arguments[1] = arguments[1].masked_fill(~mask[..., None], float("nan"))
+    arguments[2] = arguments[2].masked_fill(nowhere[:, None], float("nan"))
+    poisoned = run(ops, arguments, gradients)
+    same_bits(clean, poisoned)
+    assert (poisoned[3][~mask] == 0).all() and (poisoned[4][nowhere] == 0).all()
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 256))
+def test_rows_without_keys(ops, generator, device, multiprocessors):
+    device(multiprocessors=multiprocessors)
+    arguments, gradients = make(generator, (2, 19, 200), (9, 7), torch.bfloat16, mask=True)
+    arguments[3][1] = False
+    out, lse, dq, dx, dposition = run(ops, arguments, gradients)
+    assert (out[1] == 0).all() and (lse[1] == float("-inf")).all() and (dq[1] == 0).all() and (dx[1] == 0).all()
+    alone = run(
+        ops, [t if t is None or t.dim() == 2 and t is arguments[2] else t[:1] for t in arguments], [g[:1] for g in gradients]
+    )
+    for name, both, one in zip(NAMES[:4], (out, lse, dq, dx), alone, strict=False):
+        testing.assert_within_budget(both[:1], one.double(), one, name)
+    assert dposition.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=str)
+def test_empty(ops, generator, sizes):
+    out, lse, dq, dx, dposition = run(ops, *make(generator, sizes, (6, 2)))
+    assert out.shape == (*sizes[:2], 8) and (out == 0).all() and (lse == float("-inf")).all()
+    assert all((g == 0).all() for g in (dq, dx, dposition))
+
+
+def test_uninitialised_memory_is_never_read(ops, generator, device):
+    device(multiprocessors=256)
+    arguments, gradients = make(generator, (2, 19, 200), (9, 7), torch.bfloat16, shared_q=True)
+    clean = run(ops, arguments, gradients)
+    with testing.poisoned_memory():
+        same_bits(clean, run(ops, arguments, gradients))
+
+
+@pytest.mark.parametrize(
+    "position, wrong, message",
+    [
+        (0, torch.zeros(2, 5, 9), "q has size 9 in dimension 2; it must be 8"),
+        (0, torch.zeros(3, 5, 8), "q has batch 3; it must be 1 or 2"),
+        (0, torch.zeros(2, 5, 8).half(), "q has dtype Half; it must be Float"),
+        (1, torch.zeros(2, 7, 6).double(), "x has dtype Double; it must be Float, BFloat16 or Half"),
+        (1, torch.zeros(7, 6), "x has 2 dimensions; it must have 3"),
+        (1, torch.zeros(2, 7, 1100), "x and position have 1102 channels; 1 to 1024 are allowed"),
+        (2, torch.zeros(6, 2), "position has size 6 in dimension 0; it must be 7"),
+        (3, torch.ones(2, 6, dtype=torch.bool), "key_mask has size 6 in dimension 1; it must be 7"),
+        (3, torch.ones(2, 7), "key_mask has dtype Float; it must be Bool"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_wrong_arguments(ops, position, wrong, message):
+    arguments = [torch.zeros(2, 5, 8), torch.zeros(2, 7, 6), torch.zeros(7, 2), torch.ones(2, 7, dtype=torch.bool)]
+    arguments[position] = wrong
+    with pytest.raises(RuntimeError, match=message):
+        ops[0](*arguments, 1.0, 1e-5)
