@@ -190,13 +190,14 @@ def report(gpu: Gpu = H200) -> list:
         for row in map(json.loads, path.read_text().splitlines()):
             if row["kind"] == "mmkernels" and row["status"] == "ok":
                 measured_rows[row["case"], row["candidate"]] = row
+    shares = [f"{share:.0%}" for share in (gpu.product_share, gpu.copy_share, *LOOP_SHARE.values())]
     lines = [
         f"## Predicted times on an {gpu.name}",
         "",
         "By `bench/roofline.py`: operations of the cheapest plan, bytes read and written once, waves of thread blocks. The",
-        f"floor allows {gpu.product_share:.0%} of the data sheet's product rate and {gpu.copy_share:.0%} of its bandwidth. The",
-        f"prediction takes {LOOP_SHARE['forward']:.0%} (backward {LOOP_SHARE['backward']:.0%}) of that rate for a full chip, and",
-        f"{INSTRUCTION_SHARE['mma.sync']:.0%} of it with `mma.sync` (the CUDA kernels). Spills are not in the model.",
+        f"floor allows {shares[0]} of the data sheet's product rate and {shares[1]} of its bandwidth. The prediction takes",
+        f"{shares[2]} (backward {shares[3]}) of that rate for a full chip, and {INSTRUCTION_SHARE['mma.sync']:.0%} of it with",
+        "`mma.sync` (the CUDA kernels). Spills are not in the model.",
         "",
         "| case | GFLOP | MB | floor ms | splits | filled | Triton ms (TFLOP/s) | CUDA ms (TFLOP/s) | measured Triton, CUDA |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -32,7 +32,7 @@ KERNELS = {
     },
 }
 WORTHWHILE = 0.97  # of the default's time
-TRIES = 24  # candidates a kernel and shape, the ones nearest to the default first
+TRIES = 12  # candidates a kernel and shape, the ones nearest to the default first
 
 
 class Task(NamedTuple):

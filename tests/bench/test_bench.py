@@ -1,0 +1,238 @@
+"""The benchmark suite: what it counts, how it checks, what a row says. Nothing here depends on wall time."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from bench import baselines, cli, memory, plots, registry, roofline, run, tune, verify
+from mmkernels import _tuning
+
+CPU = torch.device("cpu")
+LATENT = registry.Problem("latent_attention", "test", 2, 5, 37, 2, 12, 12, 24, position=8, masked=True)
+ATTENTION = registry.Problem("attention", "test", 2, 5, 37, 2, 12, 20, masked=True, bias=True)
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser.add_subparsers())
+    return parser.parse_args(["bench", *arguments])
+
+
+# --- Registry -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", registry.PRESETS)
+def test_ids_are_unique_and_passes_known(preset):
+    cases = registry.PRESETS[preset]
+    ids = [case.id for case in cases]
+    assert len(set(ids)) == len(ids)
+    assert {case.pass_ for case in cases} <= set(registry.PASSES)
+    assert {case.problem.op for case in cases} == {"latent_attention", "attention"}
+
+
+def test_select_names_what_is_wrong():
+    with pytest.raises(ValueError, match="preset is 'fast'; allowed are 'quick', 'paper', 'gpu'"):
+        registry.select("fast")
+    with pytest.raises(ValueError, match="op is 'norm'; preset 'quick' has cases of 'attention', 'latent_attention'"):
+        registry.select("quick", op="norm")
+    with pytest.raises(ValueError, match="case is 'nothing'; it matches none of"):
+        registry.select("quick", case="nothing")
+    assert [c.id for c in registry.select("paper", case="latent_attention/imagenet-fourier-b1-float32/forward")]
+
+
+# --- Candidates and their verification ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", [LATENT, ATTENTION, ATTENTION._replace(value_dim=12, bias=False)], ids=lambda p: p.op)
+@pytest.mark.parametrize("pass_", ["forward", "step", "step-dx"])
+def test_every_candidate_computes_the_same(problem, pass_):
+    inputs, names = registry.make_inputs(problem, CPU), registry.wanted(problem, pass_)
+    exact = verify.exact(problem, inputs, names)
+    plain = verify.run(baselines.Candidate("eager", "baseline", baselines.eager(problem.op)), inputs, names)
+    checked = 0
+    for candidate in baselines.candidates(problem, inputs, with_compile=False):
+        if not candidate.reason:
+            errors = verify.check(candidate, verify.run(candidate, inputs, names), exact, plain)
+            assert set(errors) == {"output", *(f"gradient of {name}" for name in names)}
+            checked += 1
+    assert checked >= (3 if problem.op == "attention" else 6)
+
+
+def test_the_exact_result_does_not_depend_on_the_chunks(monkeypatch):
+    inputs, names = registry.make_inputs(LATENT, CPU), registry.wanted(LATENT, "step-dx")
+    whole = verify.exact(LATENT, inputs, names)
+    monkeypatch.setattr(verify, "CHUNK_BYTES", 1)  # a query at a time
+    parts = verify.exact(LATENT, inputs, names)
+    assert verify.relative_error(parts.output, whole.output) < 1e-14
+    for name in names:
+        assert verify.relative_error(parts.gradients[name], whole.gradients[name]) < 1e-13
+
+
+@pytest.mark.parametrize("kind", ["mmkernels", "baseline"])
+@pytest.mark.parametrize("broken", ["output", "gradient", "nan"])
+def test_a_wrong_candidate_gets_no_number(kind, broken):
+    inputs, names = registry.make_inputs(ATTENTION, CPU), registry.wanted(ATTENTION, "step")
+    exact = verify.exact(ATTENTION, inputs, names)
+    plain = verify.run(baselines.Candidate("eager", "baseline", baselines.eager("attention")), inputs, names)
+    actual = verify.run(baselines.Candidate("same", kind, baselines.eager("attention")), inputs, names)
+    if broken == "gradient":
+        actual.gradients["k"][1, 1, 36, 0] += 0.1 * actual.gradients["k"].abs().max()
+    else:
+        actual.output[1, 1, 4, 19] = actual.output.abs().max() * 1.1 if broken == "output" else float("nan")
+    with pytest.raises(verify.WrongResult, match="gradient of k" if broken == "gradient" else "output"):
+        verify.check(baselines.Candidate("wrong", kind, None), actual, exact, plain)
+
+
+# --- Counting ----------------------------------------------------------------------------------------------------------------
+
+
+def test_counts_of_the_published_shape():
+    """kernels.md's own numbers: 4 N M C forward, 6 backward without and 10 with a gradient of the input."""
+    product = 512 * 50176 * 261
+    for pass_, factor in (("forward", 4), ("backward", 6), ("backward-dx", 10), ("step", 10), ("step-dx", 14)):
+        operations, n_sized = roofline.counts(registry.IMAGENET, pass_).operations, 12 * 512 * 261 * 261
+        assert 0 <= operations - factor * product <= n_sized, pass_
+    moved = roofline.counts(registry.IMAGENET, "forward").bytes
+    assert moved == 4 * (2 * 512 * 261 + 50176 * 261 + 2 * 261 * 261 + 3 * 261)
+    split = roofline.counts(registry.IMAGENET_SPLIT._replace(batch=8), "forward").bytes
+    assert split < roofline.counts(registry.IMAGENET._replace(batch=8), "forward").bytes / 6  # positions are read once
+
+
+def test_counts_of_attention():
+    operations, moved = roofline.counts(registry.TOKENS, "forward")
+    assert operations == 4 * 2 * 12 * 1568 * 1568 * 64
+    assert moved == 4 * 4 * 2 * 12 * 1568 * 64
+    assert roofline.counts(registry.TOKENS, "backward").operations == operations * 5 // 2
+
+
+def test_prediction_follows_the_problem():
+    case = registry.IMAGENET._replace(dtype="bfloat16", batch=8)
+    forward, step = roofline.predict(case, "forward"), roofline.predict(case, "step")
+    assert forward.floor < forward.seconds < step.seconds
+    assert forward.bound == "compute" and forward.filled > 0.9
+    alone = roofline.predict(case._replace(batch=1), "forward")
+    assert alone.splits > forward.splits and forward.seconds / 8 < alone.seconds < forward.seconds / 3
+    few = registry.FEW_KEYS._replace(dtype="bfloat16", batch=64)
+    assert roofline.predict(few, "forward").bound == "memory"
+    assert roofline.predict(few, "forward", roofline.H100).seconds > 1.3 * roofline.predict(few, "forward").seconds
+    assert roofline.predict(case, "forward", instruction="mma.sync").seconds > 1.5 * forward.seconds
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_say_it_all(tmp_path, capsys):
+    cases = [registry.Case(LATENT, pass_) for pass_ in ("forward", "step", "backward")]
+    output = tmp_path / "rows.jsonl"
+    rows = cli.run_cases(cases, CPU, output, preset="quick", seconds=0.01, with_compile=False)
+    assert [json.loads(text) for text in output.read_text().splitlines()] == json.loads(json.dumps(rows))
+    assert not list(tmp_path.glob("*.partial"))
+    assert {row["case"] for row in rows} == {case.id for case in cases}
+    for row in rows:
+        assert {"device", "torch", "commit", "operations", "bytes", "sizes", "candidate", "status"} <= set(row)
+        if row["status"] == "ok":
+            assert row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["rounds"] >= 3
+            assert row["candidate"] == "eager" or row["speedup_over"]["eager"] > 0
+        else:
+            assert row["reason"] and "ms" not in row
+    eager = [row for row in rows if row["candidate"] == "eager" and row["pass"] != "backward"]
+    assert all(row["peak_bytes"] is not None for row in eager)
+    assert "median ms" in capsys.readouterr().out
+    assert cli.failed(rows) == 0
+    assert {path.name for path in plots.draw(rows, tmp_path)} == {"ratios.png", "roofline.png"}
+
+
+def test_a_failing_candidate_is_a_row(monkeypatch):
+    def listed(problem, inputs, with_compile=True):
+        def explode(**_):
+            raise MemoryError("no room\nat all")
+
+        def wrong(**arguments):
+            return baselines.eager("attention")(**arguments) * 1.01
+
+        yield baselines.Candidate("eager", "baseline", baselines.eager("attention"))
+        yield baselines.Candidate("explodes", "baseline", explode)
+        yield baselines.Candidate("mmkernels wrong", "mmkernels", wrong)
+        yield baselines.Candidate("absent", "baseline", None, "it is not installed")
+
+    monkeypatch.setattr(baselines, "candidates", lambda *args, **options: list(listed(*args, **options)))
+    case = registry.Case(ATTENTION, "forward")
+    rows = {r["candidate"]: r for r in run.run_problem([case], CPU, seconds=0.01, memory_of="ours", seed=1)}
+    assert (rows["explodes"]["status"], rows["explodes"]["reason"]) == ("error", "MemoryError: no room")
+    assert rows["mmkernels wrong"]["status"] == "wrong" and "over the budget" in rows["mmkernels wrong"]["reason"]
+    assert (rows["absent"]["status"], rows["absent"]["reason"]) == ("unsupported", "it is not installed")
+    assert rows["eager"]["status"] == "ok"
+    assert cli.failed(list(rows.values())) == 1
+
+
+def test_peak_memory_sees_the_score_matrix():
+    """Plain attention keeps its scores (64 MB here) and their softmax; nothing else in the call is of that size."""
+    problem = registry.Problem("attention", "memory", 1, 2048, 8192, 1, 16, 16)
+    case, scores = registry.Case(problem, "forward"), 4 * 2048 * 8192
+    peak = memory.peak(case, "eager", CPU, None)
+    assert peak is None or 1.9 * scores < peak < 3.3 * scores
+
+
+def test_plots_against_the_number_of_inputs(tmp_path):
+    rows = []
+    for keys in (64, 128, 256):
+        case = registry.Case(LATENT._replace(name=f"keys-{keys}", keys=keys), "forward")
+        rows += run.run_problem([case], CPU, seconds=0.01, with_compile=False, memory_of="ours", only="none")
+    assert {path.name for path in plots.draw(rows, tmp_path)} == {"time.png", "memory.png", "roofline.png"}
+
+
+# --- The command line -----------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments_are_one_line(capsys):
+    for arguments, told in (
+        (["--op", "norm"], "op is 'norm'"),
+        (["--device", "tpu"], "--device is 'tpu'; allowed are 'cpu', 'cuda'"),
+        (["--threads", "0"], "--threads is 0; it must be 1 or more"),
+    ):
+        parsed = parse(*arguments)
+        assert parsed.run(parsed) == 2
+        assert told in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        parsed = parse("--preset", "gpu")
+        assert parsed.run(parsed) == 2
+        assert "--preset gpu needs a CUDA device" in capsys.readouterr().err
+
+
+def test_list_prints_ids(capsys):
+    parsed = parse("--list", "--preset", "gpu")
+    assert parsed.run(parsed) == 0
+    assert capsys.readouterr().out.splitlines() == [case.id for case in registry.PRESETS["gpu"]]
+
+
+# --- Tuning -----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_tuned_kernel_has_a_pass():
+    pytest.importorskip("triton")
+    import mmkernels.ops.attention.kernels
+    import mmkernels.ops.latent.kernels  # noqa: F401
+
+    assert {name for kernels in tune.KERNELS.values() for name in kernels} == set(_tuning._DEFAULTS)
+    for task in tune.tasks(registry.PRESETS["gpu"]):
+        default = _tuning.tiles(task.kernel, task.dims, task.problem.dtype, 90)
+        tried = tune.candidates(default)
+        assert default not in tried and 1 <= len(tried) <= tune.TRIES
+        with tune.forced(task.kernel, tried[0]):
+            assert _tuning.tiles(task.kernel, task.dims, task.problem.dtype, 90) == tried[0]
+        assert _tuning.tiles(task.kernel, task.dims, task.problem.dtype, 90) == default
+
+
+def test_tables_are_replaced_entry_by_entry(tmp_path):
+    path, tiles = tmp_path / "gpu" / "latent_fwd.json", _tuning.Tiles(64, 32, 0, 0, 8, 2)
+    task = tune.Task("latent_fwd", registry.IMAGENET, "forward")
+    other = task._replace(problem=registry.KINETICS)
+    tune.store(path, task, tiles)
+    tune.store(path, other, tiles)
+    tune.store(path, task, tiles._replace(keys=128))
+    rows = {tuple(row["dims"]): row["tiles"]["keys"] for row in json.loads(path.read_text())}
+    assert rows == {(261, 261): 128, (704, 704): 32}
+    tune.store(path, other, None)
+    assert [row["dims"] for row in json.loads(path.read_text())] == [[261, 261]]
