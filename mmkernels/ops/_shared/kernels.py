@@ -62,14 +62,47 @@ def cover(dim: int, chunk: int = 0) -> Cover:
     return Cover(whole, 1, 0)
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as `load_tile` reads it: rows that start at multiples of 16 bytes and are zero up to the next one.
+
+    A copy where it is not so already: tiles of unaligned rows are loaded element by element, which costs more than the
+    copy, and spills.
+    """
+    unit = 16 // tensor.element_size()
+    width = tensor.shape[-1]
+    steps = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    if width % unit == 0 and all(step % unit == 0 for step in steps) and tensor.data_ptr() % 16 == 0:
+        if tensor.stride(-1) == 1 or width == 1:
+            return tensor
+    copy = tensor.new_zeros(*tensor.shape[:-1], triton.cdiv(width, unit) * unit)[..., :width]
+    return copy.copy_(tensor)
+
+
+@triton.constexpr_function
+def unit_of(base):
+    """Elements in 16 bytes: what divides every stride of an `aligned` tensor."""
+    return 128 // base.dtype.element_ty.primitive_bitwidth
+
+
 @triton.jit
-def load_tile(base, rows, row_stride, inside, start, column_stride, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
-    """base[rows, start : start + WIDTH], zeros where `inside` (a vector over rows) is false or the column is not below
-    LIMIT; a LIMIT of 0 means that the caller knows the columns to exist."""
+def pair_base(base, strides, batch, head):
+    """The first row of a (b, h) of an `aligned` (B, H, length, width) tensor."""
+    UNIT: tl.constexpr = unit_of(base)  # dividing and multiplying again tells the compiler of the alignment
+    return base + batch * (strides[0] // UNIT * UNIT) + head * (strides[1] // UNIT * UNIT)
+
+
+@triton.jit
+def load_tile(base, rows, row_stride, inside, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr):
+    """base[rows, start : start + WIDTH] of an `aligned` tensor with COLUMNS columns.
+
+    Zeros where `inside`, a vector over rows, is false and, with CHECK, beyond the last column.
+    """
+    UNIT: tl.constexpr = unit_of(base)
     columns = start + tl.arange(0, WIDTH)
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    if LIMIT > 0:
-        return tl.load(base + offsets, mask=inside[:, None] & (columns < LIMIT)[None, :], other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * (row_stride // UNIT * UNIT) + columns[None, :]
+    if CHECK:
+        END: tl.constexpr = (COLUMNS + UNIT - 1) // UNIT * UNIT
+        return tl.load(base + offsets, mask=inside[:, None] & (columns < END)[None, :], other=0.0)
     return tl.load(base + offsets, mask=inside[:, None], other=0.0)
 
 

@@ -20,12 +20,14 @@ from .._shared.kernels import (
     LN_2,
     LOG2_E,
     ReportCase,
+    aligned,
     cover,
     dropout_keep,
     dropout_row,
     input_precision,
     load_tile,
     merge_splits,
+    pair_base,
     split_count,
     store_tile,
     sum_splits,
@@ -52,15 +54,15 @@ def _looped_product(
     PRECISION: tl.constexpr,
 ):
     """a[a_rows] b[b_rows]^T over a head dim that is too wide to be held: one chunk at a time, float32."""
+    CHECK: tl.constexpr = DIM < FIRST * STEPS
     product = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
     for step in range(STEPS):
-        LIMIT: tl.constexpr = 0 if DIM >= FIRST * STEPS else DIM
-        a_tile = load_tile(a, a_rows, a_strides[2], a_inside, step * FIRST, a_strides[3], FIRST, LIMIT)
-        b_tile = load_tile(b, b_rows, b_strides[2], b_inside, step * FIRST, b_strides[3], FIRST, LIMIT)
+        a_tile = load_tile(a, a_rows, a_strides[2], a_inside, step * FIRST, FIRST, DIM, CHECK)
+        b_tile = load_tile(b, b_rows, b_strides[2], b_inside, step * FIRST, FIRST, DIM, CHECK)
         product = tl.dot(a_tile, tl.trans(b_tile), product, input_precision=PRECISION)
     if SECOND > 0:
-        a_tile = load_tile(a, a_rows, a_strides[2], a_inside, FIRST * STEPS, a_strides[3], SECOND, DIM)
-        b_tile = load_tile(b, b_rows, b_strides[2], b_inside, FIRST * STEPS, b_strides[3], SECOND, DIM)
+        a_tile = load_tile(a, a_rows, a_strides[2], a_inside, FIRST * STEPS, SECOND, DIM, True)
+        b_tile = load_tile(b, b_rows, b_strides[2], b_inside, FIRST * STEPS, SECOND, DIM, True)
         product = tl.dot(a_tile, tl.trans(b_tile), product, input_precision=PRECISION)
     return product
 
@@ -141,8 +143,8 @@ def forward_kernel(
 ):
     """A tile of queries of one pair walks its split of the keys with an online softmax."""
     BASE2: tl.constexpr = k.dtype.element_ty != tl.float32
-    D1_LIMIT: tl.constexpr = 0 if D >= D1 * D_STEPS else D
-    E1_LIMIT: tl.constexpr = 0 if E >= E1 * E_STEPS else E
+    D1_CHECK: tl.constexpr = D < D1 * D_STEPS
+    E1_CHECK: tl.constexpr = E < E1 * E_STEPS
     E_BLOCKS: tl.constexpr = 1 if E_STEPS == 1 else (E + E1 - 1) // E1
     query_tiles = tl.cdiv(queries, BLOCK_N)
     pid = tl.program_id(0)
@@ -152,9 +154,9 @@ def forward_kernel(
     pid = pid // query_tiles
     pair, split = (pid % pairs).to(tl.int64), (pid // pairs).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    q += batch * q_strides[0] + head * q_strides[1]
-    k += batch * k_strides[0] + head * k_strides[1]
-    v += batch * v_strides[0] + head * v_strides[1]
+    q = pair_base(q, q_strides, batch, head)
+    k = pair_base(k, k_strides, batch, head)
+    v = pair_base(v, v_strides, batch, head)
     if HAS_MASK:
         key_mask += batch * mask_strides[0]
     if HAS_BIAS:
@@ -164,9 +166,9 @@ def forward_kernel(
         low, high = dropout_row(tl.load(seed), pair * queries + n)
 
     if D_STEPS == 1:
-        q1 = load_tile(q, n, q_strides[2], n_inside, 0, q_strides[3], D1, D1_LIMIT)
+        q1 = load_tile(q, n, q_strides[2], n_inside, 0, D1, D, D1_CHECK)
         if D2 > 0:
-            q2 = load_tile(q, n, q_strides[2], n_inside, D1, q_strides[3], D2, D)
+            q2 = load_tile(q, n, q_strides[2], n_inside, D1, D2, D, True)
     m_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc1 = tl.zeros([BLOCK_N, E1], tl.float32)
@@ -179,10 +181,10 @@ def forward_kernel(
         m_inside = m < keys
         visible = _visible(key_mask, mask_strides[1], m, m_inside, HAS_MASK)
         if D_STEPS == 1:
-            k1 = load_tile(k, m, k_strides[2], visible, 0, k_strides[3], D1, D1_LIMIT)
+            k1 = load_tile(k, m, k_strides[2], visible, 0, D1, D, D1_CHECK)
             product = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
             if D2 > 0:
-                k2 = load_tile(k, m, k_strides[2], visible, D1, k_strides[3], D2, D)
+                k2 = load_tile(k, m, k_strides[2], visible, D1, D2, D, True)
                 product = tl.dot(q2, tl.trans(k2), product, input_precision=PRECISION)
         else:
             product = _looped_product(q, n, q_strides, n_inside, k, m, k_strides, visible, D, D1, D_STEPS, D2, PRECISION)
@@ -199,10 +201,10 @@ def forward_kernel(
         if DROPOUT:
             weights = tl.where(dropout_keep(low[:, None], high[:, None], m[None, :], threshold), weights, 0.0)
         weights = weights.to(v.dtype.element_ty)
-        v1 = load_tile(v, m, v_strides[2], visible, e, v_strides[3], E1, E1_LIMIT)
+        v1 = load_tile(v, m, v_strides[2], visible, e, E1, E, E1_CHECK)
         acc1 = tl.dot(weights, v1, acc1 * fade[:, None], input_precision=PRECISION)
         if E2 > 0 and E_STEPS == 1:
-            v2 = load_tile(v, m, v_strides[2], visible, E1, v_strides[3], E2, E)
+            v2 = load_tile(v, m, v_strides[2], visible, E1, E2, E, True)
             acc2 = tl.dot(weights, v2, acc2 * fade[:, None], input_precision=PRECISION)
 
     row = (split * pairs + pair) * queries
@@ -254,8 +256,10 @@ def statistics_kernel(
     dout_row = batch * dout_strides[0] + head * dout_strides[1] + n * dout_strides[2]
     delta = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, E, BLOCK_E):
-        a = load_tile(out, out_row, 1, inside, start, out_strides[3], BLOCK_E, E)
-        b = load_tile(dout, dout_row, 1, inside, start, dout_strides[3], BLOCK_E, E)
+        e = start + tl.arange(0, BLOCK_E)
+        mask = inside[:, None] & (e < E)[None, :]
+        a = tl.load(out + out_row[:, None] + e.to(tl.int64)[None, :] * out_strides[3], mask=mask, other=0.0)
+        b = tl.load(dout + dout_row[:, None] + e.to(tl.int64)[None, :] * dout_strides[3], mask=mask, other=0.0)
         delta += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     if HAS_DLSE:
         offsets = batch * dlse_strides[0] + head * dlse_strides[1] + n * dlse_strides[2]
@@ -319,8 +323,8 @@ def backward_kernel(
     to the queries, the mask to the keys.
     """
     BASE2: tl.constexpr = b.dtype.element_ty != tl.float32
-    D1_LIMIT: tl.constexpr = 0 if D >= D1 * D_STEPS else D
-    E1_LIMIT: tl.constexpr = 0 if E >= E1 * E_STEPS else E
+    D1_CHECK: tl.constexpr = D < D1 * D_STEPS
+    E1_CHECK: tl.constexpr = E < E1 * E_STEPS
     D_BLOCKS: tl.constexpr = (D + D1 - 1) // D1 if FIRST and D_STEPS > 1 else 1
     E_BLOCKS: tl.constexpr = (E + E1 - 1) // E1 if SECOND and E_STEPS > 1 else 1
     own_tiles = tl.cdiv(own_count, BLOCK_OWN)
@@ -331,10 +335,10 @@ def backward_kernel(
     pid = pid // own_tiles
     pair, split = (pid % pairs).to(tl.int64), (pid // pairs).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    a += batch * a_strides[0] + head * a_strides[1]
-    a2 += batch * a2_strides[0] + head * a2_strides[1]
-    b += batch * b_strides[0] + head * b_strides[1]
-    b2 += batch * b2_strides[0] + head * b2_strides[1]
+    a = pair_base(a, a_strides, batch, head)
+    a2 = pair_base(a2, a2_strides, batch, head)
+    b = pair_base(b, b_strides, batch, head)
+    b2 = pair_base(b2, b2_strides, batch, head)
     if HAS_MASK:
         key_mask += batch * mask_strides[0]
     if HAS_BIAS:
@@ -353,13 +357,13 @@ def backward_kernel(
             low, high = dropout_row(tl.load(seed), pair * queries + x)
             low, high = low[:, None], high[:, None]
     if D_STEPS == 1:
-        a_1 = load_tile(a, x, a_strides[2], x_read, 0, a_strides[3], D1, D1_LIMIT)
+        a_1 = load_tile(a, x, a_strides[2], x_read, 0, D1, D, D1_CHECK)
         if D2 > 0:
-            a_2 = load_tile(a, x, a_strides[2], x_read, D1, a_strides[3], D2, D)
+            a_2 = load_tile(a, x, a_strides[2], x_read, D1, D2, D, True)
     if FIRST and E_STEPS == 1:
-        a2_1 = load_tile(a2, x, a2_strides[2], x_read, 0, a2_strides[3], E1, E1_LIMIT)
+        a2_1 = load_tile(a2, x, a2_strides[2], x_read, 0, E1, E, E1_CHECK)
         if E2 > 0:
-            a2_2 = load_tile(a2, x, a2_strides[2], x_read, E1, a2_strides[3], E2, E)
+            a2_2 = load_tile(a2, x, a2_strides[2], x_read, E1, E2, E, True)
     if FIRST:
         da_1 = tl.zeros([BLOCK_OWN, D1], tl.float32)
         if D2 > 0 and D_STEPS == 1:
@@ -387,10 +391,10 @@ def backward_kernel(
             n, m, visible = x[:, None], y[None, :], y_read[None, :]
 
         if D_STEPS == 1:
-            b_1 = load_tile(b, y, b_strides[2], y_read, 0, b_strides[3], D1, D1_LIMIT)
+            b_1 = load_tile(b, y, b_strides[2], y_read, 0, D1, D, D1_CHECK)
             product = tl.dot(a_1, tl.trans(b_1), input_precision=PRECISION)
             if D2 > 0:
-                b_2 = load_tile(b, y, b_strides[2], y_read, D1, b_strides[3], D2, D)
+                b_2 = load_tile(b, y, b_strides[2], y_read, D1, D2, D, True)
                 product = tl.dot(a_2, tl.trans(b_2), product, input_precision=PRECISION)
         else:
             product = _looped_product(a, x, a_strides, x_read, b, y, b_strides, y_read, D, D1, D_STEPS, D2, PRECISION)
@@ -404,18 +408,18 @@ def backward_kernel(
             if DROPOUT:
                 dropped = weights * kept
             dropped = dropped.to(b2.dtype.element_ty)
-            b2_1 = load_tile(b2, y, b2_strides[2], y_read, 0 if E_STEPS == 1 else block * E1, b2_strides[3], E1, E1_LIMIT)
+            b2_1 = load_tile(b2, y, b2_strides[2], y_read, 0 if E_STEPS == 1 else block * E1, E1, E, E1_CHECK)
             da2_1 = tl.dot(dropped, b2_1, da2_1, input_precision=PRECISION)
             if E2 > 0 and E_STEPS == 1:
-                b2_2 = load_tile(b2, y, b2_strides[2], y_read, E1, b2_strides[3], E2, E)
+                b2_2 = load_tile(b2, y, b2_strides[2], y_read, E1, E2, E, True)
                 da2_2 = tl.dot(dropped, b2_2, da2_2, input_precision=PRECISION)
 
         if FIRST:
             if E_STEPS == 1:
                 if not SECOND:
-                    b2_1 = load_tile(b2, y, b2_strides[2], y_read, 0, b2_strides[3], E1, E1_LIMIT)
+                    b2_1 = load_tile(b2, y, b2_strides[2], y_read, 0, E1, E, E1_CHECK)
                     if E2 > 0:
-                        b2_2 = load_tile(b2, y, b2_strides[2], y_read, E1, b2_strides[3], E2, E)
+                        b2_2 = load_tile(b2, y, b2_strides[2], y_read, E1, E2, E, True)
                 dweights = tl.dot(a2_1, tl.trans(b2_1), input_precision=PRECISION)
                 if E2 > 0:
                     dweights = tl.dot(a2_2, tl.trans(b2_2), dweights, input_precision=PRECISION)
@@ -425,7 +429,7 @@ def backward_kernel(
                 dweights *= kept
             dscores = (weights * (dweights - row_delta)).to(b.dtype.element_ty)
             if D_STEPS > 1:
-                b_1 = load_tile(b, y, b_strides[2], y_read, block * D1, b_strides[3], D1, D)
+                b_1 = load_tile(b, y, b_strides[2], y_read, block * D1, D1, D, True)
             da_1 = tl.dot(dscores, b_1, da_1, input_precision=PRECISION)
             if D2 > 0 and D_STEPS == 1:
                 da_2 = tl.dot(dscores, b_2, da_2, input_precision=PRECISION)
@@ -515,11 +519,11 @@ def bias_kernel(
         pair = batch * heads + head
         row_lse, row_delta = _statistics(statistics + pair * 2 * queries, queries, n, n_inside)
         product = _looped_product(
-            q + batch * q_strides[0] + head * q_strides[1],
+            pair_base(q, q_strides, batch, head),
             n,
             q_strides,
             n_inside,
-            k + batch * k_strides[0] + head * k_strides[1],
+            pair_base(k, k_strides, batch, head),
             m,
             k_strides,
             visible,
@@ -535,11 +539,11 @@ def bias_kernel(
         scores = _scores(product, scale, here, n_, m_, bias_strides, inside, visible_, True, BASE2)
         weights = _exp(scores - row_lse[:, None], BASE2)
         dweights = _looped_product(
-            dout + batch * dout_strides[0] + head * dout_strides[1],
+            pair_base(dout, dout_strides, batch, head),
             n,
             dout_strides,
             n_inside,
-            v + batch * v_strides[0] + head * v_strides[1],
+            pair_base(v, v_strides, batch, head),
             m,
             v_strides,
             visible,
@@ -607,7 +611,7 @@ class _Problem:
     """What every launch of one call shares."""
 
     def __init__(self, q, k, v, key_mask, bias, seed, scale, dropout_p):
-        self.q, self.k, self.v, self.seed = q, k, v, seed
+        self.q, self.k, self.v, self.seed = aligned(q), aligned(k), aligned(v), seed
         self.base2 = q.dtype != torch.float32
         self.scale = scale * LOG2_E.value if self.base2 else scale
         self.batch, self.heads, self.queries, self.head_dim = q.shape
@@ -670,16 +674,16 @@ def attention_fwd(q, k, v, key_mask, bias, seed, scale, dropout_p):
     top = None if splits == 1 else torch.empty_like(total)
     with torch.cuda.device_of(q):
         forward_kernel[(tiles * splits,)](
-            q,
-            k,
-            v,
+            p.q,
+            p.k,
+            p.v,
             p.mask,
             p.bias,
             seed,
             target,
             total,
             top,
-            *p.strides(q, k, v, p.mask, p.bias),
+            *p.strides(p.q, p.k, p.v, p.mask, p.bias),
             p.pairs,
             p.heads,
             p.queries,
@@ -825,6 +829,7 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dr
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
     with torch.cuda.device_of(q):
         statistics = _statistics_of(p, dout, dlse, out, lse)
+        dout = aligned(dout)
         if wanted & 1:
             _one_side(p, False, dout, statistics, dq, None)
         if wanted & 2:
@@ -880,7 +885,7 @@ def report_case(name, dims, dtype, capability, tiles=None, *, extras=False) -> R
             signature[argument] = "constexpr"
             final[argument] = values.get(argument)
         elif tensor != argument:
-            dim = dims[0] if rows.get(tensor) == "D" else dims[1] if tensor in rows else 16
+            dim = dict(D=dims[0], E=dims[1])[rows[tensor]] if tensor in rows else 16
             step = "i32:16" if dim % 16 == 0 else "i32"
             signature[argument] = (step, "constexpr") if tensor == "mask" else (step, step, step, "constexpr")
             final[index, len(signature[argument]) - 1] = 1
