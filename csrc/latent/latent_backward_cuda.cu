@@ -32,7 +32,8 @@ struct BackwardQShared {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, Tile::kResident) backward_q_kernel(Problem p, Plan plan, Backward b, bool staged) {
+__global__ void __launch_bounds__(kThreads, Tile::kResident)
+    backward_q_kernel(Problem p, Plan plan, Backward b, bool staged) {
   using Shared = BackwardQShared<T, Tile>;
   const Shared shared(p, staged, shared_memory());
   const Thread<Tile> at;
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) backward_q_kernel(P
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float weight =
-                  ptx::exp2(s[m][n][2 * half + i] * scale + shared.keys.bias[at.score(n) + i] - shift[m][half]);
+                  ptx::exp2(fmaf(s[m][n][2 * half + i], scale, shared.keys.bias[at.score(n) + i] - shift[m][half]));
               ds[i] = score_gradient(weight, dp[m][n][2 * half + i], delta[m][half]);
             }
             store_two(shared.dscores + at.row(m, half) * Shared::kWeightPitch + at.score(n), ds[0], ds[1]);
@@ -232,7 +233,8 @@ __device__ void normalise_backward(const Problem& p, const float (&g)[Tile::kFra
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, Tile::kResident) backward_x_kernel(Problem p, Plan plan, Backward b, bool doubled) {
+__global__ void __launch_bounds__(kThreads, Tile::kResident)
+    backward_x_kernel(Problem p, Plan plan, Backward b, bool doubled) {
   using Shared = BackwardXShared<T, Tile>;
   const Shared shared(p, doubled, shared_memory());
   const Thread<Tile> at;
@@ -272,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) backward_x_kernel(P
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
                 const int column = at.score(n) + i;
-                w[i] = ptx::exp2(s[m][n][2 * half + i] * scale + bias - shared.shift[start + column]);
+                w[i] = ptx::exp2(fmaf(s[m][n][2 * half + i], scale, bias - shared.shift[start + column]));
                 ds[i] = p.scale * score_gradient(w[i], dp[m][n][2 * half + i], shared.delta[start + column]);
               }
               store_two(shared.weights + row * Shared::kWeightPitch + at.score(n), w[0], w[1]);
