@@ -151,7 +151,7 @@ void plan(Pass& p, Dtype dtype, Mode mode) {
   auto resident_bytes = [&] { return (chunks * 16 * p.warps + kStages * columns) * kRowBytes; };
 
   p.warps = 1;
-  const int most = mode == Mode::bias ? 4 : kMaxThreads / 32;
+  const int most = max_warps(mode);
   while (p.warps < most && 16 * p.warps < p.rows) p.warps *= 2;
   if (p.warps == 8 && resident_bytes() > kRoom) p.warps = 4;
   p.resident = mode != Mode::bias && resident_bytes() <= kRoom;

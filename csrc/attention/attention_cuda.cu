@@ -7,8 +7,6 @@
 namespace mmk::attention {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // One tile of the score matrix: its batch and head, its first row and column.
 struct Place {
   int64_t batch, head;
@@ -60,16 +58,15 @@ __device__ __forceinline__ void by_query(const Pass& p, const Place& at, Load lo
   }
 }
 
-// s * scale + bias in units of log 2; -inf where there is no key, no query, or a masked key.
+// s * scale + bias; -inf where there is no key, no query, or a masked key.
 template <class T, int Blocks>
 __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass& p, const Place& at) {
-  const float scale = p.scale * kLog2e;
   const int rows_here = static_cast<int>(blockDim.x) / 2;
   if (at.row + rows_here <= p.rows && at.column + Blocks * 8 <= p.columns && !p.key_mask && !p.bias) {
 #pragma unroll
     for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[j][i] *= scale;
+      for (int i = 0; i < 4; ++i) s[j][i] *= p.scale;
     }
     return;
   }
@@ -83,11 +80,11 @@ __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass&
       const int n = p.rows_are_keys ? column : row, m = p.rows_are_keys ? row : column;
       float x = -INFINITY;
       if (n < p.queries && m < p.keys && (!mask || mask[m * p.mask_key])) {
-        x = s[j][i] * scale;
+        x = s[j][i] * p.scale;
         if (p.bias) {
           const int64_t index = bias_start + n * p.bias_strides[2] + m * p.bias_strides[3];
-          x += kLog2e * (p.bias_is_fp32 ? static_cast<const float*>(p.bias)[index]
-                                        : to_float(static_cast<const T*>(p.bias)[index]));
+          x += p.bias_is_fp32 ? static_cast<const float*>(p.bias)[index]
+                              : to_float(static_cast<const T*>(p.bias)[index]);
         }
       }
       s[j][i] = x;
@@ -176,7 +173,7 @@ __device__ __forceinline__ void store_bias(unsigned char* shared, const float (&
 }
 
 template <class T, Mode mode, int Blocks>
-__global__ void __launch_bounds__(mode == Mode::bias ? kMaxThreads / 2 : kMaxThreads, 1)
+__global__ void __launch_bounds__(kThreads<mode>, mode == Mode::forward && sizeof(T) == 2 && Blocks == 8 ? 2 : 1)
     attention_kernel(const __grid_constant__ Pass p) {
   constexpr int kColumns = kColumnTile<mode, Blocks>, kTileBlocks = kColumns / 8, kSize = sizeof(T);
   constexpr int kSteps = kChunkBytes / 32;
@@ -241,18 +238,12 @@ __global__ void __launch_bounds__(mode == Mode::bias ? kMaxThreads / 2 : kMaxThr
       const Place at = place(fetched_item);
       const bool is_a = fetched_chunk < a_chunks, is_value = fetched_chunk >= a_chunks + b_chunks;
       const int column = (fetched_chunk - (is_a ? 0 : is_value ? a_chunks + b_chunks : a_chunks)) * kChunk<T>;
-      const Rows columns = rows_of(p,
-                                   is_a       ? p.columns_a
-                                   : is_value ? p.values
-                                              : p.columns_b,
-                                   at, kSize, p.columns,
-                                   is_a       ? p.a_dim
-                                   : is_value ? min(p.width, first_value + p.tile_width)
-                                              : p.b_dim);
-      load_chunk<T>(stage, columns, at.column, kColumns, column + (is_value ? first_value : 0));
-      if (!p.resident && !is_value) {
-        const Rows rows = rows_of(p, is_a ? p.rows_a : p.rows_b, at, kSize, p.rows, is_a ? p.a_dim : p.b_dim);
-        load_chunk<T>(stage + kColumns * kRowBytes, rows, at.row, rows_here, column);
+      const int limit = is_a ? p.a_dim : is_value ? min(p.width, first_value + p.tile_width) : p.b_dim;
+#pragma unroll 1
+      for (int part = 0; part < (p.resident || is_value ? 1 : 2); ++part) {
+        const Matrix& m = part ? (is_a ? p.rows_a : p.rows_b) : is_a ? p.columns_a : is_value ? p.values : p.columns_b;
+        load_chunk<T>(stage + part * kColumns * kRowBytes, rows_of(p, m, at, kSize, part ? p.rows : p.columns, limit),
+                      part ? at.row : at.column, part ? rows_here : kColumns, column + (is_value ? first_value : 0));
       }
       if (++fetched_chunk == a_chunks + b_chunks + value_chunks) fetched_chunk = 0, ++fetched_item;
     }
@@ -286,6 +277,7 @@ __global__ void __launch_bounds__(mode == Mode::bias ? kMaxThreads / 2 : kMaxThr
                     (is_a ? c : c - a_chunks) * kChunk<T>);
     }
   }
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) fetch();
 
   float sum[mode == Mode::bias ? kTileBlocks : Blocks][4] = {};
@@ -311,9 +303,9 @@ __global__ void __launch_bounds__(mode == Mode::bias ? kMaxThreads / 2 : kMaxThr
           p, at,
           [&](int n) {  // a query without keys, or none: subtracting +inf makes its weights 0
             const float lse = n < p.queries ? p.lse[first_query + n] : -INFINITY;
-            return lse == -INFINITY ? INFINITY : lse * kLog2e;
+            return lse == -INFINITY ? INFINITY : lse;
           },
-          [&](float lse, int j, int i) { s[j][i] = ptx::exp2(s[j][i] - lse); });
+          [&](float lse, int j, int i) { s[j][i] = ptx::exp2((s[j][i] - lse) * kLog2e); });
       if (p.b_dim) {
         float gradient[kTileBlocks][4] = {};
         dot(gradient, a_chunks, b_chunks, p.b_dim);

@@ -62,10 +62,14 @@ struct Pass {
   int64_t bias_sizes[4];
 };
 
-constexpr int kStages = 4, kMaxThreads = 256;
+constexpr int kStages = 4;
+
+constexpr int max_warps(Mode mode) { return mode == Mode::bias ? 4 : 8; }
+template <Mode mode>
+constexpr int kThreads = 32 * max_warps(mode);
 
 // Keys (or queries) of a column tile. Narrow where the accumulators leave no registers for a wide one.
-constexpr int column_tile(Mode mode, int blocks_of_8) { return mode == Mode::backward && blocks_of_8 > 16 ? 32 : 64; }
+constexpr int column_tile(Mode mode, int blocks_of_8) { return mode != Mode::bias && blocks_of_8 > 16 ? 32 : 64; }
 template <Mode mode, int BlocksOf8>
 constexpr int kColumnTile = column_tile(mode, BlocksOf8);
 

@@ -4,10 +4,11 @@
 // A tile is cut into chunks of 128 bytes a row (64 elements of 16 bits, 32 of fp32) so that any head dim is a loop over
 // chunks. Rows are 144 bytes apart: an odd multiple of 16, hence the eight rows of an ldmatrix, and the rows 2t of the
 // fp32 reads below, fall into different banks. One k-step of an mma is 32 bytes of a row in every type, so the
-// addresses are the same for all of them. fp32 is multiplied as three tf32 products of its two halves (big big + big
-// small + small big), which leaves an error of about 2^-22. Tensor cores truncate when they add to an accumulator, so
-// the three start from zero and their sum is added with rounding: over a long row the truncations would grow to many
-// times the error of fp32.
+// addresses are the same for all of them.
+//
+// fp32 is multiplied in tf32 by halves: x y = big big + (big small + small big). Tensor cores truncate their sums to
+// fp32, so every k-step starts from zero, the small products apart from the large ones, and is added with rounding; an
+// accumulator that lives over a long row would collect many times the error of fp32 arithmetic.
 #pragma once
 #include "common/ptx.cuh"
 
@@ -35,6 +36,7 @@ template <class T, int Bytes>
 __device__ __forceinline__ void copy_chunk(unsigned char* tile, const Rows& m, int first_row, int count,
                                            int first_column) {
   constexpr int kPieces = kChunkBytes / Bytes, kElements = Bytes / static_cast<int>(sizeof(T));
+#pragma unroll 1
 #pragma unroll 1
   for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
     const int row = first_row + i / kPieces, piece = i % kPieces, column = first_column + piece * kElements;
@@ -123,12 +125,12 @@ template <class T>
 __device__ __forceinline__ void multiply(float (&d)[4], const Operand<T>& a, uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(T) == 4) {
     const Halves x = halves(__uint_as_float(b0)), y = halves(__uint_as_float(b1));
-    float part[4] = {};
-    ptx::mma_16x8x8_tf32(part, a.small, x.big, y.big);
-    ptx::mma_16x8x8_tf32(part, a.big, x.small, y.small);
+    float rest[4] = {}, part[4] = {};
+    ptx::mma_16x8x8_tf32(rest, a.small, x.big, y.big);
+    ptx::mma_16x8x8_tf32(rest, a.big, x.small, y.small);
     ptx::mma_16x8x8_tf32(part, a.big, x.big, y.big);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) d[i] += part[i];
+    for (int i = 0; i < 4; ++i) d[i] += part[i] + rest[i];
   } else {
     ptx::mma_16x8x16<T>(d, a.r, b0, b1);
   }
@@ -238,12 +240,14 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Of the two rows that a lane has a part of. Scores are in units of log 2.
-struct OnlineSoftmax {
-  float top[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};  // of this lane's columns only
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-  // Turns scores into exp2(score - top) and returns in `rescale` what earlier results are multiplied by. A row that has
+// Of the two rows that a lane has a part of.
+struct OnlineSoftmax {
+  float top[2] = {-INFINITY, -INFINITY};  // the highest score, in units of log 2
+  float sum[2] = {0.0f, 0.0f};            // of this lane's columns only
+
+  // Turns scores into exp(score - top) and returns in `rescale` what earlier results are multiplied by. A row that has
   // seen no key yet keeps the top -inf and is measured against 0, so nothing becomes inf - inf.
   template <int Blocks>
   __device__ __forceinline__ void update(float (&s)[Blocks][4], float (&rescale)[2]) {
@@ -252,14 +256,14 @@ struct OnlineSoftmax {
       float highest = -INFINITY;
 #pragma unroll
       for (int j = 0; j < Blocks; ++j) highest = fmaxf(highest, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-      highest = fmaxf(top[r], quad_max(highest));
+      highest = fmaxf(top[r], quad_max(highest) * kLog2e);
       const float reference = highest == -INFINITY ? 0.0f : highest;
       rescale[r] = ptx::exp2(top[r] - reference);
       float part = 0.0f;
 #pragma unroll
       for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) part += s[j][i] = ptx::exp2(s[j][i] - reference);
+        for (int i = 2 * r; i < 2 * r + 2; ++i) part += s[j][i] = ptx::exp2(fmaf(s[j][i], kLog2e, -reference));
       }
       sum[r] = sum[r] * rescale[r] + part;
       top[r] = highest;
