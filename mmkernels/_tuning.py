@@ -24,10 +24,11 @@ class Tiles(NamedTuple):
 
     queries: int  # rows of a query tile
     keys: int  # rows of a key tile
-    head: int  # widest chunk of the head dim of q and k held at once (0: no limit)
-    value: int  # widest chunk of the head dim of v held at once (0: no limit)
+    head: int  # chunk of the head dim of q and k that a program loops over (0: it holds whole rows)
+    value: int  # the same for the head dim of v
     num_warps: int
     num_stages: int
+    out: int = 0  # columns of a gradient that one program sums where head dims are looped over (0: all)
 
 
 def default(kernel: str):

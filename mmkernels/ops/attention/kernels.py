@@ -307,9 +307,10 @@ def backward_kernel(
     E1: tl.constexpr,
     E_STEPS: tl.constexpr,
     E2: tl.constexpr,
+    OUT: tl.constexpr,  # columns of the gradient that a program sums where D_STEPS, or E_STEPS, is more than one
     OWN_KEYS: tl.constexpr,
-    FIRST: tl.constexpr,  # whether da is computed; where D_STEPS > 1 each program has one chunk of its columns
-    SECOND: tl.constexpr,  # whether da2 is; where E_STEPS > 1 likewise (then not both at once)
+    FIRST: tl.constexpr,  # whether da is computed
+    SECOND: tl.constexpr,  # whether da2 is; both at once only where whole rows are held
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -325,8 +326,10 @@ def backward_kernel(
     BASE2: tl.constexpr = b.dtype.element_ty != tl.float32
     D1_CHECK: tl.constexpr = D < D1 * D_STEPS
     E1_CHECK: tl.constexpr = E < E1 * E_STEPS
-    D_BLOCKS: tl.constexpr = (D + D1 - 1) // D1 if FIRST and D_STEPS > 1 else 1
-    E_BLOCKS: tl.constexpr = (E + E1 - 1) // E1 if SECOND and E_STEPS > 1 else 1
+    DO: tl.constexpr = D1 if D_STEPS == 1 else OUT
+    EO: tl.constexpr = E1 if E_STEPS == 1 else OUT
+    D_BLOCKS: tl.constexpr = (D + DO - 1) // DO if FIRST and D_STEPS > 1 else 1
+    E_BLOCKS: tl.constexpr = (E + EO - 1) // EO if SECOND and E_STEPS > 1 else 1
     own_tiles = tl.cdiv(own_count, BLOCK_OWN)
     pid = tl.program_id(0)
     block = pid % (D_BLOCKS * E_BLOCKS)
@@ -365,11 +368,11 @@ def backward_kernel(
         if E2 > 0:
             a2_2 = load_tile(a2, x, a2_strides[2], x_read, E1, E2, E, True)
     if FIRST:
-        da_1 = tl.zeros([BLOCK_OWN, D1], tl.float32)
+        da_1 = tl.zeros([BLOCK_OWN, DO], tl.float32)
         if D2 > 0 and D_STEPS == 1:
             da_2 = tl.zeros([BLOCK_OWN, D2], tl.float32)
     if SECOND:
-        da2_1 = tl.zeros([BLOCK_OWN, E1], tl.float32)
+        da2_1 = tl.zeros([BLOCK_OWN, EO], tl.float32)
         if E2 > 0 and E_STEPS == 1:
             da2_2 = tl.zeros([BLOCK_OWN, E2], tl.float32)
 
@@ -408,7 +411,10 @@ def backward_kernel(
             if DROPOUT:
                 dropped = weights * kept
             dropped = dropped.to(b2.dtype.element_ty)
-            b2_1 = load_tile(b2, y, b2_strides[2], y_read, 0 if E_STEPS == 1 else block * E1, E1, E, E1_CHECK)
+            if E_STEPS == 1:
+                b2_1 = load_tile(b2, y, b2_strides[2], y_read, 0, E1, E, E1_CHECK)
+            else:
+                b2_1 = load_tile(b2, y, b2_strides[2], y_read, block * EO, EO, E, E % EO != 0)
             da2_1 = tl.dot(dropped, b2_1, da2_1, input_precision=PRECISION)
             if E2 > 0 and E_STEPS == 1:
                 b2_2 = load_tile(b2, y, b2_strides[2], y_read, E1, E2, E, True)
@@ -429,7 +435,7 @@ def backward_kernel(
                 dweights *= kept
             dscores = (weights * (dweights - row_delta)).to(b.dtype.element_ty)
             if D_STEPS > 1:
-                b_1 = load_tile(b, y, b_strides[2], y_read, block * D1, D1, D, True)
+                b_1 = load_tile(b, y, b_strides[2], y_read, block * DO, DO, D, D % DO != 0)
             da_1 = tl.dot(dscores, b_1, da_1, input_precision=PRECISION)
             if D2 > 0 and D_STEPS == 1:
                 da_2 = tl.dot(dscores, b_2, da_2, input_precision=PRECISION)
@@ -437,12 +443,12 @@ def backward_kernel(
     row = (split * pairs + pair) * own_count
     if FIRST:
         store_tile(
-            da + row * D, x, D, x_inside, 0 if D_STEPS == 1 else block * D1, da_1 * (scale * LN_2 if BASE2 else scale), D
+            da + row * D, x, D, x_inside, 0 if D_STEPS == 1 else block * DO, da_1 * (scale * LN_2 if BASE2 else scale), D
         )
         if D2 > 0 and D_STEPS == 1:
             store_tile(da + row * D, x, D, x_inside, D1, da_2 * (scale * LN_2 if BASE2 else scale), D)
     if SECOND:
-        store_tile(da2 + row * E, x, E, x_inside, 0 if E_STEPS == 1 else block * E1, da2_1, E)
+        store_tile(da2 + row * E, x, E, x_inside, 0 if E_STEPS == 1 else block * EO, da2_1, E)
         if E2 > 0 and E_STEPS == 1:
             store_tile(da2 + row * E, x, E, x_inside, E1, da2_2, E)
 
@@ -573,23 +579,61 @@ def bias_kernel(
 # --- Tiles ----------------------------------------------------------------------------------------------------------------
 
 
+# Chosen with the kernel report: no spills, shared memory that fits, tensor cores fed by asynchronous copies. 272 columns
+# (261 = 256 + 16) are the widest rows that a program holds.
+
+
 @_tuning.default("attention_forward")
 def _forward_tiles(dims, dtype, capability):
-    return _tuning.Tiles(64, 64, 0, 0, 4, 2)
+    head, value = (64 if dims[0] > 272 else 0), (256 if dims[1] > 272 else 0)
+    wide = max(dims) > 128
+    if capability == _tuning.INTERPRETER:
+        return _tuning.Tiles(64, 64, head, value, 4, 2)
+    if dtype == "float32":
+        return _tuning.Tiles(32, 32, 32, 64, 4, 2)
+    if head == value == 0 and wide and capability != 90:
+        return _tuning.Tiles(64, 32, 0, 0, 4, 2)
+    return _tuning.Tiles(128, 64, head, value, 8, 3 if max(dims) <= 64 else 2)
+
+
+def _looped(queries, keys, num_warps):
+    return _tuning.Tiles(queries, keys, 64, 64, num_warps, 2, 256)
 
 
 @_tuning.default("attention_backward_queries")
 def _backward_queries_tiles(dims, dtype, capability):
-    return _tuning.Tiles(64, 64, 0, 0, 4, 2)
+    widest = max(dims)
+    if capability == _tuning.INTERPRETER:
+        return _tuning.Tiles(64, 64, 0, 0, 4, 2) if widest <= 272 else _looped(64, 64, 4)
+    if dtype == "float32":
+        return _tuning.Tiles(32, 32, 32, 32, 4, 2, 64)
+    if widest <= 128:
+        return _tuning.Tiles(128, 64, 0, 0, 8, 2)
+    if widest <= 256 or widest <= 272 and capability == 90:
+        return _tuning.Tiles(64, 32 if capability == 100 else 64, 0, 0, 8, 2)
+    return _looped(64, 64, 8)
 
 
 @_tuning.default("attention_backward_keys")
 def _backward_keys_tiles(dims, dtype, capability):
-    return _tuning.Tiles(64, 64, 0, 0, 4, 2)
+    widest = max(dims)
+    if capability == _tuning.INTERPRETER:
+        return _tuning.Tiles(64, 64, 0, 0, 4, 2) if widest <= 272 else _looped(64, 64, 4)
+    if dtype == "float32":
+        return _tuning.Tiles(32, 32, 32, 32, 4, 2, 64)
+    if widest <= 64:
+        return _tuning.Tiles(64, 128, 0, 0, 8, 2)
+    if widest <= 128:
+        return _tuning.Tiles(64, 64, 0, 0, 8, 2)
+    if widest <= 256 or widest <= 272 and capability == 90:
+        return _tuning.Tiles(32, 64, 0, 0, 8, 2)
+    return _looped(64, 64, 8)
 
 
 @_tuning.default("attention_backward_bias")
 def _backward_bias_tiles(dims, dtype, capability):
+    if dtype == "float32" and capability != _tuning.INTERPRETER:
+        return _tuning.Tiles(32, 32, 32, 32, 4, 2)
     return _tuning.Tiles(64, 64, 64, 64, 4, 2)
 
 
@@ -736,9 +780,9 @@ def _one_side(p, own_keys, dout, statistics, da, da2):
     block_own, block_other = (t.keys, t.queries) if own_keys else (t.queries, t.keys)
     tiles = triton.cdiv(own, block_own) * p.pairs
     if da is not None:
-        tiles *= _blocks(p.head_dim, columns["D1"], columns["D_STEPS"])
+        tiles *= _blocks(p.head_dim, t.out, columns["D_STEPS"])
     if da2 is not None:
-        tiles *= _blocks(p.value_dim, columns["E1"], columns["E_STEPS"])
+        tiles *= _blocks(p.value_dim, t.out, columns["E_STEPS"])
     splits, steps = p.split(tiles, triton.cdiv(other, block_other), t.num_warps)
     targets = [None if d is None else p.partial(splits, d) for d in (da, da2)]
     backward_kernel[(tiles * splits,)](
@@ -758,6 +802,7 @@ def _one_side(p, own_keys, dout, statistics, da, da2):
         p.keep_scale,
         p.threshold,
         **columns,
+        OUT=t.out,
         OWN_KEYS=own_keys,
         FIRST=da is not None,
         SECOND=da2 is not None,
@@ -871,7 +916,7 @@ def report_case(name, dims, dtype, capability, tiles=None, *, extras=False) -> R
     blocks = dict(BLOCK_N=tiles.queries, BLOCK_M=tiles.keys)
     if kernel is backward_kernel:
         own = (tiles.keys, tiles.queries) if constexprs["OWN_KEYS"] else (tiles.queries, tiles.keys)
-        blocks = dict(BLOCK_OWN=own[0], BLOCK_OTHER=own[1])
+        blocks = dict(BLOCK_OWN=own[0], BLOCK_OTHER=own[1], OUT=tiles.out)
         if constexprs["OWN_KEYS"] and not _held(covered):
             constexprs = constexprs | dict(SECOND=False)
     values = constexprs | covered | blocks | dict(PRECISION="ieee", HAS_MASK=extras, HAS_BIAS=extras, DROPOUT=extras)
