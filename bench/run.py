@@ -6,6 +6,7 @@ timed by events with a cold L2 cache, on a CPU wall time stands beside the proce
 
 import functools
 import gc
+import hashlib
 import os
 import platform
 import subprocess
@@ -49,16 +50,22 @@ def device_folder(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the source tree, `+` appended when tracked files differ from it; empty outside of one."""
+    """Which code was measured: the commit, with a digest of the sources after `+` where they differ from it or in its place
+    outside of a repository."""
+    folders = ("mmkernels", "csrc", "bench")
+    files = sorted(
+        p for folder in folders for p in (ROOT / folder).rglob("*.*") if p.suffix in (".py", ".cpp", ".cu", ".cuh", ".h")
+    )
+    digest = "+" + hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
     def git(*args):
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "mmkernels", "csrc", "bench")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "csrc", "mmkernels/*.py", "bench/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + (digest if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return digest
 
 
 def header(device: torch.device) -> dict:
@@ -132,8 +139,9 @@ class Timer:
 
     def settle(self) -> None:
         """Warms up and chooses how many calls a round makes: call overhead is below what one call can show."""
-        self.measure()
-        first = min(self.measure() for _ in range(3))
+        first = self.measure()
+        if first < 0.1:
+            first = min(self.measure() for _ in range(3))
         # On a GPU events time a single call well; only problems that are all overhead are timed in bulk, host included.
         if first < INNER_BELOW and not self.pass_.startswith("backward") and (not self.cuda or self.tiny()):
             self.inner = max(1, int(INNER_TIME / first))
@@ -162,13 +170,17 @@ def _flusher(device: torch.device):
 
 
 def time_in_turns(timers: dict, seconds: float, min_rounds: int = 3) -> None:
-    """Fills every timer with the same number of rounds, about `seconds` in all; rounds take turns over the candidates."""
+    """Times rounds that take turns over the candidates, for about `seconds` in all but `min_rounds` at least.
+
+    A candidate that alone has used up `seconds` sits out: one round of it may take a minute.
+    """
     for timer in timers.values():
         timer.settle()
     start, rounds = time.perf_counter(), 0
     while rounds < MAX_ROUNDS and (rounds < min_rounds or time.perf_counter() - start < seconds):
         for timer in timers.values():
-            timer.measure()
+            if sum(timer.seconds) * timer.inner < seconds or not timer.seconds:
+                timer.measure()
         rounds += 1
 
 

@@ -1,8 +1,9 @@
 """`python -m mmkernels bench --preset gpu`: all that a short visit to a GPU has to bring back, in one command.
 
-Parts, the most valuable first: build the CUDA library where it is missing, check both kernel backends against float64, time
-the first cases against every peer, tune the tiles, run the tests marked `gpu`, time the rest. A state file records what is
-finished, so the same command goes on after an interruption; rows are appended as they are measured.
+The CUDA library is built where it is missing (`build.py`). Then, the most valuable first: check both kernel backends against
+float64, time the first cases against every peer, tune the tiles and time ours again, run the tests marked `gpu`, time the
+rest. A state file records what is finished, so the same command goes on after an interruption; rows are appended as they
+are measured.
 """
 
 import importlib.util
@@ -16,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from mmkernels import _library, _tuning
+from mmkernels import _tuning
 
 from . import baselines, cli, registry, run, tune, verify
 
 ROOT = run.ROOT
 BUDGET = 560  # seconds in all; a part begins only before its share of it is over
 FIRST = 12  # cases timed before tuning
+PARTS = ("correctness", "first cases", "tuning", "first cases again", "gpu tests", "all cases")
 
 
 class State:
@@ -47,10 +49,10 @@ class State:
         self.save()
 
 
-def main(arguments, cases: list, device: torch.device) -> int:
-    """Runs the parts that are not finished. `--output` names the folder of state, rows and tables. Returns 1 when a kernel
-    gave a wrong result or a GPU test failed."""
-    start = time.monotonic()
+def main(arguments, cases: list, device: torch.device, start: float, built: str) -> int:
+    """Runs the parts that are not finished; `start` is when the visit began, by `time.monotonic`, and `built` what
+    `build.ensure` said. `--output` names the folder of state, rows and tables. Returns 1 when a kernel gave a wrong result
+    or a GPU test failed."""
     folder = arguments.output or cli.RESULTS / run.device_folder(device)
     state = State(folder / "visit.json", arguments.fresh)
     rows_file = folder / "gpu.jsonl"
@@ -83,6 +85,13 @@ def main(arguments, cases: list, device: torch.device) -> int:
         )  # fmt: skip
         return None if set(c.id for c in some) - _measured(rows_file, state.facts["commit"]) else f"{len(some)} cases"
 
+    def again():
+        cli.run_cases(
+            cases[:FIRST], device, rows_file, preset="gpu", seconds=arguments.seconds, only="mmkernels", seed=arguments.seed,
+            with_compile=False, append=True, stop_at=start + BUDGET * 0.85,
+        )  # fmt: skip
+        return "with tuned tiles"
+
     def tuned():
         _restore_tables(folder / "configs")
         done = state.facts["tuned"]
@@ -96,27 +105,23 @@ def main(arguments, cases: list, device: torch.device) -> int:
         )
         return f"{len(done)} kernels and shapes" if len(done) >= len(tune.tasks(cases)) else None
 
-    part("build", build)
+    print(f"== build: {built}", flush=True)
     part("correctness", lambda: sweep(device, folder / "correctness.jsonl"), 0.3)
     part("first cases", lambda: bench(cases[:FIRST], 0.5, True), 0.45)
     part("tuning", tuned, 0.75)
+    part("first cases again", again, 0.8)
     part("gpu tests", lambda: gpu_tests(folder / "gpu-tests.txt", max(30.0, BUDGET * 0.9 - (time.monotonic() - start))), 0.8)
     part("all cases", lambda: bench(cases, 1.0, False), 0.95)
     rows = [json.loads(text) for text in rows_file.read_text().splitlines()] if rows_file.is_file() else []
     from . import plots
 
     print("plots: " + ", ".join(map(str, plots.draw(rows, folder))))
-    left = [
-        name
-        for name in ("build", "correctness", "first cases", "tuning", "gpu tests", "all cases")
-        if name not in state.facts["parts"]
-    ]
+    left = [name for name in PARTS if name not in state.facts["parts"]]
     print(
-        f"{time.monotonic() - start:.0f} s; "
-        + (f"not finished: {', '.join(left)}; the same command goes on" if left else "all done")
+        f"{time.monotonic() - start:.0f} s; " + (f"left: {', '.join(left)}; the same command goes on" if left else "all done")
     )
-    bad = [name for name, outcome in state.facts["parts"].items() if "FAILED" in str(outcome)]
-    return int(bool(bad)) or cli.failed(rows)
+    bad = any("FAILED" in str(outcome) for outcome in (built, *state.facts["parts"].values()))
+    return int(bad) or cli.failed(rows)
 
 
 def _measured(rows_file: Path, commit: str) -> set:
@@ -133,22 +138,6 @@ def _restore_tables(folder: Path) -> None:
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-
-
-def build() -> str:
-    """The native libraries, unless the CUDA one loads already (built before, or brought along)."""
-    if _library.load("cuda").loaded:
-        return "the CUDA library was there"
-    why = _library.load("cuda").reason
-    process = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
-    _library.load.cache_clear()
-    status = _library.load("cuda")
-    if status.loaded:
-        return f"built; before: {why}"
-    print(process.stdout[-2000:], process.stderr[-2000:])
-    return f"FAILED: {status.reason}"
 
 
 # (queries, keys, heads, D, E) and (queries, keys, heads, channels, position): sizes that no tile divides.

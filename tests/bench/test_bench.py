@@ -133,7 +133,7 @@ def test_rows_say_it_all(tmp_path, capsys):
     for row in rows:
         assert {"device", "torch", "commit", "operations", "bytes", "sizes", "candidate", "status"} <= set(row)
         if row["status"] == "ok":
-            assert row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["rounds"] >= 3
+            assert row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["rounds"] >= 1
             assert row["candidate"] == "eager" or row["speedup_over"]["eager"] > 0
         else:
             assert row["reason"] and "ms" not in row

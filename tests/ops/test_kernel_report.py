@@ -22,9 +22,9 @@ def product(a, b, out, N: tl.constexpr):
     tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)).to(tl.bfloat16))
 
 def cases():
-    for name, size, capability in (("small", 64, 80), ("small", 64, 90), ("spilling", 256, 90)):
+    for name, size, capability in (("small", 64, 80), ("small", 64, 90), ("spilling", 128, 90)):
         signature = {"a": "*bf16", "b": "*bf16", "out": "*bf16", "N": "constexpr"}
-        options = dict(num_warps=1 if size == 256 else 4, num_stages=1)
+        options = dict(num_warps=2 if size == 128 else 4, num_stages=1)
         yield ReportCase(name, product, signature, {"N": size}, options, capability)
 """
 MAIN = """
