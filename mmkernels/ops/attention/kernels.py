@@ -883,7 +883,7 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dr
             else:
                 _one_side(p, True, dout, statistics, dk, None)
                 _one_side(p, True, dout, statistics, None, dv)
-        if wanted & 4:
+        if wanted & 4 and bias is not None:
             _bias(p, dout, statistics, dbias)
     return dq, dk, dv, dbias
 
