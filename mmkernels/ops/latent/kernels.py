@@ -552,11 +552,13 @@ def backward_x(
 
 
 def chunks(channels: int, widest: int = 0) -> tuple:
-    """Powers of two, 16 or more, whose sum covers the channels with little padding: three, cut where wider than `widest`.
+    """Powers of two, 16 or more, that cover the channels: at most three with little padding, or as many of `widest`.
 
-    >>> chunks(261), chunks(322), chunks(704), chunks(704, 256)
-    ((256, 16), (256, 64, 16), (512, 128, 64), (256, 256, 128, 64))
+    >>> chunks(261), chunks(322), chunks(704), chunks(261, 64)
+    ((256, 16), (256, 64, 16), (512, 128, 64), (64, 64, 64, 64, 64))
     """
+    if 0 < widest < channels:
+        return (widest,) * -(-channels // widest)
     widths = []
     while channels > 0:
         width = 1 << (channels.bit_length() - 1)
@@ -566,17 +568,69 @@ def chunks(channels: int, widest: int = 0) -> tuple:
         channels -= width
     if len(widths) > 1 and sum(widths) >= 2 * widths[0]:
         widths = [2 * widths[0]]
-    return tuple(part for w in widths for part in ([widest] * (w // widest) if 0 < widest < w else [w]))
+    return tuple(widths)
 
 
-def _default(dims, dtype, capability):
-    if capability == _tuning.INTERPRETER or dtype == "float32":
-        return _tuning.Tiles(32, 32, 0, 0, 4, 1)
-    return _tuning.Tiles(64, 64, 0, 0, 4, 2)
+def _by_width(kernel, *rows):
+    """Registers a kernel's default tiles, the first that fits of rows (capability from, most channels, 16-bit?, tiles)."""
+
+    @_tuning.default(kernel)
+    def default(dims, dtype, capability):
+        width = sum(chunks(dims[0]))
+        for least, widest, half, tiles in rows:
+            if capability >= least and width <= widest and half == (dtype != "float32"):
+                return tiles
+        return rows[-1][-1]
+
+    return default
 
 
-for _name in ("latent_fwd", "latent_bwd_q", "latent_bwd_x"):
-    _tuning.default(_name)(_default)
+# queries, keys, widest chunk, -, warps, stages. Chosen by the kernel report, so that registers do not spill and shared
+# memory fits: on sm_90 the accumulator of 128 x 272 or 64 x 704 fills the register file, and tiles of 64 query rows or more
+# become warp-group instructions; sm_80 moves operands through registers and takes small tiles.
+_T = _tuning.Tiles
+_SMALL, _SMALLEST = _T(32, 32, 64, 0, 8, 1), _T(16, 32, 64, 0, 8, 1)
+_by_width(
+    "latent_fwd",
+    (100, 272, True, _T(64, 64, 0, 0, 8, 2)),
+    (100, 512, True, _T(64, 32, 0, 0, 8, 3)),
+    (100, 1024, True, _SMALL),
+    (90, 128, True, _T(128, 128, 0, 0, 8, 3)),
+    (90, 272, True, _T(128, 64, 0, 0, 8, 3)),
+    (90, 512, True, _T(64, 64, 0, 0, 8, 3)),
+    (90, 704, True, _T(64, 32, 0, 0, 8, 3)),
+    (80, 64, True, _T(64, 64, 0, 0, 4, 2)),
+    (80, 512, True, _T(32, 32, 64, 0, 8, 2)),
+    (80, 1024, True, _SMALL),
+    (80, 272, False, _SMALL),
+    (80, 1024, False, _T(16, 16, 64, 0, 8, 1)),
+    (_tuning.INTERPRETER, 1024, True, _T(32, 32, 0, 0, 4, 1)),
+)
+_by_width(
+    "latent_bwd_q",
+    (100, 272, True, _T(64, 32, 0, 0, 8, 2)),
+    (90, 64, True, _T(128, 64, 0, 0, 8, 3)),
+    (90, 272, True, _T(128, 32, 0, 0, 8, 3)),
+    (90, 512, True, _T(64, 32, 0, 0, 8, 2)),
+    (90, 704, True, _T(32, 32, 64, 0, 8, 2)),
+    (80, 64, True, _T(64, 64, 0, 0, 4, 2)),
+    (80, 512, True, _T(32, 32, 64, 0, 8, 2)),
+    (80, 1024, True, _SMALLEST),
+    (80, 272, False, _SMALL),
+    (80, 1024, False, _T(16, 16, 64, 0, 8, 1)),
+    (_tuning.INTERPRETER, 1024, True, _T(32, 32, 0, 0, 4, 1)),
+)
+_by_width(
+    "latent_bwd_x",
+    (90, 64, True, _T(64, 128, 0, 0, 8, 2)),
+    (90, 272, True, _T(64, 64, 64, 0, 4, 1)),
+    (80, 64, True, _T(64, 64, 0, 0, 4, 1)),
+    (80, 704, True, _SMALL),
+    (80, 1024, True, _SMALLEST),
+    (80, 272, False, _SMALL),
+    (80, 1024, False, _T(16, 16, 64, 0, 8, 1)),
+    (_tuning.INTERPRETER, 1024, True, _T(32, 32, 0, 0, 4, 1)),
+)
 
 
 def _tiles(kernel, channels, x):
@@ -616,9 +670,9 @@ def _common(q, x, position, key_mask, scale, eps):
     return strides, facts
 
 
-def _in_tile_order(rows, content):
+def _in_tile_order(rows, content, widths):
     """(B, R, C) as (B, R, sum of the chunks): position channels first, then the content's, then zeros. N-sized."""
-    padding = sum(chunks(rows.shape[-1])) - rows.shape[-1]
+    padding = sum(widths) - rows.shape[-1]
     if padding == 0 and content == rows.shape[-1]:
         return rows.contiguous()
     zeros = rows.new_zeros(1).expand(*rows.shape[:-1], padding)
@@ -652,6 +706,7 @@ def latent_fwd(
     if out.numel() == 0:
         return out, lse
     tiles = _tiles("latent_fwd", channels, x)
+    widths = chunks(channels, tiles.head)
     splits, split_size = _split(batch, rows, x, tiles)
     part, top, total = out, lse, lse
     if splits > 1:
@@ -660,7 +715,20 @@ def latent_fwd(
     strides, facts = _common(q, x, position, key_mask, scale, eps)
     with _guard(x):
         forward[(splits * batch * triton.cdiv(rows, tiles.queries),)](
-            *(_in_tile_order(q, x.shape[2]), x, position, key_mask, part, top, total, *strides, rows, keys, batch, split_size),
+            *(
+                _in_tile_order(q, x.shape[2], widths),
+                x,
+                position,
+                key_mask,
+                part,
+                top,
+                total,
+                *strides,
+                rows,
+                keys,
+                batch,
+                split_size,
+            ),
             **facts,
             SPLIT=splits > 1,
             **_launch(tiles, channels),
@@ -704,20 +772,24 @@ def latent_bwd(
             WIDTH=_width(channels),
             HAS_DLSE=dlse is not None,
         )
-        inputs = (_in_tile_order(dout, content), delta, _in_tile_order(q, content), x, position, key_mask, lse)
+
+        def inputs(tiles):
+            widths = chunks(channels, tiles.head)
+            return _in_tile_order(dout, content, widths), delta, _in_tile_order(q, content, widths), x, position, key_mask, lse
+
         if want_q:
             tiles = _tiles("latent_bwd_q", channels, x)
             splits, split_size = _split(batch, rows, x, tiles)
             part = q.new_empty(splits, batch, rows, channels, dtype=torch.float32)
             backward_q[(splits * batch * triton.cdiv(rows, tiles.queries),)](
-                *(*inputs, part, *strides, rows, keys, batch, split_size), **facts, **_launch(tiles, channels)
+                *(*inputs(tiles), part, *strides, rows, keys, batch, split_size), **facts, **_launch(tiles, channels)
             )
             sum_splits(part.view(-1, *q.shape), dq)
         if (want_x and content) or want_position:
             tiles = _tiles("latent_bwd_x", channels, x)
             walk = batch if want_position else 1
             backward_x[(triton.cdiv(keys, tiles.keys) * (batch // walk),)](
-                *(*inputs, dx, dposition, *strides, rows, keys, walk),
+                *(*inputs(tiles), dx, dposition, *strides, rows, keys, walk),
                 **facts,
                 WANT_X=want_x,
                 WANT_POSITION=want_position,
