@@ -352,11 +352,13 @@ class BuildLibraries(build_ext):
                 replace_file(target, (ROOT / "build/native" / name / target.name).read_bytes())
             else:
                 target.unlink(missing_ok=True)
-                print(f"mmkernels: no {name} library: {self.facts[name]['why']}", file=sys.stderr)
-        record = {"platform": platform.platform(), "torch": torch_version(), **self.facts}
+        record = {"platform": platform.platform(), "torch": torch_version() or None, **self.facts}
         replace_file(package / "_build.json", json.dumps(record, indent=2).encode() + b"\n")
-        if not any(facts["built"] for facts in self.facts.values()):
-            print("mmkernels: installing the Python package alone", file=sys.stderr)
+        left_out = {name: facts["why"] for name, facts in self.facts.items() if not facts["built"]}
+        if len(left_out) == len(LIBRARIES):
+            left_out = {"native": left_out["cpu"]}
+        for name, why in left_out.items():
+            print(f"mmkernels: built without the {name} library: {why}", file=sys.stderr)
 
     # The libraries are no extensions of setuptools' kind: it has nothing to copy, list or look for.
     def get_outputs(self):
