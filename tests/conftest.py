@@ -11,3 +11,10 @@ from mmkernels import testing  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     testing.fix_triton_interpreter()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked `gpu` where there is none."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
