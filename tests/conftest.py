@@ -2,7 +2,10 @@
 
 import os
 
-import torch
+# Threads that wait by spinning make tests many times slower on a machine with other work; torch reads it when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

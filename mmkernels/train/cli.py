@@ -1,6 +1,7 @@
 """`python -m mmkernels train` and `predict`. Nothing heavy is imported until a command runs."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ def add_commands(subparsers) -> None:
     train = subparsers.add_parser("train", help="train a model")
     systems = train.add_subparsers(dest="system", required=True, metavar="SYSTEM")
     digits = systems.add_parser("perceiver-digits", help="Perceiver on scikit-learn's handwritten digits")
-    _add_training_options(digits, config="perceiver-digits", output="runs/perceiver-digits", epochs=24, batch_size=16, lr=2e-3)
+    _add_training_options(digits, config="perceiver-digits", output="runs/perceiver-digits", epochs=16, batch_size=16, lr=2e-3)
     digits.set_defaults(run=lambda arguments: _guarded(_train, arguments, _digits))
     folder = systems.add_parser("perceiver", help="Perceiver on a folder of class folders of images")
     folder.add_argument("--data", required=True, metavar="FOLDER", help="one folder of images per class")
@@ -61,6 +62,8 @@ def _add_training_options(parser, *, config, output, epochs, batch_size, lr):
 
 def _guarded(command, *arguments):
     """Runs a command; what the user can mend becomes one line and exit code 2."""
+    # Before torch is loaded: threads that wait by spinning make a step many times slower on a machine with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .._backends import BackendError
     from ..models import InputError
 
