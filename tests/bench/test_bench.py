@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import time
 
 import pytest
 import torch
 
-from bench import baselines, cli, memory, plots, registry, roofline, run, tune, verify
+from bench import baselines, cli, memory, plots, registry, roofline, run, tune, verify, visit
 from mmkernels import _tuning
 
 CPU = torch.device("cpu")
@@ -236,3 +237,45 @@ def test_tables_are_replaced_entry_by_entry(tmp_path):
     assert rows == {(261, 261): 128, (704, 704): 32}
     tune.store(path, other, None)
     assert [row["dims"] for row in json.loads(path.read_text())] == [[261, 261]]
+
+
+# --- A visit to a GPU --------------------------------------------------------------------------------------------------------
+
+
+def test_a_visit_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    done, interrupted = [], [True]
+
+    def rows_of(group, device, only=None, **_):
+        for case in group:
+            done.append(case.id if only is None else f"{case.id} again")
+            facts = {"candidate": "mmkernels cuda", "kind": "mmkernels", "status": "unsupported", "reason": "no GPU"}
+            yield {"case": case.id, "commit": run.commit(), "operations": 1, "bytes": 1, **facts}
+
+    def gpu_tests(output, seconds):
+        if interrupted.pop() if interrupted else False:
+            raise InterruptedError
+        return "3 passed"
+
+    monkeypatch.setattr(run, "run_problem", rows_of)
+    monkeypatch.setattr(visit, "sweep", lambda device, output: done.append("sweep") or "all right")
+    monkeypatch.setattr(visit, "gpu_tests", gpu_tests)
+    monkeypatch.setattr(tune, "tune", lambda *args, **options: done.append("tune"))
+    monkeypatch.setattr(tune, "tasks", lambda cases: [])
+    monkeypatch.setattr(visit, "FIRST", 1)
+    cases = [registry.Case(problem, "forward") for problem in (LATENT, ATTENTION)]
+    arguments = parse("--preset", "gpu", "--output", str(tmp_path))
+
+    def go(start=None):
+        done.clear()
+        return visit.main(arguments, cases, CPU, time.monotonic() if start is None else start, "the CUDA library was there")
+
+    with pytest.raises(InterruptedError):
+        go()
+    assert done == ["sweep", cases[0].id, "tune", f"{cases[0].id} again"]
+    assert go() == 0
+    assert done == [cases[1].id]  # the rest, once
+    assert capsys.readouterr().out.rstrip().endswith("all done")
+    assert go() == 0 and done == []
+    arguments.fresh = True
+    assert go(start=time.monotonic() - visit.BUDGET) == 0 and done == []
+    assert "left: correctness, first cases, tuning" in capsys.readouterr().out
