@@ -123,7 +123,7 @@ struct Call {
     if (dropout_p > 0.0) {
       STD_TORCH_CHECK(seed.has_value(), "seed is None; with dropout_p ", dropout_p, " it must be a tensor");
       check_like(*seed, "seed", q, ScalarType::Long);
-      STD_TORCH_CHECK(seed->numel() == 1, "seed has ", seed->numel(), " elements; it must have 1");
+      check_shape(*seed, "seed", {1});
       common.seed = static_cast<const int64_t*>(seed->const_data_ptr());
       common.drop_below = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
       common.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
@@ -168,8 +168,8 @@ void plan(Pass& p, Dtype dtype, Mode mode) {
     const int64_t full[4] = {p.batch, p.heads, p.row_tiles, p.column_tiles};
     for (int i = 0; i < 4; ++i) (p.bias_sizes[i] == 1 ? p.items : pieces) *= full[i];
   }
-  // A multiprocessor holds about 512 threads of these kernels, 256 where the accumulators are wide.
-  const int fit = std::max(1, std::min((p.blocks_of_8 > 16 ? 8 : 16) / p.warps, kRoom / p.shared_bytes));
+  // The registers of a multiprocessor hold 8 warps of these kernels.
+  const int fit = std::max(1, std::min(8 / p.warps, kRoom / p.shared_bytes));
   const int64_t slots = std::max(1, mmk_multiprocessors()) * static_cast<int64_t>(fit);
   p.splits = split_keys(std::max<int64_t>(pieces, 1), std::max<int64_t>(p.items, 1), slots);
   p.items_per_split = ceil_div(p.items, p.splits);

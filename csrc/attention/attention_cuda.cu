@@ -173,8 +173,7 @@ __device__ __forceinline__ void store_bias(unsigned char* shared, const float (&
 }
 
 template <class T, Mode mode, int Blocks>
-__global__ void __launch_bounds__(kThreads<mode>, mode == Mode::forward && sizeof(T) == 2 && Blocks == 8 ? 2 : 1)
-    attention_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __grid_constant__ Pass p) {
   constexpr int kColumns = kColumnTile<mode, Blocks>, kTileBlocks = kColumns / 8, kSize = sizeof(T);
   constexpr int kSteps = kChunkBytes / 32;
   const int warp = threadIdx.x / 32, rows_here = blockDim.x / 2;
@@ -353,7 +352,7 @@ __global__ void __launch_bounds__(kThreads<mode>, mode == Mode::forward && sizeo
         factor[r] = total == 0.0f ? 0.0f : p.out_scale / total;
         const int row = entry_row(home, 2 * r);
         if (first_value == 0 && row < p.rows && threadIdx.x % 4 == 0) {
-          const float lse = total == 0.0f ? -INFINITY : (softmax.top[r] + log2f(total)) * kLn2;
+          const float lse = total == 0.0f ? -INFINITY : softmax.top[r] + logf(total);
           (p.splits > 1 ? p.partial_lse + partial_matrix * p.rows : p.lse + matrix * p.rows)[row] = lse;
         }
       }
@@ -373,17 +372,17 @@ __global__ void merge_kernel(const float* partial, const float* partial_lse, int
   const int64_t row = blockIdx.x;
   float top = -INFINITY;
   for (int64_t s = 0; s < splits; ++s) top = fmaxf(top, partial_lse[s * rows + row]);
-  const float reference = top == -INFINITY ? 0.0f : top * kLog2e;
+  const float reference = top == -INFINITY ? 0.0f : top;
   float total = 0.0f;
-  for (int64_t s = 0; s < splits; ++s) total += ptx::exp2(partial_lse[s * rows + row] * kLog2e - reference);
+  for (int64_t s = 0; s < splits; ++s) total += ptx::exp2((partial_lse[s * rows + row] - reference) * kLog2e);
   for (int64_t e = threadIdx.x; e < width; e += blockDim.x) {
     float sum = 0.0f;
     for (int64_t s = 0; s < splits; ++s) {
-      sum += ptx::exp2(partial_lse[s * rows + row] * kLog2e - reference) * partial[(s * rows + row) * width + e];
+      sum += ptx::exp2((partial_lse[s * rows + row] - reference) * kLog2e) * partial[(s * rows + row) * width + e];
     }
     out[row * width + e] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
   }
-  if (threadIdx.x == 0) lse[row] = total == 0.0f ? -INFINITY : (reference + log2f(total)) * kLn2;
+  if (threadIdx.x == 0) lse[row] = total == 0.0f ? -INFINITY : reference + logf(total);
 }
 
 template <class T>

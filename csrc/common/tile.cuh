@@ -244,7 +244,7 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Of the two rows that a lane has a part of.
 struct OnlineSoftmax {
-  float top[2] = {-INFINITY, -INFINITY};  // the highest score, in units of log 2
+  float top[2] = {-INFINITY, -INFINITY};  // the highest score
   float sum[2] = {0.0f, 0.0f};            // of this lane's columns only
 
   // Turns scores into exp(score - top) and returns in `rescale` what earlier results are multiplied by. A row that has
@@ -256,14 +256,14 @@ struct OnlineSoftmax {
       float highest = -INFINITY;
 #pragma unroll
       for (int j = 0; j < Blocks; ++j) highest = fmaxf(highest, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-      highest = fmaxf(top[r], quad_max(highest) * kLog2e);
+      highest = fmaxf(top[r], quad_max(highest));
       const float reference = highest == -INFINITY ? 0.0f : highest;
-      rescale[r] = ptx::exp2(top[r] - reference);
+      rescale[r] = ptx::exp2((top[r] - reference) * kLog2e);
       float part = 0.0f;
 #pragma unroll
       for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) part += s[j][i] = ptx::exp2(fmaf(s[j][i], kLog2e, -reference));
+        for (int i = 2 * r; i < 2 * r + 2; ++i) part += s[j][i] = ptx::exp2((s[j][i] - reference) * kLog2e);
       }
       sum[r] = sum[r] * rescale[r] + part;
       top[r] = highest;
