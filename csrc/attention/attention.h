@@ -1,8 +1,8 @@
 // Softmax attention on the CPU without the N x M matrix. No torch here.
 //
-// Queries lie in vector lanes: a panel is a few vectors of queries, and S^T = K Q^T, O^T = V^T P^T, dQ^T = K^T dS^T have
-// the panel's lanes as columns. So the softmax needs no sums across a vector, P^T is the next product's operand where it
-// lies, and a block of keys is read as it stands, one number at a time, by every panel.
+// Queries lie in vector lanes: a panel is a few vectors of queries, and S^T = K Q^T, O^T = V^T P^T, dQ^T = K^T dS^T
+// have the panel's lanes as columns. So the softmax needs no sums across a vector, P^T is the next product's operand
+// where it lies, and a block of keys is read as it stands, one number at a time, by every panel.
 //
 // A family says how a block of its keys comes into cache (`load_keys`) and where its gradient goes
 // (`store_key_gradients`); attention reads k and v, latent normalises x and uses it as both.
@@ -14,15 +14,15 @@
 
 namespace mmk {
 
-constexpr int64_t kBlockKeys = 144;   // keys in cache at a time: a multiple of every tile height
-constexpr int64_t kChunkRows = 128;   // queries in cache at a time in the backward: a multiple of every panel
-constexpr int64_t kKeptRows = 1024;   // up to this many queries the backward packs them once and keeps them
+constexpr int64_t kBlockKeys = 144;  // keys in cache at a time: a multiple of every tile height
+constexpr int64_t kChunkRows = 128;  // queries in cache at a time in the backward: a multiple of every panel
+constexpr int64_t kKeptRows = 1024;  // up to this many queries the backward packs them once and keeps them
 
 struct KeyBlock {
-  int64_t begin, end;             // keys [begin, end) of the problem
-  int64_t count;                  // how many of them are visible: the rows of k and v
-  int32_t offset[kBlockKeys];     // of row i from `begin`; rising
-  const float *k, *v;             // float32, row-major
+  int64_t begin, end;          // keys [begin, end) of the problem
+  int64_t count;               // how many of them are visible: the rows of k and v
+  int32_t offset[kBlockKeys];  // of row i from `begin`; rising
+  const float *k, *v;          // float32, row-major
   int64_t k_row, v_row;
 };
 
@@ -36,32 +36,32 @@ using StoreKeyGradients = void(const Attention&, int64_t batch, int64_t head, co
 struct Attention {
   int64_t batch, heads, queries, keys, qk_dim, v_dim;
   float scale;
-  Strided q;                         // (B,H,N,D)
-  Strided key_mask;                  // bool (B,M) in the last two dimensions, or no data
+  Strided q;         // (B,H,N,D)
+  Strided key_mask;  // bool (B,M) in the last two dimensions, or no data
   LoadKeys* load_keys;
   int64_t key_space;
 
-  Strided bias;                      // (B,H,N,M) with stride 0 where broadcast, or no data
+  Strided bias;                                       // (B,H,N,M) with stride 0 where broadcast, or no data
   bool bias_per_query = false, bias_per_key = false;  // N, M are not broadcast
   bool dropout = false;
   uint64_t seed = 0;
   uint32_t drop_below = 0;
   float keep_scale = 1.0f;
 
-  Strided out;                       // (B,H,N,E)
-  float* lse;                        // (B,H,N)
+  Strided out;  // (B,H,N,E)
+  float* lse;   // (B,H,N)
 
   // Backward only.
-  Strided dout;                      // (B,H,N,E)
-  const float* dlse = nullptr;       // (B,H,N)
-  Strided dq;                        // (B,H,N,D) or no data
-  bool dq_shared = false;            // summed over the batch
-  StoreKeyGradients* store_key_gradients = nullptr;  // null: not wanted
-  bool one_key_gradient = false;     // k and v are one array, dk and dv too
+  Strided dout;                                               // (B,H,N,E)
+  const float* dlse = nullptr;                                // (B,H,N)
+  Strided dq;                                                 // (B,H,N,D) or no data
+  bool dq_shared = false;                                     // summed over the batch
+  StoreKeyGradients* store_key_gradients = nullptr;           // null: not wanted
+  bool one_key_gradient = false;                              // k and v are one array, dk and dv too
   bool summed_over_batch = false, summed_over_heads = false;  // by some gradient: they then go one after another
-  Strided dbias;                     // contiguous, of bias's shape, zero at first; stride 0 where broadcast
+  Strided dbias;  // contiguous, of bias's shape, zero at first; stride 0 where broadcast
   int64_t dbias_size = 0;
-  bool dbias_direct = false;         // nothing is summed: every element is written once. Else it is float32
+  bool dbias_direct = false;  // nothing is summed: every element is written once. Else it is float32
 
   bool masked() const { return key_mask.data != nullptr; }
 };

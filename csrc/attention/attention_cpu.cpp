@@ -1,11 +1,10 @@
 // Attention on the CPU: checks, the plan of parts over threads, the registered ops.
-#include "attention/attention.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <tuple>
 
+#include "attention/attention.h"
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/waves.h"
@@ -72,7 +71,8 @@ void attention_forward(const Attention& a) {
   const int64_t problems = a.batch * a.heads, threads = threads_for(a);
   if (problems * a.queries == 0) return;
   const AttentionKernels& kernels = attention_kernels(a.queries);
-  const int64_t row_parts = plan_row_parts(a, problems, threads, 512);
+  // Against few keys a row's own traffic is the cost: parts that stay in the first cache levels.
+  const int64_t row_parts = plan_row_parts(a, problems, threads, a.keys <= 32 ? kChunkRows : 512);
   const int64_t key_parts = split_keys(problems * row_parts, ceil_div(a.keys, kBlockKeys), threads);
   const Cut cut(a, kernels.lanes, row_parts, key_parts);
   const int64_t targets = problems * cut.row_parts, parts = targets * cut.key_parts;
@@ -95,7 +95,8 @@ void attention_forward(const Attention& a) {
   });
   if (!merge) return;
   for_parts(targets, workers, [&](int64_t target, int64_t) {
-    kernels.finish_forward(a, part_at(target, 0), states.at(target * cut.key_parts * state_size), cut.key_parts, state_size);
+    kernels.finish_forward(a, part_at(target, 0), states.at(target * cut.key_parts * state_size), cut.key_parts,
+                           state_size);
   });
 }
 
@@ -170,8 +171,7 @@ void attention_backward(Attention& a) {
         kernels.finish_keys(a, part, first_state, cut.row_parts, key_state_size, space.at(worker * space_size));
       });
   }
-  if (sum_bias)
-    kernels.finish_bias(dbias.data, dbias.dtype, bias_copies.at(0), row_copies * key_copies, a.dbias_size);
+  if (sum_bias) kernels.finish_bias(dbias.data, dbias.dtype, bias_copies.at(0), row_copies * key_copies, a.dbias_size);
 }
 
 namespace {
@@ -240,8 +240,9 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v,
-                                                    Tensor out, Tensor lse, OptionalTensor key_mask, OptionalTensor bias,
-                                                    OptionalTensor seed, double scale, double dropout_p, int64_t wanted) {
+                                                    Tensor out, Tensor lse, OptionalTensor key_mask,
+                                                    OptionalTensor bias, OptionalTensor seed, double scale,
+                                                    double dropout_p, int64_t wanted) {
   PlainAttention a = describe(q, k, v, key_mask, bias, seed, scale, dropout_p);
   for (const auto& [tensor, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_dtype(*tensor, name, q.scalar_type());

@@ -67,9 +67,11 @@ int64_t forward_space(const Attention& a, int64_t rows) {
   return panels(rows) * a.qk_dim * kPanel + 2 * kBlockKeys * kPanel + a.key_space + 64;
 }
 
-// Turns scores (count, kPanel) into weights relative to the running maximum, and rescales what was summed before.
+// Turns scores (count, kPanel) into weights relative to the running maximum, and rescales what was summed before
+// (nothing before the first block).
 template <int kVecs>
-void online_softmax(const Attention& a, const KeyBlock& block, float* scores, float* state, const PanelDropout* drop) {
+void online_softmax(const Attention& a, const KeyBlock& block, float* scores, float* state, bool first,
+                    const PanelDropout* drop) {
   float* maximum = state + a.v_dim * kPanel;
   float* total = maximum + kPanel;
   bool moved = false;
@@ -100,7 +102,7 @@ void online_softmax(const Attention& a, const KeyBlock& block, float* scores, fl
         store(s, (*drop)(a, v, block.begin + block.offset[i], load(s)));
       }
   }
-  if (!moved) return;
+  if (first || !moved) return;
   for (int64_t e = 0; e < a.v_dim; ++e)
     for (int v = 0; v < kVecs; ++v) {
       float* o = state + e * kPanel + v * kWidth;
@@ -118,10 +120,10 @@ void forward(const Attention& a, const Part& part, float* state, float* space) {
   for (int64_t row = 0; row < rows; row += kPanel) {
     load_tile(q + row * a.qk_dim, kPanel, a.q.at(part.batch, part.head, part.row_begin + row), a.q.dtype, a.q.stride[3],
               a.q.stride[2], a.qk_dim, smaller(kPanel, rows - row), a.scale);
-    float* s = state + row / kPanel * panel_state(a);
-    clear(s, panel_state(a));
-    for (int lane = 0; lane < kPanel; ++lane) s[a.v_dim * kPanel + lane] = -kInfinity;
+    float* s = state + row / kPanel * panel_state(a) + a.v_dim * kPanel;
+    for (int lane = 0; lane < kPanel; ++lane) s[lane] = -kInfinity, s[kPanel + lane] = 0.0f;
   }
+  bool first = true;
   KeyBlock block;
   for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
     block.end = smaller(block.begin + kBlockKeys, part.key_end);
@@ -130,8 +132,8 @@ void forward(const Attention& a, const Part& part, float* state, float* space) {
     for (int64_t row = 0; row < rows; row += kPanel) {
       const int64_t lanes = smaller(kPanel, rows - row);
       float* s = state + row / kPanel * panel_state(a);
-      gemm<false>({block.k, block.k_row, q + row * a.qk_dim, kPanel, 0, scores, kPanel, 0}, block.count, lanes, a.qk_dim,
-                  false);
+      gemm<false>({block.k, block.k_row, q + row * a.qk_dim, kPanel, 0, scores, kPanel, 0}, block.count, lanes,
+                  a.qk_dim, false);
       if (a.bias.data != nullptr) {
         load_bias(a, part, block, part.row_begin + row, lanes, bias);
         for (int64_t i = 0; i < block.count * kPanel; i += kPanel)
@@ -139,15 +141,18 @@ void forward(const Attention& a, const Part& part, float* state, float* space) {
       }
       if (a.dropout) {
         const PanelDropout drop(a, part, part.row_begin + row);
-        online_softmax<2>(a, block, scores, s, &drop);
+        online_softmax<2>(a, block, scores, s, first, &drop);
       } else if (lanes > kWidth) {
-        online_softmax<2>(a, block, scores, s, nullptr);
+        online_softmax<2>(a, block, scores, s, first, nullptr);
       } else {
-        online_softmax<1>(a, block, scores, s, nullptr);
+        online_softmax<1>(a, block, scores, s, first, nullptr);
       }
-      gemm<true>({block.v, block.v_row, scores, kPanel, 0, s, kPanel, 0}, a.v_dim, lanes, block.count, true);
+      gemm<true>({block.v, block.v_row, scores, kPanel, 0, s, kPanel, 0}, a.v_dim, lanes, block.count, !first);
     }
+    first = false;
   }
+  for (int64_t row = 0; first && row < rows; row += kPanel)
+    clear(state + row / kPanel * panel_state(a), a.v_dim * kPanel);
 }
 
 void finish_forward(const Attention& a, const Part& part, float* states, int64_t count, int64_t stride) {
@@ -226,7 +231,8 @@ void pack_chunk(const Attention& a, const Part& part, int64_t row, int64_t rows,
   }
   if (a.store_key_gradients == nullptr) return;
   load_tile(chunk.q_rows, padded_row(a.qk_dim), q, a.q.dtype, a.q.stride[2], a.q.stride[3], rows, a.qk_dim, a.scale);
-  load_tile(chunk.dout_rows, padded_row(a.v_dim), dout, a.dout.dtype, a.dout.stride[2], a.dout.stride[3], rows, a.v_dim);
+  load_tile(chunk.dout_rows, padded_row(a.v_dim), dout, a.dout.dtype, a.dout.stride[2], a.dout.stride[3], rows,
+            a.v_dim);
 }
 
 // lse of every row (+inf where it has no key, so that its weights are 0) and delta = dout . out - dlse.
@@ -275,8 +281,8 @@ void add_bias_gradient(const Attention& a, const Part& part, const KeyBlock& blo
   char* base = a.dbias.at(part.batch, part.head, row);
   if (a.dbias_direct) {
     for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
-      store_tile(base + (block.begin + offset) * a.dbias.stride[3] * a.dbias.item_bytes(), a.dbias.dtype, a.dbias.stride[3],
-                 a.dbias.stride[2], ds + i * ld, ld, length, lanes);
+      store_tile(base + (block.begin + offset) * a.dbias.stride[3] * a.dbias.item_bytes(), a.dbias.dtype,
+                 a.dbias.stride[3], a.dbias.stride[2], ds + i * ld, ld, length, lanes);
     });
     return;
   }
@@ -302,7 +308,7 @@ void add_bias_gradient(const Attention& a, const Part& part, const KeyBlock& blo
 void backward(const Attention& a, const Part& part, float* state, float* key_state, float* space) {
   const int64_t rows = part.row_end - part.row_begin;
   const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
-  const bool keep_chunks = rows <= kKeptRows;
+  const bool keep_chunks = rows <= kKeptRows && part.key_end - part.key_begin > kBlockKeys;
   Carver carver{space};
   float* chunks = carver.take((keep_chunks ? ceil_div(rows, kChunkRows) : 1) * chunk_floats(a));
   float* lse = carver.take(panels(rows) * kPanel);
@@ -323,7 +329,8 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
     if (visible) a.load_keys(a, part.batch, part.head, block, key_space);
     float* dk = key_state == nullptr ? own_key_state : key_state + block.begin * (k_ld + v_ld);
     float* dv = a.one_key_gradient ? dk : dk + kBlockKeys * k_ld;
-    if (a.store_key_gradients && key_state == nullptr) clear(dk, kBlockKeys * (k_ld + v_ld));
+    if (a.store_key_gradients && key_state == nullptr && (a.one_key_gradient || rows == 0 || !visible))
+      clear(dk, kBlockKeys * (k_ld + v_ld));
     for (int64_t begin = 0; visible && begin < rows; begin += kChunkRows) {
       const int64_t chunk_rows = smaller(kChunkRows, rows - begin);
       const Chunk chunk = chunk_at(a, chunks + (keep_chunks ? begin / kChunkRows * chunk_floats(a) : 0));
@@ -354,13 +361,15 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
           add_bias_gradient(a, part, block, part.row_begin + row, lanes, dscores + r, kChunkRow, transposed);
       }
       if (a.dq.data != nullptr)
-        gemm<true>({block.k, block.k_row, dscores, kChunkRow, kPanel, state + begin * a.qk_dim, kPanel, kPanel * a.qk_dim},
-                   a.qk_dim, chunk_rows, block.count, true);
+        gemm<true>(
+            {block.k, block.k_row, dscores, kChunkRow, kPanel, state + begin * a.qk_dim, kPanel, kPanel * a.qk_dim},
+            a.qk_dim, chunk_rows, block.count, true);
       if (a.store_key_gradients) {
-        gemm<false>({scores, kChunkRow, chunk.dout_rows, v_ld, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim, chunk_rows,
-                    true);
-        gemm<false>({dscores, kChunkRow, chunk.q_rows, k_ld, kPanel, dk, k_ld, kPanel}, block.count, a.qk_dim, chunk_rows,
-                    true);
+        const bool add_to = key_state != nullptr || a.one_key_gradient || begin > 0;
+        gemm<false>({scores, kChunkRow, chunk.dout_rows, v_ld, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim,
+                    chunk_rows, add_to);
+        gemm<false>({dscores, kChunkRow, chunk.q_rows, k_ld, kPanel, dk, k_ld, kPanel}, block.count, a.qk_dim,
+                    chunk_rows, add_to);
       }
     }
     packed |= visible;
@@ -379,8 +388,8 @@ void finish_queries(const Attention& a, const Part& part, float* states, int64_t
     float* s = states + row * a.qk_dim;
     for (int64_t c = 1; c < count; ++c) add(s, s + c * stride, a.qk_dim * kPanel);
     for (int64_t i = 0; i < a.qk_dim * kPanel; ++i) s[i] *= a.scale;
-    store_tile(a.dq.at(part.batch, part.head, part.row_begin + row), a.dq.dtype, a.dq.stride[3], a.dq.stride[2], s, kPanel,
-               a.qk_dim, smaller(kPanel, rows - row));
+    store_tile(a.dq.at(part.batch, part.head, part.row_begin + row), a.dq.dtype, a.dq.stride[3], a.dq.stride[2], s,
+               kPanel, a.qk_dim, smaller(kPanel, rows - row));
   }
 }
 
@@ -426,8 +435,8 @@ void load_keys(const Attention& a, int64_t batch, int64_t head, KeyBlock& block,
   load_matrix(a, p.v, a.v_dim, batch, head, block, space + kBlockKeys * padded_row(a.qk_dim), &block.v, &block.v_row);
 }
 
-void store_key_gradients(const Attention& a, int64_t batch, int64_t head, const KeyBlock& block, const float*, float* dk,
-                         float* dv) {
+void store_key_gradients(const Attention& a, int64_t batch, int64_t head, const KeyBlock& block, const float*,
+                         float* dk, float* dv) {
   const auto& p = static_cast<const PlainAttention&>(a);
   for (int which = 0; which < 2; ++which) {
     const Strided& to = which == 0 ? p.dk : p.dv;
@@ -444,8 +453,8 @@ void store_key_gradients(const Attention& a, int64_t batch, int64_t head, const 
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {kPanel,         forward_state,  forward_space, forward,        finish_forward,
-                                            backward_state, backward_space, backward,      finish_queries, finish_keys,
-                                            finish_bias,    load_keys,      store_key_gradients};
+const AttentionKernels attention_kernels = {
+    kPanel,   forward_state,  forward_space, forward,     finish_forward, backward_state,     backward_space,
+    backward, finish_queries, finish_keys,   finish_bias, load_keys,      store_key_gradients};
 
 }  // namespace mmk::MMK_ISA

@@ -49,9 +49,8 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
 // The dtype that all floating-point arguments of a call share is the one of its first argument.
 inline ScalarType check_first(const Tensor& t, const char* name, int64_t rank) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name, " has dtype ",
-      torch::headeronly::toString(dtype), "; it must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+                  " has dtype ", torch::headeronly::toString(dtype), "; it must be float32, bfloat16 or float16");
   check_dtype(t, name, dtype);
   check_rank(t, name, rank);
   return dtype;

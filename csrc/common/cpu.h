@@ -21,8 +21,8 @@ struct Strided {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Row length in floats for `columns` of them: whole panels of up to 32, and an odd number of cache lines, so that rows of
-// one column do not compete for the same cache set.
+// Row length in floats for `columns` of them: whole panels of up to 32, and an odd number of cache lines, so that rows
+// of one column do not compete for the same cache set.
 inline int64_t padded_row(int64_t columns) { return round_up(columns, 32) + 16; }
 
 }  // namespace mmk

@@ -86,7 +86,9 @@ MMK_INLINE ShortVec narrow(BFloat16, Vec v) {
 
 #if defined(__AVX512F__)
 MMK_INLINE Vec widen(Half, ShortVec bits) { return (Vec)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)bits); }
-MMK_INLINE ShortVec narrow(Half, Vec v) { return (ShortVec)_mm512_maskz_cvtps_ph(0xFFFF, (__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+MMK_INLINE ShortVec narrow(Half, Vec v) {
+  return (ShortVec)_mm512_maskz_cvtps_ph(0xFFFF, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
 #elif defined(__F16C__)
 MMK_INLINE Vec widen(Half, ShortVec bits) { return (Vec)_mm256_cvtph_ps((__m128i)bits); }
 MMK_INLINE ShortVec narrow(Half, Vec v) { return (ShortVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }

@@ -6,7 +6,8 @@
 
 namespace mmk::MMK_ISA {
 
-// tile[r * ld + l] = scale * source[r * row_stride + l * lane_stride]; lanes up to the next multiple of kWidth become 0.
+// tile[r * ld + l] = scale * source[r * row_stride + l * lane_stride]; lanes up to the next multiple of kWidth become
+// 0.
 template <class T>
 static void load_tile(float* tile, int64_t ld, const T* source, int64_t row_stride, int64_t lane_stride, int64_t rows,
                       int64_t lanes, float scale) {

@@ -5,12 +5,12 @@
 namespace mmk {
 
 struct LatentAttention : Attention {
-  Strided x;                // (B,M,Cx) in the last three dimensions
-  Strided position;         // (M,C-Cx) in the last two, or no data
+  Strided x;         // (B,M,Cx) in the last three dimensions
+  Strided position;  // (M,C-Cx) in the last two, or no data
   int64_t x_channels;
-  float eps;                // negative: no normalisation
-  Strided dx;               // as x, or no data
-  Strided dposition;        // as position, or no data
+  float eps;                   // negative: no normalisation
+  Strided dx;                  // as x, or no data
+  Strided dposition;           // as position, or no data
   bool add_dposition = false;  // to float32 sums over the batch
 };
 
@@ -18,13 +18,13 @@ struct LatentAttention : Attention {
 // out = o' (w_v diag(gain))^T + w_v shift + b_v after it.
 struct Projections {
   int64_t batch, heads, queries, channels, qk_dim, v_dim;  // qk_dim and v_dim of one head
-  Strided q;                 // (B|1,N,H*D) in the last three dimensions
-  Strided w_k, w_v;          // (H*D,C), (H*E,C) in the last two
-  Strided gain, shift, b_v;  // in the last one, or no data
-  float* absorbed;           // (B|1,H*N,padded_row(C))
-  const float* core;         // (B,H*N,padded_row(C))
-  const float* lse;          // (B,H*N)
-  Strided out;               // (B,N,H*E) in the last three
+  Strided q;                                               // (B|1,N,H*D) in the last three dimensions
+  Strided w_k, w_v;                                        // (H*D,C), (H*E,C) in the last two
+  Strided gain, shift, b_v;                                // in the last one, or no data
+  float* absorbed;                                         // (B|1,H*N,padded_row(C))
+  const float* core;                                       // (B,H*N,padded_row(C))
+  const float* lse;                                        // (B,H*N)
+  Strided out;                                             // (B,N,H*E) in the last three
 };
 
 struct LatentKernels {

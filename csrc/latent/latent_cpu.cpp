@@ -72,8 +72,8 @@ LatentAttention describe_input(ScalarType dtype, const Tensor& x, const Optional
   return a;
 }
 
-LatentAttention describe(const Tensor& q, const Tensor& x, const OptionalTensor& position, const OptionalTensor& key_mask,
-                         double scale, double eps) {
+LatentAttention describe(const Tensor& q, const Tensor& x, const OptionalTensor& position,
+                         const OptionalTensor& key_mask, double scale, double eps) {
   const ScalarType dtype = check_first(q, "q", 3);
   LatentAttention a = describe_input(dtype, x, position, key_mask, q.size(1), scale, eps);
   STD_TORCH_CHECK((q.size(0) == 1 || q.size(0) == a.batch) && q.size(2) == a.qk_dim, "q has shape ", text_of_shape(q),
@@ -94,9 +94,9 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor x, OptionalTensor position, 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor x, OptionalTensor position,
-                                            OptionalTensor key_mask, Tensor out, Tensor lse, double scale, double eps,
-                                            int64_t wanted) {
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor x,
+                                            OptionalTensor position, OptionalTensor key_mask, Tensor out, Tensor lse,
+                                            double scale, double eps, int64_t wanted) {
   LatentAttention a = describe(q, x, position, key_mask, scale, eps);
   for (const auto& [tensor, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_dtype(*tensor, name, q.scalar_type());
@@ -153,8 +153,8 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
   check_dtype(w_v, "w_v", dtype);
   STD_TORCH_CHECK(num_heads >= 1, "num_heads is ", num_heads, "; it must be positive");
   for (const auto& [weight, name] : {std::pair{&w_k, "w_k"}, {&w_v, "w_v"}})
-    STD_TORCH_CHECK(weight->size(0) > 0 && weight->size(0) % num_heads == 0, name, " has shape ", text_of_shape(*weight),
-                    "; its rows must be a positive multiple of num_heads, ", num_heads);
+    STD_TORCH_CHECK(weight->size(0) > 0 && weight->size(0) % num_heads == 0, name, " has shape ",
+                    text_of_shape(*weight), "; its rows must be a positive multiple of num_heads, ", num_heads);
   Projections p;
   p.heads = num_heads, p.queries = q.size(1);
   p.qk_dim = w_k.size(0) / num_heads, p.v_dim = w_v.size(0) / num_heads;
@@ -195,7 +195,8 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
 
   auto for_chunks = [&](int64_t batch, auto kernel) {
     for_parts(batch * p.heads * chunks, threads, [&](int64_t i, int64_t worker) {
-      kernel(p, i / chunks / p.heads, i / chunks % p.heads, i % chunks * kChunkRows, worker_space + worker * space_size);
+      kernel(p, i / chunks / p.heads, i / chunks % p.heads, i % chunks * kChunkRows,
+             worker_space + worker * space_size);
     });
   };
   for_chunks(q_batch, kernels.absorb);

@@ -1,17 +1,16 @@
-// The latent family's keys: a block of the input, normalised on its way into cache; and the projections around the core.
-// Compiled once per instruction set.
-#include "latent/latent.h"
-
+// The latent family's keys: a block of the input, normalised on its way into cache; and the projections around the
+// core. Compiled once per instruction set.
 #include "common/gemm.h"
 #include "common/tiles.h"
+#include "latent/latent.h"
 
 namespace mmk::MMK_ISA {
 namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// (row - mean) / sqrt(variance + eps) in place, returns the factor. The variance is taken around the mean just computed:
-// nothing cancels. Lanes from `channels` to the next multiple of kWidth are 0 before and after.
+// (row - mean) / sqrt(variance + eps) in place, returns the factor. The variance is taken around the mean just
+// computed: nothing cancels. Lanes from `channels` to the next multiple of kWidth are 0 before and after.
 float normalise(float* row, int64_t channels, float eps) {
   Vec total{};
   for (int64_t c = 0; c < channels; c += kWidth) total += load(row + c);
@@ -48,7 +47,8 @@ void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, floa
                   p.position.stride[3], rows, channels - p.x_channels);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = channels; c % kWidth != 0; ++c) tile[r * ld + c] = 0.0f;
-      for (int64_t r = 0; p.eps >= 0.0f && r < rows; ++r) factors[i + done + r] = normalise(tile + r * ld, channels, p.eps);
+      for (int64_t r = 0; p.eps >= 0.0f && r < rows; ++r)
+        factors[i + done + r] = normalise(tile + r * ld, channels, p.eps);
     }
   });
   block.k = block.v = space;
@@ -56,8 +56,8 @@ void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, floa
 }
 
 // The gradient of the normalised rows, turned into that of the raw ones and stored.
-void store_key_gradients(const Attention& a, int64_t batch, int64_t, const KeyBlock& block, const float* space, float* dk,
-                         float*) {
+void store_key_gradients(const Attention& a, int64_t batch, int64_t, const KeyBlock& block, const float* space,
+                         float* dk, float*) {
   const auto& p = static_cast<const LatentAttention&>(a);
   const int64_t channels = a.qk_dim, ld = padded_row(channels);
   const float* factors = space + kBlockKeys * ld;
@@ -75,8 +75,7 @@ void store_key_gradients(const Attention& a, int64_t batch, int64_t, const KeyBl
   }
   const int64_t length = block.end - block.begin, position_channels = channels - p.x_channels;
   auto write = [&](const Strided& to, int64_t example, int64_t first, int64_t columns) {
-    if (block.count < length)
-      std::memset(to.at(0, example, block.begin), 0, length * columns * to.item_bytes());
+    if (block.count < length) std::memset(to.at(0, example, block.begin), 0, length * columns * to.item_bytes());
     for_stretches(block, [&](int64_t i, int64_t offset, int64_t rows) {
       store_tile(to.at(0, example, block.begin + offset), to.dtype, columns, 1, dk + i * ld + first, ld, rows, columns);
     });
@@ -127,7 +126,8 @@ void project(const Projections& p, int64_t batch, int64_t head, int64_t row, flo
   float* weight = line + wide;
   float* constant = weight + p.channels * ld;
   float* out = constant + ld;
-  load_tile(weight, ld, p.w_v.at(0, 0, head * p.v_dim), p.w_v.dtype, p.w_v.stride[3], p.w_v.stride[2], p.channels, p.v_dim);
+  load_tile(weight, ld, p.w_v.at(0, 0, head * p.v_dim), p.w_v.dtype, p.w_v.stride[3], p.w_v.stride[2], p.channels,
+            p.v_dim);
   std::memset(constant, 0, ld * sizeof(float));
   if (p.b_v.data != nullptr) load_line(constant, p.b_v, head * p.v_dim, p.v_dim);
   if (p.shift.data != nullptr) {
