@@ -234,7 +234,15 @@ CONFIG, MODEL = PerceiverConfig, Perceiver
 
 
 def from_official(config: dict, state_dict: dict, *, backend="auto") -> Perceiver:
-    """A Perceiver with the parameters of DeepMind's Haiku modules, in the dtype of `state_dict`.
+    """A Perceiver with the parameters of DeepMind's Haiku modules, in the dtype of `state_dict`; see `read_official`."""
+    sizes, weights = read_official(config, state_dict)
+    model = Perceiver(dataclasses.replace(sizes, backend=backend), dtype=official.common_dtype(state_dict))
+    load_weights(model, weights, "state_dict")
+    return model
+
+
+def read_official(config: dict, state_dict: dict) -> tuple:
+    """(PerceiverConfig, state dict of `Perceiver`) from DeepMind's Haiku modules; the tensors are views of the given ones.
 
     Args:
         config: `num_cross_attends`, `layers_per_block`, `self_heads`; `max_resolution` and `num_bands` of the positions;
@@ -273,30 +281,26 @@ def from_official(config: dict, state_dict: dict, *, backend="auto") -> Perceive
             "self_v_channels": size(f"{layers[0]}/attention/linear_2/w", 1),
             "self_widening": size(f"{layers[0]}/mlp/linear/w", 1) // channels,
         }
-    model = Perceiver(
-        PerceiverConfig(
-            input_shape=tuple(config.get("index_shape", resolution)),
-            input_channels=size(f"{cross}/layer_norm_1/scale", 0) - len(resolution) * (2 * config["num_bands"] + 1),
-            num_classes=size("projection/~/logits/b", 0),
-            num_latents=size("latents/pos_embs", 0),
-            latent_channels=channels,
-            num_cross_attends=attends,
-            num_blocks=num_blocks,
-            layers_per_block=per_block,
-            cross_heads=config.get("cross_heads", 1),
-            self_heads=config["self_heads"],
-            cross_qk_channels=size(f"{cross}/attention/linear/w", 1),
-            cross_v_channels=size(f"{cross}/attention/linear_2/w", 1),
-            cross_widening=size(f"{cross}/mlp/linear/w", 1) // channels,
-            num_bands=config["num_bands"],
-            max_resolution=resolution,
-            share_cross=sharing[len(crosses)],
-            share_blocks=len(layers) == per_block,
-            eps=config.get("layer_norm_eps", 1e-5),
-            backend=backend,
-            **options,
-        ),
-        dtype=official.common_dtype(state_dict),
+    sizes = PerceiverConfig(
+        input_shape=tuple(config.get("index_shape", resolution)),
+        input_channels=size(f"{cross}/layer_norm_1/scale", 0) - len(resolution) * (2 * config["num_bands"] + 1),
+        num_classes=size("projection/~/logits/b", 0),
+        num_latents=size("latents/pos_embs", 0),
+        latent_channels=channels,
+        num_cross_attends=attends,
+        num_blocks=num_blocks,
+        layers_per_block=per_block,
+        cross_heads=config.get("cross_heads", 1),
+        self_heads=config["self_heads"],
+        cross_qk_channels=size(f"{cross}/attention/linear/w", 1),
+        cross_v_channels=size(f"{cross}/attention/linear_2/w", 1),
+        cross_widening=size(f"{cross}/mlp/linear/w", 1) // channels,
+        num_bands=config["num_bands"],
+        max_resolution=resolution,
+        share_cross=sharing[len(crosses)],
+        share_blocks=len(layers) == per_block,
+        eps=config.get("layer_norm_eps", 1e-5),
+        **options,
     )
     weights = {
         "latents": official.array(state_dict, "latents/pos_embs"),
@@ -313,8 +317,7 @@ def from_official(config: dict, state_dict: dict, *, backend="auto") -> Perceive
     unknown = [name for name in state_dict if name.partition("/")[0] not in used]
     if unknown:
         raise ValueError(f"state_dict has {unknown[0]!r}, which a Perceiver does not have; its modules are {sorted(used)}")
-    load_weights(model, weights, "state_dict")
-    return model
+    return sizes, weights
 
 
 def _block(state_dict, source, target, norms):
