@@ -7,7 +7,7 @@ namespace mmk::latent {
 namespace {
 
 // P from the saved log-sum-exp. A row without keys has lse -inf: +inf instead makes its weights zero.
-__device__ __forceinline__ float shift_of(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2E; }
+__device__ __forceinline__ float shift_of(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
 
 // dS = P (dP - delta); where P is zero nothing of dP counts, not even NaN.
 __device__ __forceinline__ float score_gradient(float weight, float dweight, float delta) {
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   const Share share(p, plan, Tile::kRows, Tile::kColumns);
   const int pitch = shared.keys.pitch, pairs = padded(p) / 16;
   const bool active = share.first_row + at.first_row < p.rows;
-  const float scale = p.scale * kLog2E;
+  const float scale = p.scale * kLog2e;
 
   float sum[Tile::kFragments][2 * Tile::kPairs][4];
   float shift[Tile::kFragments][2], delta[Tile::kFragments][2];
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
     ptx::cp_async_wait<0>();
     __syncthreads();
     shared.keys.make(p, share.batch, first);
-    shared.keys.fetch(p, share.batch, min(first + Tile::kColumns, p.keys));
+    const int64_t next = first + Tile::kColumns;
+    if (next < share.last_key) shared.keys.fetch(p, share.batch, next);
     if (active && at.scores) {
       float s[Tile::kFragments][Tile::kScores][4], dp[Tile::kFragments][Tile::kScores][4];
       const T* keys = shared.keys.tile + at.first_score * pitch;
@@ -93,7 +94,6 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
                           shared.keys.tile, pitch, pairs, at);
     }
   }
-  ptx::cp_async_wait<0>();
 
   const int count = channels(p);
 #pragma unroll
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   // The position's gradient is a sum over the examples: its block takes them one after another.
   const int64_t first_batch = b.dtable ? 0 : blockIdx.x / plan.key_tiles;
   const int64_t last_batch = b.dtable ? p.batch : first_batch + 1;
-  const float scale = p.scale * kLog2E;
+  const float scale = p.scale * kLog2e;
 
   for (int64_t batch = first_batch; batch < last_batch; ++batch) {
     float sum[Tile::kFragments][2 * Tile::kPairs][4];
@@ -343,10 +343,10 @@ BackwardChoice choose_backward_q(const Problem& p, const Device& device) {
   auto kernels = [](auto tile) { return &backward_q_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
     first_fit<T, BackwardQShared, Tile<2, 2, 5, 64>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 32>, Tile<1, 1, 8, 16>>(
-        p, device, stageable(p), kernels, choice);
+        p, device, p.rows, stageable(p), kernels, choice);
   } else {
-    first_fit<T, BackwardQShared, Tile<2, 1, 5, 32>, Tile<1, 1, 8, 16>, Tile<1, 1, 8, 8>>(p, device, stageable(p),
-                                                                                          kernels, choice);
+    first_fit<T, BackwardQShared, Tile<2, 1, 5, 32>, Tile<1, 1, 8, 16>, Tile<1, 1, 8, 8>>(
+        p, device, p.rows, stageable(p), kernels, choice);
   }
   return choice;
 }
@@ -356,11 +356,11 @@ BackwardChoice choose_backward_x(const Problem& p, const Device& device) {
   BackwardChoice choice;
   auto kernels = [](auto tile) { return &backward_x_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
-    first_fit<T, BackwardXShared, Tile<4, 2, 9, 32>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 16>>(p, device, true, kernels,
-                                                                                           choice);
+    first_fit<T, BackwardXShared, Tile<4, 2, 9, 32>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 16>>(p, device, p.keys, true,
+                                                                                           kernels, choice);
   } else {
-    first_fit<T, BackwardXShared, Tile<4, 1, 9, 16>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, true, kernels,
-                                                                                          choice);
+    first_fit<T, BackwardXShared, Tile<4, 1, 9, 16>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, p.keys, true,
+                                                                                          kernels, choice);
   }
   return choice;
 }

@@ -28,14 +28,15 @@ struct ForwardShared {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, Tile::kResident) forward_kernel(Problem p, Plan plan, Forward f, bool staged) {
+__global__ void __launch_bounds__(kThreads, Tile::kResident)
+    forward_kernel(Problem p, Plan plan, Forward f, bool staged) {
   using Shared = ForwardShared<T, Tile>;
   const Shared shared(p, staged, shared_memory());
   const Thread<Tile> at;
   const Share share(p, plan, Tile::kRows, Tile::kColumns);
   const int pitch = shared.keys.pitch, pairs = padded(p) / 16;
   const bool active = share.first_row + at.first_row < p.rows;
-  const float scale = p.scale * kLog2E;
+  const float scale = p.scale * kLog2e;
 
   float sum[Tile::kFragments][2 * Tile::kPairs][4];
   float top[Tile::kFragments][2], total[Tile::kFragments][2];  // of a row; the total over this warp's columns
@@ -49,7 +50,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) forward_kernel(Prob
     ptx::cp_async_wait<0>();
     __syncthreads();
     shared.keys.make(p, share.batch, first);
-    shared.keys.fetch(p, share.batch, min(first + Tile::kColumns, p.keys));
+    const int64_t next = first + Tile::kColumns;
+    if (next < share.last_key) shared.keys.fetch(p, share.batch, next);
 
     float s[Tile::kFragments][Tile::kScores][4];
     if (active && at.scores) {
@@ -118,7 +120,6 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) forward_kernel(Prob
   }
 
   // The row totals of the score groups, added in their order.
-  ptx::cp_async_wait<0>();
   __syncthreads();
   if (at.scores) {
 #pragma unroll
@@ -213,10 +214,10 @@ ForwardChoice choose_forward(const Problem& p, const Device& device) {
   ForwardChoice choice;
   auto kernels = [](auto tile) { return &forward_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
-    first_fit<T, ForwardShared, Tile<4, 2, 2, 64>, Tile<4, 2, 9, 64>, Tile<2, 2, 9, 64>, Tile<2, 2, 9, 32>,
-              Tile<1, 2, 8, 32>>(p, device, stageable(p), kernels, choice);
+    first_fit<T, ForwardShared, Tile<4, 2, 2, 64>, Tile<4, 2, 9, 64>, Tile<2, 2, 9, 64>, Tile<2, 2, 11, 32>,
+              Tile<1, 2, 8, 32>>(p, device, p.rows, stageable(p), kernels, choice);
   } else {
-    first_fit<T, ForwardShared, Tile<4, 1, 9, 32>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, stageable(p),
+    first_fit<T, ForwardShared, Tile<4, 1, 9, 32>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, p.rows, stageable(p),
                                                                                         kernels, choice);
   }
   return choice;

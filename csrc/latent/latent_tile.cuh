@@ -12,7 +12,6 @@ namespace mmk::latent {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of 16 bytes; an mma is two of them deep
@@ -315,7 +314,7 @@ struct KeyTile {
 
   __device__ void fetch(const Problem& p, int64_t batch, int64_t first) const {
     const int count = rows_left(p.keys, first, Count);
-    if (raw_content && count > 0) {
+    if (raw_content) {
       if (p.position) stage(table_part<T>(p, first), count, raw_table);
       if (p.content) stage(content_part<T>(p, batch, first), count, raw_content);
     }
@@ -389,13 +388,15 @@ struct Choice {
   bool flag = false;  // staged, or doubled buffers
 };
 
-// Tries the tiles in the order given, each first with the larger use of shared memory.
+// The first tile in the order given that fits, if possible with the larger use of shared memory. `rows` is what the
+// tile's rows cover: tiles of which half or more would be empty are left to smaller ones.
 template <class T, template <class, class> class Shared, class... Tiles, class Kernels, class Choice>
-void first_fit(const Problem& p, const Device& device, bool may_flag, Kernels kernels, Choice& choice) {
+void first_fit(const Problem& p, const Device& device, int64_t rows, bool may_flag, Kernels kernels, Choice& choice) {
   auto attempt = [&](auto tile, bool flag) {
     using Tile = decltype(tile);
     const int bytes = Shared<T, Tile>(p, flag, nullptr).bytes;
-    if (choice.kernel || padded(p) > Tile::kChannels || bytes > device.shared) return;
+    const bool too_tall = Tile::kRows > 32 && 2 * rows <= Tile::kRows;
+    if (choice.kernel || too_tall || padded(p) > Tile::kChannels || bytes > device.shared) return;
     choice = {kernels(tile), Tile::kRows, Tile::kColumns, bytes, flag};
   };
   if (may_flag) (attempt(Tiles{}, true), ...);

@@ -96,11 +96,16 @@ def test_matches_float64(ops, generator, sizes, channels, dtype):
 
 @pytest.mark.parametrize("shared", [SM80_SHARED, str(227 * 1024)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("channels", [(288, 0), (320, 2), (528, 0), (577, 0), (704, 0), (20, 1004)], ids=str)
-def test_every_tile(ops, generator, device, channels, dtype, shared):
-    """Four key tiles at least, two tiles of rows; both amounts of shared memory of the supported GPUs."""
+@pytest.mark.parametrize(
+    "rows, channels",
+    [(70, (288, 0)), (35, (320, 2)), (35, (528, 0)), (33, (577, 0)), (35, (704, 0)), (7, (40, 0)), (17, (20, 1004))],
+    ids=str,
+)
+def test_every_tile(ops, generator, device, rows, channels, dtype, shared):
+    """Few and many rows, narrow and wide inputs, with both amounts of shared memory of the supported GPUs."""
     device(shared=shared)
-    check(ops, *make(generator, (1, 35, 70 if channels[0] > 500 or channels[1] else 200), channels, dtype))
+    keys = (140 if dtype == torch.bfloat16 else 70) // (1 if sum(channels) < 500 else 2)
+    check(ops, *make(generator, (1, rows, keys), channels, dtype))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -169,7 +174,8 @@ def test_memory_does_not_grow_with_the_keys(ops, generator):
 @pytest.mark.parametrize("channels", [(12, 9), (3, 258)], ids=str)
 def test_any_order_of_threads_and_copies(ops, generator, device, channels, dtype):
     """A missing barrier or wait gives other bits in some order. Five key tiles and more turn every buffer over."""
-    arguments, gradients = make(generator, (1, 70, 330) if channels[1] < 100 else (1, 34, 330), channels, dtype, mask=True)
+    sizes = (1, 70 if channels[1] < 100 else 34, 270 if dtype == torch.bfloat16 else 135)
+    arguments, gradients = make(generator, sizes, channels, dtype, mask=True)
     device(multiprocessors=1, copies="late", seed=0)
     first = check(ops, arguments, gradients)
     for seed, copies in ((1, "early"), (2, "random"), (3, "late"), (4, "early")):
