@@ -95,12 +95,29 @@ def splits(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "batch, rows, keys, content, shared",
-    [(1, 1, 111, 5, 0), (2, 63, 97, 64, 0), (1, 97, 63, 3, 258), (2, 111, 1, 7, 9), (1, 17, 111, 40, 24)],
+    [(1, 1, 111, 5, 0), (2, 63, 97, 64, 0), (1, 97, 63, 3, 258), (2, 111, 40, 1, 0), (1, 17, 111, 40, 24)],
     ids=str,
 )
 def test_matches_float64(generator, batch, rows, keys, content, shared, dtype):
     inputs = make(generator, batch, rows, keys, content, shared, dtype)
     check(inputs, cotangents(generator, inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_key(generator, dtype):
+    """P = 1: out is the normalised key, and dq is zero but for the rounding of two sums of C products that cancel."""
+    q, x, position = make(generator, 2, 111, 1, 7, 9, dtype)
+    grad, _ = cotangents(generator, (q, x))
+    settings = ((grad, None), None, 0.3, 1e-5)
+    out, _, dq, dx, dposition = outputs_and_gradients(triton_core, (q, x, position), dtype, *settings)
+    exact = outputs_and_gradients(reference.core, (q, x, position), torch.float64, *settings)
+    plain = outputs_and_gradients(eager_core, (q, x, position), dtype, *settings)
+    testing.assert_within_budget(out, exact[0], plain[0], "out")
+    xhat, eps = exact[0].detach().abs(), torch.finfo(dtype).eps
+    sums = (grad.abs() * xhat).sum(-1, keepdim=True)  # of what dP and delta add up: each is off by eps times this or less
+    assert (dq.double().abs() <= 0.3 * 2 * eps * sums * xhat).all()
+    for name, a, e, p in (("dx", dx, exact[3], plain[3]), ("dposition", dposition, exact[4], plain[4])):
+        testing.assert_within_budget(a, e, p, name, 3.0)
 
 
 @pytest.mark.parametrize("channels, widest", [((261, 0), 64), ((50, 211), 128), ((322, 0), 0), ((100, 604), 256)], ids=str)

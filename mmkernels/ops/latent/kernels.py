@@ -623,7 +623,6 @@ _by_width(
 _by_width(
     "latent_bwd_x",
     (90, 64, True, _T(64, 128, 0, 0, 8, 2)),
-    (90, 272, True, _T(64, 64, 64, 0, 4, 1)),
     (80, 64, True, _T(64, 64, 0, 0, 4, 1)),
     (80, 704, True, _SMALL),
     (80, 1024, True, _SMALLEST),
@@ -839,6 +838,7 @@ def _report_case(kernel, content, shared, dtype, code, capability):
         **dict(X_UNIT=math.gcd(16, content), POSITION_UNIT=math.gcd(16, shared), Q_BATCHED=False),
         **launch,
     )
+    constexprs |= dict(mask_ptr=None) | ({} if shared else dict(position_ptr=None))  # as a launch passes them
     if kernel is forward:
         constexprs |= dict(SPLIT=True)
     if kernel is backward_x:
@@ -851,8 +851,6 @@ def _report_case(kernel, content, shared, dtype, code, capability):
         pointer = "*" if argument.endswith("_ptr") else ""
         if argument in constexprs:
             signature[argument] = "constexpr"
-        elif argument == "mask_ptr":
-            signature[argument] = "*i1"
         elif argument in single:
             signature[argument] = pointer + "fp32"
         elif pointer:
