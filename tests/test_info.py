@@ -118,7 +118,8 @@ def info_library():
     """The compiled module, where it was built: on every machine with a compiler and Python's headers."""
     facts = _library.build_facts().get("info", {})
     if not facts.get("built"):
-        pytest.skip(facts.get("why", "the native libraries were not built"))
+        why = f"the info library is not there: {facts.get('why', 'nothing was built')}"
+        pytest.fail(why) if os.environ.get("MMKERNELS_REQUIRE_BACKENDS") else pytest.skip(why)
     from mmkernels import _C_info
 
     return _C_info
