@@ -1,0 +1,228 @@
+"""What only the C++ backend has: instruction sets, threads, parts of rows and keys, memory, the one-call inference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmkernels import testing
+from mmkernels.ops import attention, latent_attention
+from mmkernels.ops.latent import reference
+
+WANTED = ("q", "x", "w_k", "w_v", "norm_weight", "norm_bias", "b_v", "position")
+
+
+@pytest.fixture(autouse=True)
+def cpp(on):
+    return on("cpp")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def qkv(generator, batch, heads, queries, keys, dim, value_dim, dtype=torch.float32):
+    sizes = {"q": (queries, dim), "k": (keys, dim), "v": (keys, value_dim)}
+    return {n: torch.randn(batch, heads, *s, generator=generator).to(dtype) for n, s in sizes.items()}
+
+
+def latent_arguments(generator, batch, queries, keys, content, shared, dtype=torch.float32, shared_queries=False):
+    c = content + shared
+    sizes = {"q": (1 if shared_queries else batch, queries, 24), "x": (batch, keys, content), "w_k": (24, c), "w_v": (40, c)}
+    sizes |= {"norm_weight": (c,), "norm_bias": (c,), "b_v": (40,)} | ({"position": (keys, shared)} if shared else {})
+    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in sizes.items()}
+
+
+def check_attention(generator, sizes, **options):
+    tensors = qkv(generator, *sizes)
+    grad = torch.randn(*tensors["q"].shape[:-1], tensors["v"].shape[-1], generator=generator)
+    wanted = ("q", "k", "v")
+    if "bias" in options:
+        tensors["bias"], wanted = options.pop("bias"), (*wanted, "bias")
+    return testing.check_op(attention, testing.eager_attention, tensors, wanted, "cpp", grad, **options)
+
+
+def check_latent(generator, *sizes, **options):
+    tensors = latent_arguments(generator, *sizes, **options)
+    wanted = tuple(n for n in WANTED if n in tensors)
+    grad = torch.randn(tensors["x"].shape[0], tensors["q"].shape[1], 40, generator=generator).to(tensors["x"].dtype)
+    return testing.check_op(latent_attention, testing.eager_latent_attention, tensors, wanted, "cpp", grad, num_heads=2)
+
+
+# Sizes around the edges of panels (4 to 32 queries), chunks of rows (128), blocks of keys (144) and tiles (4 to 12).
+AWKWARD = [
+    (1, 1, 1, 145, 1, 3),
+    (1, 2, 33, 288, 17, 31),
+    (1, 1, 129, 63, 40, 24),
+    (2, 1, 97, 111, 33, 65),
+    (3, 1, 3, 300, 64, 64),
+    (1, 2, 300, 5, 12, 16),
+]
+
+
+def awkward_sizes():
+    """Run as a script, once for every instruction set."""
+    generator = torch.Generator().manual_seed(7)
+    for sizes in AWKWARD:
+        check_attention(generator, sizes)
+    bias = torch.randn(1, 2, 70, 150, generator=generator)
+    check_attention(generator, (2, 2, 70, 150, 16, 16), bias=bias)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_latent(generator, 2, 63, 200, 30, 19, dtype=dtype)
+    q, k, v = qkv(generator, 1, 2, 50, 150, 16, 16).values()
+    seed = torch.tensor([11])
+    ours = attention(q, k, v, dropout_p=0.3, dropout_seed=seed, backend="cpp")
+    exact = attention(q, k, v, dropout_p=0.3, dropout_seed=seed, backend="reference")
+    assert testing.max_error(ours, exact) < 1e-5  # one element kept or dropped wrongly is worth 1e-3
+
+
+@pytest.mark.parametrize("isa", ["base", "v3", "v4"])
+def test_every_instruction_set(isa):
+    """A set that this processor lacks falls back to the widest it has, so this runs everywhere."""
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_cpu; test_cpu.awkward_sizes()"
+    run = subprocess.run(
+        [sys.executable, "-c", script, os.path.dirname(__file__)],
+        env={**os.environ, "MMKERNELS_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_thread_counts(threads, generator, count):
+    """Large enough for every thread to get a part: rows cut, keys cut forward and backward, both, and neither."""
+    threads(count)
+    for sizes in [(1, 1, 300, 700, 24, 24), (1, 1, 9, 3000, 40, 40), (1, 1, 2000, 50, 16, 24), (2, 3, 40, 300, 32, 32)]:
+        first = check_attention(generator, sizes)
+        assert torch.isfinite(first.output).all()
+    check_latent(generator, 1, 150, 900, 13, 20)
+    check_latent(generator, 3, 40, 500, 13, 20, shared_queries=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 300, 700), (2, 2, 1, 700), (1, 2, 300, 1), (2, 1, 1, 1), (1, 1, 1, 700)], ids=str)
+@pytest.mark.parametrize("queries, keys", [(300, 700), (700, 300)], ids=str)
+def test_bias_gradient_over_threads(threads, generator, shape, queries, keys):
+    """Parts that add to the same element of a broadcast bias have copies of their own; parts that do not share one."""
+    threads(3)
+    batch, heads, rows, columns = shape
+    bias = torch.randn(batch, heads, queries if rows > 1 else 1, keys if columns > 1 else 1, generator=generator)
+    check_attention(generator, (2, 2, queries, keys, 8, 8), bias=bias)
+
+
+def test_same_bits_for_the_same_threads(threads, generator):
+    threads(3)
+    tensors = latent_arguments(generator, 2, 150, 900, 13, 20, shared_queries=True)
+    wanted = tuple(tensors)
+    runs = [testing.run(latent_attention, tensors, wanted, backend="cpp") for _ in range(5)]
+    for other in runs[1:]:
+        assert torch.equal(runs[0].output, other.output)
+        assert all(torch.equal(runs[0].gradients[n], other.gradients[n]) for n in wanted)
+
+
+def test_blocks_without_visible_keys(generator):
+    """Whole blocks of keys masked first, in the middle and last: the running maximum is still -inf after the first one."""
+    tensors = qkv(generator, 1, 2, 20, 600, 16, 16)
+    mask = torch.zeros(1, 600, dtype=torch.bool)
+    mask[:, 290:300] = mask[:, 440:445] = True
+    for name in ("k", "v"):
+        tensors[name][:, :, ~mask[0]] = float("nan")
+    shown = {n: t if n == "q" else t[:, :, mask[0]] for n, t in tensors.items()}
+    ours = testing.run(attention, tensors, ("q", "k", "v"), key_mask=mask, backend="cpp")
+    exact = testing.run(attention, {n: t.double() for n, t in shown.items()}, ("q", "k", "v"), backend="reference")
+    plain = testing.run(testing.eager_attention, shown, ("q", "k", "v"))
+    testing.assert_within_budget(ours.output, exact.output, plain.output, "output")
+    for name in ("q", "k", "v"):
+        gradient = ours.gradients[name]
+        if name != "q":
+            assert not gradient[:, :, ~mask[0]].any()
+            gradient = gradient[:, :, mask[0]]
+        testing.assert_within_budget(gradient, exact.gradients[name], plain.gradients[name], name, 3.0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 32, 16, 0), (2, 1, 1, 1, 0), (2, 150, 300, 21, 12), (3, 5, 0, 4, 4)], ids=str)
+@pytest.mark.parametrize("heads", (1, 2))
+def test_inference_in_one_call(generator, sizes, heads, dtype):
+    tensors = latent_arguments(generator, *sizes, dtype=dtype)
+    mask = torch.rand(sizes[0], sizes[2], generator=generator) < 0.7
+    mask[0] = False
+    names = ("q", "x", "w_k", "w_v", "norm_weight", "norm_bias", "b_v", "position")
+    out = torch.ops.mmkernels.latent_attention(*(tensors.get(n) for n in names), mask, heads, 0.2, 1e-5)
+    options = {"num_heads": heads, "key_mask": mask, "scale": 0.2}
+    exact = latent_attention(**{n: t.double() for n, t in tensors.items()}, **options, backend="reference")
+    plain = testing.eager_latent_attention(**tensors, **options).nan_to_num()  # eager divides 0 by 0 in rows without keys
+    assert not out[0].any()
+    testing.assert_within_budget(out, exact, plain, "output")
+
+
+def test_inference_takes_the_short_way(generator, monkeypatch):
+    """Without gradients the absorbed plan is one native call; with one, or with wrong arguments, it is not taken."""
+    tensors = latent_arguments(generator, 1, 8, 32, 16, 0)
+    calls = []
+    op = torch.ops.mmkernels.latent_attention
+    monkeypatch.setattr(torch.ops.mmkernels, "latent_attention", Counted(op, calls))
+    latent_attention(**tensors, backend="cpp")
+    assert len(calls) == 1
+    tensors["w_v"].requires_grad_()
+    latent_attention(**tensors, backend="cpp")
+    assert len(calls) == 1
+    with torch.no_grad():
+        latent_attention(**tensors, backend="cpp")
+        assert len(calls) == 2
+        with pytest.raises(ValueError, match="norm_weight"):
+            latent_attention(**{**tensors, "norm_weight": torch.ones(3)}, backend="cpp")
+
+
+class Counted:
+    def __init__(self, op, calls):
+        self.op, self.calls = op, calls
+
+    @property
+    def default(self):
+        self.calls.append(1)
+        return self.op.default
+
+
+MEMORY = """
+import resource, sys, torch
+from mmkernels.ops import latent_attention
+torch.set_num_threads(2)
+def arguments(keys):
+    return dict(q=torch.randn(1, 512, 261), x=torch.randn(1, keys, 261), w_k=torch.randn(261, 261), w_v=torch.randn(261, 261))
+def step(a, train):
+    for name in ("q", "w_k", "w_v"):
+        a[name].requires_grad_(train)
+    out = latent_attention(**a, backend="cpp")
+    if train:
+        out.sum().backward()
+train = sys.argv[1] == "train"
+large = arguments(20000)
+step(arguments(300), train)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(large, train)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize("mode, limit", [("infer", 10), ("train", 20)])
+def test_memory_does_not_grow_with_the_keys(mode, limit):
+    """Megabytes at the peak beyond a small problem's: the normalised input, a key or a value tensor would each be 20."""
+    run = subprocess.run([sys.executable, "-c", MEMORY, mode], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < limit
+
+
+def test_the_reference_core_is_what_the_native_core_computes(generator):
+    q, x = torch.randn(2, 40, 33, generator=generator), torch.randn(2, 300, 20, generator=generator)
+    position, mask = torch.randn(300, 13, generator=generator), torch.rand(2, 300, generator=generator) < 0.5
+    out, lse = torch.ops.mmkernels.latent_fwd(q, x, position, mask, 0.2, 1e-5)
+    exact = reference.core(q.double(), x.double(), position.double(), mask, 0.2, 1e-5)
+    plain = reference.core(q, x, position, mask, 0.2, 1e-5)
+    testing.assert_within_budget(out, exact[0], plain[0], "out")
+    testing.assert_within_budget(lse, exact[1], plain[1], "lse")
