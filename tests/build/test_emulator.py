@@ -1,0 +1,104 @@
+"""The emulator of CUDA kernels: it runs a right kernel rightly and notices what is wrong with a broken one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL = Path(__file__).with_name("pipelined_matmul.cu")
+FLAGS = ["-std=c++20", "-DMMK_EMULATOR", f"-I{ROOT / 'csrc'}", "-Wno-unknown-pragmas", "-pthread"]
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    built = tmp_path_factory.mktemp("emulator") / "emulator.o"
+    subprocess.run(["g++", *FLAGS, "-O2", "-c", str(ROOT / "csrc/emulator/emulator.cpp"), "-o", str(built)], check=True)
+    return built
+
+
+@pytest.fixture
+def matmul(emulator, tmp_path):
+    """Builds pipelined_matmul.cu with one of its faults; returns what it prints in one mode of copies."""
+
+    def build(fault="0"):
+        program = tmp_path / fault
+        command = ["g++", *FLAGS, "-O1", f"-DFAULT={fault}", "-x", "c++", str(KERNEL), "-x", "none", str(emulator)]
+        subprocess.run([*command, "-o", str(program)], check=True)
+
+        def run(copies, seed=0):
+            env = os.environ | {"MMKERNELS_EMULATOR_COPIES": copies, "MMKERNELS_EMULATOR_SEED": str(seed)}
+            return subprocess.run([str(program)], env=env, capture_output=True, text=True, timeout=60).stdout.strip()
+
+        return run
+
+    return build
+
+
+@pytest.mark.parametrize("copies", ["early", "late", "random"])
+def test_a_right_kernel_is_right(matmul, copies):
+    run = matmul()
+    assert [run(copies, seed) for seed in range(5)] == ["right"] * 5
+
+
+@pytest.mark.parametrize(
+    "fault, copies, message",
+    [
+        ("NO_WAIT", "late", "nan, it must be"),
+        ("NO_BARRIER", "early", ", it must be"),
+        ("NO_BARRIER", "late", "nan, it must be"),
+        ("UNINITIALISED", "early", "nan, it must be"),
+        ("WRONG_FRAGMENT", "early", ", it must be"),
+        ("DIVERGENT_SHUFFLE", "early", "Threads 16 to 31 have returned"),
+        ("PARTIAL_BARRIER", "early", "Threads 0 to 95 wait at __syncthreads"),
+        ("MISALIGNED_COPY", "early", "not a multiple of 16"),
+        ("MISALIGNED_LDMATRIX", "early", "ldmatrix.x4 at shared offset"),
+        ("PAST_THE_END", "early", "wrote past the end of its 16384 bytes of shared memory"),
+    ],
+)
+def test_a_fault_is_noticed(matmul, fault, copies, message):
+    assert message in matmul(fault)(copies)
+
+
+def test_copies_that_land_at_once_hide_a_missing_wait(matmul):
+    """Why the tests of kernels run in both modes."""
+    assert matmul("NO_WAIT")("early") == "right"
+
+
+def test_attention_kernels_under_address_sanitizer(tmp_path):
+    """Plain reads and writes outside any tensor, or past the end of shared memory, end the program."""
+    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(asan).is_file():
+        pytest.skip("g++ has no AddressSanitizer")
+    torch_folder = Path(torch.__file__).parent
+    flags = [*FLAGS, "-O1", "-g1", "-fPIC", "-fsanitize=address", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    sources = [ROOT / "csrc/attention/attention_cuda.cu", ROOT / "csrc/common/device_cuda.cu"]
+    sources += [ROOT / "csrc/attention/attention_cuda.cpp", *(ROOT / "csrc/emulator").glob("*.cpp")]
+    objects = [tmp_path / f"{source.name}.o" for source in sources]
+    for source, built in zip(sources, objects, strict=True):
+        include = ["-I", str(torch_folder / "include")] if source.suffix == ".cpp" else []
+        subprocess.run(["g++", *flags, *include, "-x", "c++", "-c", str(source), "-o", str(built)], check=True)
+    library = tmp_path / "emulator.so"
+    link = ["g++", "-shared", "-fsanitize=address", *map(str, objects), "-L", str(torch_folder / "lib")]
+    subprocess.run([*link, "-lc10", "-ltorch_cpu", "-pthread", "-o", str(library)], check=True)
+
+    program = f"""
+import torch
+torch.ops.load_library({str(library)!r})
+ops = torch.ops.mmkernels_emulator
+for dtype, n, m, d, e in ((torch.bfloat16, 1, 97, 5, 17), (torch.float32, 63, 65, 17, 40), (torch.float16, 17, 33, 261, 20)):
+    q, k, v = torch.randn(2, 1, n, d, dtype=dtype), torch.randn(2, 1, m, d, dtype=dtype), torch.randn(2, 1, m, e, dtype=dtype)
+    mask, bias, seed = torch.rand(2, m) < 0.7, torch.randn(1, 1, 1, m, dtype=dtype), torch.tensor([1])
+    out, lse = ops.attention_fwd(q, k, v, mask, bias, seed, 0.3, 0.2)
+    ops.attention_bwd(torch.randn_like(out), lse, q, k, v, out, lse, mask, bias, seed, 0.3, 0.2, 7)
+print("clean")
+"""
+    env = os.environ | {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "clean", done.stderr[-3000:]
