@@ -621,7 +621,7 @@ def _backward_keys_tiles(dims, dtype, capability):
         return _tuning.Tiles(64, 64, 0, 0, 4, 2) if widest <= 272 else _looped(64, 64, 4)
     if dtype == "float32":
         return _tuning.Tiles(32, 32, 32, 32, 4, 2, 64)
-    if widest <= 64 and capability != 80:
+    if widest <= 64:
         return _tuning.Tiles(64, 128, 0, 0, 8, 2)
     if widest <= 128:
         return _tuning.Tiles(64, 64, 0, 0, 8, 2)
