@@ -57,6 +57,7 @@ def learning_curve(history: list) -> bytes:
     right.set(xlabel="epoch", ylabel="held-out accuracy (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
