@@ -1,4 +1,5 @@
-// Into how many parts the keys are split. The same function as mmkernels/ops/_shared/waves.py, which explains the model.
+// Into how many parts the keys are split. The same function as mmkernels/ops/_shared/waves.py, which explains the
+// model.
 #pragma once
 #include <algorithm>
 #include <cstdint>
