@@ -132,7 +132,7 @@ __global__ void reduce_kernel(const float* partial, int64_t parts, int64_t eleme
   dq[i] = from_float<T>(value);
 }
 
-// --- Input --------------------------------------------------------------------------------------------------
+// --- Input ---
 
 // The accumulator holds the gradient of a tile of xhat; its columns are blocks of query rows.
 template <class T, class Tile>
@@ -343,10 +343,10 @@ BackwardChoice choose_backward_q(const Problem& p, const Device& device) {
   auto kernels = [](auto tile) { return &backward_q_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
     first_fit<T, BackwardQShared, Tile<2, 2, 5, 64>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 32>, Tile<1, 1, 8, 16>>(
-        p, device, p.rows, stageable(p), kernels, choice);
+        p, device, p.rows, staging(p), kernels, choice);
   } else {
-    first_fit<T, BackwardQShared, Tile<2, 1, 5, 32>, Tile<1, 1, 8, 16>, Tile<1, 1, 8, 8>>(
-        p, device, p.rows, stageable(p), kernels, choice);
+    first_fit<T, BackwardQShared, Tile<2, 1, 5, 32>, Tile<1, 1, 8, 16>, Tile<1, 1, 8, 8>>(p, device, p.rows, staging(p),
+                                                                                          kernels, choice);
   }
   return choice;
 }
@@ -356,10 +356,10 @@ BackwardChoice choose_backward_x(const Problem& p, const Device& device) {
   BackwardChoice choice;
   auto kernels = [](auto tile) { return &backward_x_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
-    first_fit<T, BackwardXShared, Tile<4, 2, 9, 32>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 16>>(p, device, p.keys, true,
-                                                                                           kernels, choice);
+    first_fit<T, BackwardXShared, Tile<4, 2, 9, 32>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 16>>(p, device, p.keys,
+                                                                                           Flag::each, kernels, choice);
   } else {
-    first_fit<T, BackwardXShared, Tile<4, 1, 9, 16>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, p.keys, true,
+    first_fit<T, BackwardXShared, Tile<4, 1, 9, 16>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, p.keys, Flag::each,
                                                                                           kernels, choice);
   }
   return choice;

@@ -215,9 +215,9 @@ ForwardChoice choose_forward(const Problem& p, const Device& device) {
   auto kernels = [](auto tile) { return &forward_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
     first_fit<T, ForwardShared, Tile<4, 2, 2, 64>, Tile<4, 2, 9, 64>, Tile<2, 2, 9, 64>, Tile<2, 2, 11, 32>,
-              Tile<1, 2, 8, 32>>(p, device, p.rows, stageable(p), kernels, choice);
+              Tile<1, 2, 8, 32>>(p, device, p.rows, staging(p), kernels, choice);
   } else {
-    first_fit<T, ForwardShared, Tile<4, 1, 9, 32>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, p.rows, stageable(p),
+    first_fit<T, ForwardShared, Tile<4, 1, 9, 32>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, p.rows, staging(p),
                                                                                         kernels, choice);
   }
   return choice;

@@ -21,8 +21,7 @@ __host__ __device__ constexpr int round_up(int a, int b) { return (a + b - 1) / 
 __host__ __device__ inline int channels(const Problem& p) { return p.position + p.content; }
 __host__ __device__ inline int padded(const Problem& p) { return round_up(channels(p), 16); }
 
-// --- Who does what
-// ----------------------------------------------------------------------------------------------------
+// --- Who does what ---
 
 // Eight warps as Groups x ColumnGroups. A warp accumulates 16 * Fragments rows by up to 16 * Pairs channels: of the
 // 16-channel pairs of mma columns, every ColumnGroups-th one. The scores of a block of Columns columns are made by the
@@ -68,8 +67,7 @@ struct Share {
   }
 };
 
-// --- Matrix products on shared tiles
-// ----------------------------------------------------------------------------------
+// --- Matrix products on shared tiles ---
 
 template <int M, int N>
 __device__ __forceinline__ void clear(float (&d)[M][N][4]) {
@@ -153,8 +151,7 @@ __device__ __forceinline__ void store_two(T* to, float first, float second) {
   }
 }
 
-// --- From device memory to shared memory
-// ------------------------------------------------------------------------------
+// --- From device memory to shared memory ---
 
 // Rows of q or dout into a tile; rows past the end and the padding become zeros. cp.async, not yet committed.
 template <class T>
@@ -371,8 +368,7 @@ __host__ __device__ KeyTile<T, Count> take_keys(const Problem& p, bool staged, A
   return keys;
 }
 
-// --- Which tile
-// -------------------------------------------------------------------------------------------------------
+// --- Which tile ---
 
 struct Device {
   int multiprocessors, shared;  // the shared memory that a block may ask for
@@ -388,10 +384,13 @@ struct Choice {
   bool flag = false;  // staged, or doubled buffers
 };
 
-// The first tile in the order given that fits, if possible with the larger use of shared memory. `rows` is what the
-// tile's rows cover: tiles of which half or more would be empty are left to smaller ones.
+// When to try the larger use of shared memory: not at all, with every tile before any goes without, or tile by tile.
+enum class Flag { never, first, each };
+
+// The first tile in the order given that fits. `rows` is what the tile's rows cover: tiles of which half or more would
+// be empty are left to smaller ones.
 template <class T, template <class, class> class Shared, class... Tiles, class Kernels, class Choice>
-void first_fit(const Problem& p, const Device& device, int64_t rows, bool may_flag, Kernels kernels, Choice& choice) {
+void first_fit(const Problem& p, const Device& device, int64_t rows, Flag when, Kernels kernels, Choice& choice) {
   auto attempt = [&](auto tile, bool flag) {
     using Tile = decltype(tile);
     const int bytes = Shared<T, Tile>(p, flag, nullptr).bytes;
@@ -399,13 +398,18 @@ void first_fit(const Problem& p, const Device& device, int64_t rows, bool may_fl
     if (choice.kernel || too_tall || padded(p) > Tile::kChannels || bytes > device.shared) return;
     choice = {kernels(tile), Tile::kRows, Tile::kColumns, bytes, flag};
   };
-  if (may_flag) (attempt(Tiles{}, true), ...);
-  (attempt(Tiles{}, false), ...);
+  auto both = [&](auto tile) {
+    if (when == Flag::each) attempt(tile, true);
+    attempt(tile, false);
+  };
+  if (when == Flag::first) (attempt(Tiles{}, true), ...);
+  (both(Tiles{}), ...);
 }
 
 // The raw copies that run ahead need rows without gaps between their channels.
-bool stageable(const Problem& p) {
-  return (p.content <= 1 || p.x_channel == 1) && (p.position <= 1 || p.table_channel == 1);
+Flag staging(const Problem& p) {
+  const bool dense = (p.content <= 1 || p.x_channel == 1) && (p.position <= 1 || p.table_channel == 1);
+  return dense ? Flag::first : Flag::never;
 }
 
 template <class Choice>
