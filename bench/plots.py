@@ -66,7 +66,7 @@ def _ratios(rows):
     for i, name in enumerate(names):
         places = [j + i * height for j, row in enumerate(best.values()) if name in row["speedup_over"]]
         values = [row["speedup_over"][name] for row in best.values() if name in row["speedup_over"]]
-        axes.barh(places, values, height, label=f"over {name}")
+        axes.barh(places, [value - 1 for value in values], height, left=1.0, label=f"over {name}")
     axes.set_yticks([j + 0.4 - height / 2 for j in range(len(best))], list(best), fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
