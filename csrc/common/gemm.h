@@ -63,10 +63,7 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
     }
 }
 
-// Tiles one vector wide are higher, to keep enough sums in flight.
-constexpr int tile_rows(int vecs) { return vecs == 2 || kTileRows > 8 ? kTileRows : 2 * kTileRows; }
-
-template <int kVecs, bool kTransposed, int kRows = tile_rows(kVecs)>
+template <int kVecs, bool kTransposed, int kRows = kTileRows>
 static void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_row, float* c,
                             int64_t c_row, int64_t depth, bool accumulate) {
   if (rows == kRows)
@@ -78,10 +75,9 @@ static void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, cons
 template <bool kTransposed>
 static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   // Tiles of almost equal height, stretches of almost equal length: a last one of one row would be slow.
-  const int64_t stretches = (depth + kStretch - 1) / kStretch;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, stretches = (depth + kStretch - 1) / kStretch;
   for (int64_t j = 0; j < columns; j += kPanel) {
     const bool wide = columns - j > kWidth;
-    const int64_t height = tile_rows(wide ? 2 : 1), tiles = (rows + height - 1) / height;
     for (int64_t stretch = 0; stretch < stretches; ++stretch) {
       const int64_t p = stretch * depth / stretches, length = (stretch + 1) * depth / stretches - p;
       const float* b = g.b + j / kPanel * g.b_panel + p * g.b_row;
