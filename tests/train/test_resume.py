@@ -17,12 +17,12 @@ from mmkernels.train import checkpoint
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
     "train perceiver-digits --image-size 8 --latents 4 --latent-dim 8 --heads 2 --cross-attends 2 --layers 1 --bands 2 "
-    "--epochs 3 --batch-size 100 --save-every 3 --threads 1 --no-compare --backend eager"
+    "--epochs 2 --batch-size 100 --save-every 3 --threads 1 --no-compare --backend eager"
 ).split()
 
 
-SAVES = [{"call": call, "number": number} for call in ("fsync", "replace") for number in (1, 4)]
-RESULTS = [{"call": "replace", "number": number} for number in (1, 2, 3, 4)]
+SAVES = [{"call": "fsync", "number": 2}, {"call": "replace", "number": 1}, {"call": "replace", "number": 4}]
+RESULTS = [{"call": "replace", "number": number} for number in (2, 4)]
 
 
 def content(path):
@@ -33,7 +33,7 @@ def content(path):
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory):
     """{name: (folder, exit statuses)} of one training that nobody disturbs and of two that are killed."""
-    moments = [round(random.uniform(0.1, 1.0), 2) for _ in range(4)]
+    moments = [round(random.uniform(0.1, 1.0), 2) for _ in range(3)]
     print("killed after", moments)
     plans = {
         "whole": [{}],
