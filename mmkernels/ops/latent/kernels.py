@@ -65,7 +65,7 @@ def _load_block(
     c,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    EVICT: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """base[keys, c], zeros where the key is not visible or the column not in [0, COUNT); FIRST is the first of c.
 
@@ -77,7 +77,7 @@ def _load_block(
         mask = mask & (c >= 0)[None, :]
     if FIRST + c.shape[0] > COUNT:
         mask = mask & (c < COUNT)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "")
 
 
 @triton.jit
@@ -92,15 +92,15 @@ def _load_chunk(
     CP: tl.constexpr,
     X_UNIT: tl.constexpr,
     POSITION_UNIT: tl.constexpr,
-    EVICT: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     c = START + tl.arange(0, WIDTH)
     if START + WIDTH <= CP:
-        chunk = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP, EVICT)
+        chunk = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP, LAST)
     else:
-        chunk = _load_block(inputs[0], keys, strides[0], X_UNIT, strides[1], visible, c - CP, START - CP, CX, EVICT)
+        chunk = _load_block(inputs[0], keys, strides[0], X_UNIT, strides[1], visible, c - CP, START - CP, CX, LAST)
         if START < CP:
-            position = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP, EVICT)
+            position = _load_block(inputs[1], keys, strides[2], POSITION_UNIT, strides[3], visible, c, START, CP, LAST)
             chunk = tl.where((c < CP)[None, :], position, chunk)
     return chunk
 
@@ -116,13 +116,13 @@ def _load_keys(
     X_UNIT: tl.constexpr,
     POSITION_UNIT: tl.constexpr,
     WIDTHS: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    LAST: tl.constexpr,
 ):
     """Chunks of [position ; x] of the given keys; zeros where the key is not visible. inputs (x, position), any strides."""
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
         chunk = _load_chunk(
-            inputs, strides, keys.to(tl.int64), visible, _offset(WIDTHS, i), WIDTHS[i], CX, CP, X_UNIT, POSITION_UNIT, EVICT
+            inputs, strides, keys.to(tl.int64), visible, _offset(WIDTHS, i), WIDTHS[i], CX, CP, X_UNIT, POSITION_UNIT, LAST
         )
         tiles = tiles + (chunk,)
     return tiles
@@ -325,7 +325,7 @@ def forward(
             visible = visible & tl.load(
                 mask_ptr + batch * mask_batch + keys.to(tl.int64) * mask_column, mask=visible, other=0
             ).to(tl.int1)
-        raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
+        raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, False)
         mean, rstd = _statistics(raw, visible, eps, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, NORM)
         if FOLD:
             s = (_inner(q, raw, WIDTHS, PRECISION) - q_total[:, None] * mean[None, :]) * rstd[None, :] * scale
@@ -429,7 +429,7 @@ def backward_q(
             visible = visible & tl.load(
                 mask_ptr + batch * mask_batch + keys.to(tl.int64) * mask_column, mask=visible, other=0
             ).to(tl.int1)
-        raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
+        raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, False)
         mean, rstd = _statistics(raw, visible, eps, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, NORM)
         if FOLD:
             s = (_inner(q, raw, WIDTHS, PRECISION) - q_total[:, None] * mean[None, :]) * rstd[None, :] * scale
@@ -508,7 +508,7 @@ def backward_x(
                 mask_ptr + batch * mask_batch + keys.to(tl.int64) * mask_column, mask=visible, other=0
             ).to(tl.int1)
         x = x_ptr + batch * x_batch * X_UNIT
-        raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS)
+        raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, False)
         mean, rstd = _statistics(raw, visible, eps, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, NORM)
         xhat = _cast(_normalise(raw, mean, rstd, C, WIDTHS), WIDTHS, dtype)
         grad = _zeros(BLOCK_M, WIDTHS)
@@ -528,7 +528,7 @@ def backward_x(
         level, slope = tl.zeros_like(mean), tl.zeros_like(mean)
         if NORM:
             # Read again, and said to be for the last time: kept from above, the tile would fill the loop's registers.
-            raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, "evict_first")
+            raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, True)
             for i in tl.static_range(len(WIDTHS)):
                 level += tl.sum(grad[i], 1)
                 slope += tl.sum(grad[i] * (raw[i].to(tl.float32) - mean[:, None]), 1)
