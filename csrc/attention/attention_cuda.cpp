@@ -146,7 +146,7 @@ void plan(Pass& p, Dtype dtype, Mode mode) {
     p.tile_width = static_cast<int>(ceil_div(ceil_div(p.width, p.value_tiles), 8) * 8);
     while (p.blocks_of_8 * 8 < p.tile_width) p.blocks_of_8 = p.blocks_of_8 == 8 ? 16 : 33;
   }
-  const int columns = column_tile(mode, p.blocks_of_8);
+  const int columns = column_tile(mode, p.blocks_of_8, size);
   const int chunks = static_cast<int>(ceil_div(p.a_dim * size, kChunkBytes) + ceil_div(p.b_dim * size, kChunkBytes));
   auto resident_bytes = [&] { return (chunks * 16 * p.warps + kStages * columns) * kRowBytes; };
 

@@ -174,7 +174,7 @@ __device__ __forceinline__ void store_bias(unsigned char* shared, const float (&
 
 template <class T, Mode mode, int Blocks>
 __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __grid_constant__ Pass p) {
-  constexpr int kColumns = kColumnTile<mode, Blocks>, kTileBlocks = kColumns / 8, kSize = sizeof(T);
+  constexpr int kColumns = kColumnTile<mode, Blocks, sizeof(T)>, kTileBlocks = kColumns / 8, kSize = sizeof(T);
   constexpr int kSteps = kChunkBytes / 32;
   const int warp = threadIdx.x / 32, rows_here = blockDim.x / 2;
   const int a_chunks = (p.a_dim + kChunk<T> - 1) / kChunk<T>, b_chunks = (p.b_dim + kChunk<T> - 1) / kChunk<T>;

@@ -69,9 +69,12 @@ template <Mode mode>
 constexpr int kThreads = 32 * max_warps(mode);
 
 // Keys (or queries) of a column tile. Narrow where the accumulators leave no registers for a wide one.
-constexpr int column_tile(Mode mode, int blocks_of_8) { return mode != Mode::bias && blocks_of_8 > 16 ? 32 : 64; }
-template <Mode mode, int BlocksOf8>
-constexpr int kColumnTile = column_tile(mode, BlocksOf8);
+constexpr int column_tile(Mode mode, int blocks_of_8, int element_bytes) {
+  const int most = mode == Mode::backward && element_bytes == 4 ? 8 : 16;
+  return mode != Mode::bias && blocks_of_8 > most ? 32 : 64;
+}
+template <Mode mode, int BlocksOf8, int ElementBytes>
+constexpr int kColumnTile = column_tile(mode, BlocksOf8, ElementBytes);
 
 }  // namespace mmk::attention
 
