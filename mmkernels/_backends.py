@@ -16,6 +16,9 @@ import torch
 from . import _library
 
 NAMES = ("cuda", "triton", "cpp", "sdpa", "reference")
+# What `auto` prefers. Triton before CUDA C++ on a GPU: it reaches Hopper's wgmma, our CUDA kernels use mma.sync. The C++
+# kernels come first because CPU tensors reach the other two in tests alone.
+PREFERENCE = ("cpp", "triton", "cuda", "reference")
 _local = threading.local()
 
 

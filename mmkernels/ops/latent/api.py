@@ -116,10 +116,12 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
     long way, which runs it or says what is wrong.
     """
     try:
-        if type(x) is not torch.Tensor or x.device.type != "cpu" or b_k is not None or torch.is_autocast_enabled("cpu"):
+        if type(x) is not torch.Tensor or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
+        if b_k is not None and (b_k.shape != w_k.shape[:1] or b_k.dtype != x.dtype or b_k.device != x.device):
+            return None  # it has no part in the result, and yet it must be right
         if torch.is_grad_enabled():
-            for tensor in (q, x, w_k, w_v, norm_weight, norm_bias, b_v, position):
+            for tensor in (q, x, w_k, w_v, norm_weight, norm_bias, b_k, b_v, position):
                 if tensor is not None and tensor.requires_grad:
                     return None
         if eps is None and norm_weight is None and norm_bias is None:
@@ -212,8 +214,7 @@ def _plan(q, x, w_k, w_v, num_heads):
 
 
 def _choose(x, backend):
-    order = ("cuda", "triton", "cpp", "reference")
-    return _backends.choose("latent_attention", backend, order, lambda name: _refusals(name, x))
+    return _backends.choose("latent_attention", backend, _backends.PREFERENCE, lambda name: _refusals(name, x))
 
 
 def _refusals(name, x):
