@@ -250,7 +250,7 @@ def plan_cuda(graph):
 
 
 def plan_emulator(graph):
-    flags = f"{torch_flags()} -O2 -DMMK_EMULATOR"
+    flags = f"{torch_flags()} -O2 -Wno-unknown-pragmas -DMMK_EMULATOR"
     objects = graph.objects(sources("csrc/*/*_cuda.cu"), f"{flags} -x c++")
     objects += graph.objects(sources("csrc/*/*_cuda.cpp", "csrc/emulator/*.cpp"), flags)
     graph.link(objects, torch_libraries())
