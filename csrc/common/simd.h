@@ -137,6 +137,17 @@ MMK_INLINE void set(T* p, float x) {
 
 // --- Transposition of kWidth vectors -------------------------------------------------------------------------------
 
+// Lane j is lane from[j] of the 2 kWidth lanes of a and b.
+MMK_INLINE Vec shuffle(Vec a, Vec b, IntVec from) {
+#ifdef __clang__
+  Vec result;
+  for (int j = 0; j < kWidth; ++j) result[j] = from[j] < kWidth ? a[from[j]] : b[from[j] - kWidth];
+  return result;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 template <int kStep>
 MMK_INLINE void transpose_step(Vec (&rows)[kWidth]) {
   IntVec low, high;
@@ -148,8 +159,8 @@ MMK_INLINE void transpose_step(Vec (&rows)[kWidth]) {
   for (int i = 0; i < kWidth; ++i) {
     if (i & kStep) continue;
     const Vec a = rows[i], b = rows[i + kStep];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kStep] = __builtin_shuffle(a, b, high);
+    rows[i] = shuffle(a, b, low);
+    rows[i + kStep] = shuffle(a, b, high);
   }
   if constexpr (kStep > 1) transpose_step<kStep / 2>(rows);
 }
