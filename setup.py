@@ -27,6 +27,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH, TORCH_TARGET = (2, 10), "0x020a000000000000"
@@ -384,8 +385,20 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if native else "any"
 
 
+class Sources(sdist):
+    """With what the package is built and tested from, beside what setuptools finds by itself."""
+
+    def make_distribution(self):
+        for folder in ("csrc", "tests", "bench", ".ci"):
+            files = (
+                path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in (".pyc", ".so", ".o")
+            )
+            self.filelist.extend(str(path.relative_to(ROOT)) for path in files)
+        super().make_distribution()
+
+
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("mmkernels._C", [])],  # a placeholder that makes setuptools call build_ext
-        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel, "sdist": Sources},
     )

@@ -28,7 +28,7 @@ def tree(tmp_path_factory):
     """A copy of the source tree with its object files, so that nothing is compiled twice."""
     tree = tmp_path_factory.mktemp("wheel") / "tree"
     tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "requirements.txt", "mmkernels", "csrc", "bench"):
+    for name in ("setup.py", "pyproject.toml", "README.md", ".ci", "mmkernels", "csrc", "bench", "tests"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -87,5 +87,5 @@ def test_source_archive(tree):
     (archive,) = (tree / "sdist").glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources <= names and {"setup.py", "README.md", "requirements.txt"} <= names
+    assert sources <= names and {"setup.py", "README.md", ".ci/requirements.txt", "tests/conftest.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", "_build.json"))]
