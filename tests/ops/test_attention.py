@@ -376,6 +376,19 @@ def test_use_backend_and_explain(generator):
     assert mmkernels.explain("attention", **tensors, backend="reference").refusals["cuda"]
 
 
+def test_auto_leaves_to_the_library_what_it_does_faster(on, generator):
+    on("cpp")
+    one = make(generator, (2, 2, 1, 50), (16, 16))
+    assert mmkernels.explain("attention", **one).backend == "sdpa"
+    torch.testing.assert_close(attention(**one), testing.eager_attention(**one))
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    for changed in (dict(key_mask=mask), dict(bias=torch.zeros(1, 1, 1, 50)), dict(dropout_p=0.1), dict(return_lse=True)):
+        assert mmkernels.explain("attention", **one, **changed).backend == "cpp"
+    assert mmkernels.explain("attention", **make(generator, (2, 2, 1, 50), (16, 8))).backend == "cpp"
+    assert mmkernels.explain("attention", **make(generator, (2, 2, 1, 0), (16, 16))).backend == "cpp"
+    assert mmkernels.explain("attention", **make(generator, (2, 2, 3, 50), (16, 16))).backend == "cpp"
+
+
 def test_reference_is_twice_differentiable(generator):
     tensors = [t.double().requires_grad_() for t in make(generator, (1, 1, 3, 4), (3, 2)).values()]
     mask = torch.tensor([[True, False, True, True]])
