@@ -16,9 +16,6 @@ import torch
 from . import _library
 
 NAMES = ("cuda", "triton", "cpp", "sdpa", "reference")
-# What `auto` prefers. Triton before CUDA C++ on a GPU: it reaches Hopper's wgmma, our CUDA kernels use mma.sync. The C++
-# kernels come first because CPU tensors reach the other two in tests alone.
-PREFERENCE = ("cpp", "triton", "cuda", "reference")
 _local = threading.local()
 
 
@@ -64,6 +61,15 @@ class Explanation(NamedTuple):
             if name != self.backend:
                 lines.append(f"  {name}: " + ("; ".join(reasons) if reasons else "could run; another one is preferred"))
         return "\n".join(lines)
+
+
+def preference(dtype: torch.dtype) -> tuple:
+    """What `auto` tries first. On a GPU Triton's kernels, which reach Hopper's wgmma (our CUDA C++ uses mma.sync); in float32
+    CUDA C++, which multiplies on tensor cores in three tf32 products where Triton falls back to scalar units. On a CPU
+    the C++ kernels: CPU tensors reach the other two in tests alone.
+    """
+    gpu = ("cuda", "triton") if dtype == torch.float32 else ("triton", "cuda")
+    return ("cpp", *gpu, "reference")
 
 
 def choose(op: str, requested: str, order: tuple, refusals: Callable[[str], list]) -> str:

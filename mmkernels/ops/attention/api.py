@@ -103,7 +103,7 @@ def _sdpa(q, k, v, key_mask, scale):
 
 def _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend):
     problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], dropout_p > 0.0)
-    order = _backends.PREFERENCE
+    order = _backends.preference(q.dtype)
     if _library_wins(q, k, problem):
         order = ("sdpa", *order)
     return _backends.choose("attention", backend, order, lambda name: _refusals(name, problem, key_mask, bias, return_lse))

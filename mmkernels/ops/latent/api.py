@@ -214,7 +214,7 @@ def _plan(q, x, w_k, w_v, num_heads):
 
 
 def _choose(x, backend):
-    return _backends.choose("latent_attention", backend, _backends.PREFERENCE, lambda name: _refusals(name, x))
+    return _backends.choose("latent_attention", backend, _backends.preference(x.dtype), lambda name: _refusals(name, x))
 
 
 def _refusals(name, x):
