@@ -101,10 +101,13 @@ def triton_missing() -> str:
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _capability(index: int) -> tuple:
     return torch.cuda.get_device_capability(index)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler, which takes seconds.
+_capability._dynamo_marked_constant = True
 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

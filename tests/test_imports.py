@@ -176,6 +176,6 @@ def test_ops_work_without(missing, without_libraries):
 def test_a_library_that_does_not_load_is_explained(without_libraries, tmp_path):
     shutil.copytree(without_libraries / "mmkernels", tmp_path / "mmkernels")
     (tmp_path / "mmkernels/_C_cpu.so").write_bytes(b"not a library")
-    code = "import torch; from mmkernels import explain; q = torch.ones(1, 1, 1, 1); print(explain('attention', q, q, q))"
+    code = "import torch; from mmkernels import explain; q = torch.ones(1, 1, 3, 1); print(explain('attention', q, q, q))"
     printed = python(code, cwd=tmp_path)
     assert "runs on 'reference'" in printed and "the cpu library does not load" in printed
