@@ -116,14 +116,14 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
     long way, which runs it or says what is wrong.
     """
     try:
-        if type(x) is not torch.Tensor or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if type(x) is not torch.Tensor or torch.is_autocast_enabled("cpu"):
             return None
-        if b_k is not None and (b_k.shape != w_k.shape[:1] or b_k.dtype != x.dtype or b_k.device != x.device):
+        if b_k is not None and (b_k.shape != w_k.shape[:1] or b_k.dtype != x.dtype):
             return None  # it has no part in the result, and yet it must be right
-        if torch.is_grad_enabled():
-            for tensor in (q, x, w_k, w_v, norm_weight, norm_bias, b_k, b_v, position):
-                if tensor is not None and tensor.requires_grad:
-                    return None
+        grad = torch.is_grad_enabled()
+        for tensor in (q, x, w_k, w_v, norm_weight, norm_bias, b_k, b_v, position, key_mask):
+            if tensor is not None and (not tensor.is_cpu or (grad and tensor.requires_grad)):
+                return None  # a tensor on "meta" among the others would take the call there
         if eps is None and norm_weight is None and norm_bias is None:
             eps = -1.0
         elif eps is None or not eps >= 0.0:
@@ -132,10 +132,9 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
             return None
         if scale is None:
             scale = (w_k.shape[0] // num_heads) ** -0.5
-        out = torch.ops.mmkernels.latent_attention.default(
+        return torch.ops.mmkernels.latent_attention.default(
             q, x, w_k, w_v, norm_weight, norm_bias, b_v, position, key_mask, num_heads, scale, eps
         )
-        return out if out.is_cpu else None  # one argument on "meta" takes the call there
     except Exception:
         return None
 
