@@ -227,6 +227,18 @@ def _inner(a, b, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _inner_pair(a, b, c, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+    """a c^T and b c^T, chunk by chunk: where operands pass through registers, only one chunk of c is there at a time."""
+    c_t = tl.trans(c[0])
+    s, t = tl.dot(a[0], c_t, input_precision=PRECISION), tl.dot(b[0], c_t, input_precision=PRECISION)
+    for i in tl.static_range(1, len(WIDTHS)):
+        c_t = tl.trans(c[i])
+        s = tl.dot(a[i], c_t, s, input_precision=PRECISION)
+        t = tl.dot(b[i], c_t, t, input_precision=PRECISION)
+    return s, t
+
+
+@triton.jit
 def _accumulate(acc, a, b, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b, chunk by chunk."""
     sums = ()
@@ -432,12 +444,13 @@ def backward_q(
         raw = _load_keys((x_ptr, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, False)
         mean, rstd = _statistics(raw, visible, eps, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, NORM)
         if FOLD:
-            s = (_inner(q, raw, WIDTHS, PRECISION) - q_total[:, None] * mean[None, :]) * rstd[None, :] * scale
-            dp = (_inner(dout, raw, WIDTHS, PRECISION) - dout_total[:, None] * mean[None, :]) * rstd[None, :]
+            s, dp = _inner_pair(q, dout, raw, WIDTHS, PRECISION)
+            s = (s - q_total[:, None] * mean[None, :]) * rstd[None, :]
+            dp = (dp - dout_total[:, None] * mean[None, :]) * rstd[None, :]
         else:
             raw = _cast(_normalise(raw, mean, rstd, CX + CP, WIDTHS), WIDTHS, dtype)
-            s = _inner(q, raw, WIDTHS, PRECISION) * scale
-            dp = _inner(dout, raw, WIDTHS, PRECISION)
+            s, dp = _inner_pair(q, dout, raw, WIDTHS, PRECISION)
+        s *= scale
         p = tl.where(visible[None, :], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
         ds = p * (dp - delta[:, None])
         if FOLD:
@@ -520,9 +533,9 @@ def backward_x(
             lse = tl.load(lse_ptr + batch * R + rows, mask=inside, other=0.0)
             lse = tl.where(lse == float("-inf"), 0.0, lse)
             delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
-            s = _inner(q, xhat, WIDTHS, PRECISION) * scale
-            p = tl.where(visible[None, :], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
-            ds = p * (_inner(dout, xhat, WIDTHS, PRECISION) - delta[:, None]) * scale
+            s, dp = _inner_pair(q, dout, xhat, WIDTHS, PRECISION)
+            p = tl.where(visible[None, :], tl.exp2((s * scale - lse[:, None]) * LOG2_E), 0.0)
+            ds = p * (dp - delta[:, None]) * scale
             grad = _accumulate(grad, tl.trans(p.to(dtype)), dout, WIDTHS, PRECISION)
             grad = _accumulate(grad, tl.trans(ds.to(dtype)), q, WIDTHS, PRECISION)
         level, slope = tl.zeros_like(mean), tl.zeros_like(mean)
@@ -593,6 +606,7 @@ _SMALL, _SMALLEST = _T(32, 32, 64, 0, 8, 1), _T(16, 32, 64, 0, 8, 1)
 _by_width(
     "latent_fwd",
     (100, 272, True, _T(64, 64, 0, 0, 8, 2)),
+    (100, 384, True, _T(64, 64, 128, 0, 8, 1)),
     (100, 512, True, _T(64, 32, 0, 0, 8, 3)),
     (100, 1024, True, _SMALL),
     (90, 128, True, _T(128, 128, 0, 0, 8, 3)),
@@ -610,6 +624,8 @@ _by_width(
 _by_width(
     "latent_bwd_q",
     (100, 272, True, _T(64, 32, 0, 0, 8, 2)),
+    (100, 384, True, _T(64, 32, 128, 0, 8, 1)),
+    (100, 512, True, _T(64, 32, 0, 0, 8, 1)),
     (90, 64, True, _T(128, 64, 0, 0, 8, 3)),
     (90, 272, True, _T(128, 32, 0, 0, 8, 3)),
     (90, 448, True, _T(64, 32, 128, 0, 8, 2)),
@@ -618,13 +634,16 @@ _by_width(
     (80, 64, True, _T(64, 64, 0, 0, 4, 2)),
     (80, 512, True, _T(32, 32, 64, 0, 8, 2)),
     (80, 1024, True, _SMALLEST),
+    (80, 64, False, _SMALL),
+    (90, 272, False, _T(32, 16, 64, 0, 8, 1)),
     (80, 272, False, _SMALL),
     (80, 1024, False, _T(16, 16, 64, 0, 8, 1)),
     (_tuning.INTERPRETER, 1024, True, _T(32, 32, 0, 0, 4, 1)),
 )
 _by_width(
     "latent_bwd_x",
-    (90, 64, True, _T(64, 128, 0, 0, 8, 2)),
+    (100, 64, True, _T(64, 128, 0, 0, 8, 2)),
+    (90, 64, True, _T(64, 64, 0, 0, 4, 2)),
     (80, 64, True, _T(64, 64, 0, 0, 4, 1)),
     (80, 704, True, _SMALL),
     (80, 1024, True, _SMALLEST),
