@@ -78,8 +78,10 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         from . import plots
 
-        folder = output.parent if output else Path("runs") / "bench"
-        print("plots: " + ", ".join(map(str, plots.draw(rows, folder))))
+        folder, drawn = Path("runs") / "bench", rows
+        if output is not None:
+            folder, drawn = output.parent, [json.loads(line) for line in output.read_text().splitlines()]
+        print("plots: " + ", ".join(map(str, plots.draw(drawn, folder))))
     return failed(rows)
 
 
@@ -92,7 +94,8 @@ def default_output(device, preset: str) -> Path:
 def run_cases(
     cases, device, output, *, preset, seconds=None, only=None, seed=0, with_compile=True, append=False, stop_at=None
 ) -> list:
-    """Measures cases, prints a table each, and writes rows to `output` (a whole file at once unless `append`).
+    """Measures cases, prints a table each, and writes rows to `output`: at the end, in the place of earlier rows
+    of the same cases (with `append` one by one, behind whatever is there).
 
     `stop_at` is a time of `time.monotonic`: no further problem is begun after it.
     """
@@ -132,6 +135,10 @@ def run_cases(
             written.close()
     if output is not None:
         if not append:
+            measured = {row["case"] for row in rows}
+            earlier = output.read_text().splitlines(keepends=True) if output.exists() else []
+            kept = [line for line in earlier if json.loads(line)["case"] not in measured]
+            partial.write_text("".join(kept) + partial.read_text())
             os.replace(partial, output)
         print(f"{len(rows)} rows in {output}")
     return rows

@@ -143,6 +143,11 @@ def test_rows_say_it_all(tmp_path, capsys):
     assert "median ms" in capsys.readouterr().out
     assert cli.failed(rows) == 0
     assert {path.name for path in plots.draw(rows, tmp_path)} == {"ratios.png", "roofline.png"}
+    cli.run_cases(cases[:1], CPU, output, preset="quick", seconds=0.01, only="auto", with_compile=False)
+    merged = [json.loads(text) for text in output.read_text().splitlines()]
+    assert merged[: -len([r for r in merged if r["case"] == cases[0].id])] == [
+        row for row in json.loads(json.dumps(rows)) if row["case"] != cases[0].id
+    ], "measuring one case again touched the rows of others"
 
 
 def test_a_failing_candidate_is_a_row(monkeypatch):
