@@ -96,9 +96,12 @@ def choose(op: str, requested: str, order: tuple, refusals: Callable[[str], list
     raise BackendError("\n".join(lines))
 
 
-@functools.cache
+_TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
 def triton_missing() -> str:
-    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+    """Why Triton cannot be used here, or an empty string; looked up at import, so that a graph being traced meets a constant."""
+    return _TRITON_MISSING
 
 
 @functools.cache
