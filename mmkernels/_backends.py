@@ -100,7 +100,7 @@ _TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not i
 
 
 def triton_missing() -> str:
-    """Why Triton cannot be used here, or an empty string; looked up at import, so that a graph being traced meets a constant."""
+    """Why Triton cannot be used, or an empty string; looked up at import, so that a graph being traced meets a constant."""
     return _TRITON_MISSING
 
 
