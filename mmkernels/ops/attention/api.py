@@ -186,12 +186,12 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
     return q, k, v, bias, head_dim**-0.5 if scale is None else float(scale)
 
 
-def check_key_mask(key_mask, batch, keys, device):
-    """Raises unless `key_mask` is a bool tensor (batch, keys) on `device`."""
+def check_key_mask(key_mask, batch, keys, device, name="key_mask"):
+    """Raises unless `key_mask` is a bool tensor (batch, keys) on `device`; `name` is what the user calls it."""
     if not isinstance(key_mask, torch.Tensor) or key_mask.dtype != torch.bool:
         kind = key_mask.dtype if isinstance(key_mask, torch.Tensor) else type(key_mask).__name__
-        raise TypeError(f"key_mask is a {kind}; it must be a bool tensor, True where a key may be attended, or None")
+        raise TypeError(f"{name} is a {kind}; it must be a bool tensor, True where a key may be attended, or None")
     if key_mask.dim() != 2 or key_mask.shape[0] != batch or key_mask.shape[1] != keys:
-        raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}; it must be (B, M) = ({batch}, {keys})")
+        raise ValueError(f"{name} has shape {tuple(key_mask.shape)}; it must be (B, M) = ({batch}, {keys})")
     if key_mask.device != device:
-        raise ValueError(f"key_mask is on {key_mask.device}; it must be on {device}")
+        raise ValueError(f"{name} is on {key_mask.device}; it must be on {device}")
