@@ -68,7 +68,7 @@ def test_every_public_thing_says_what_it_is():
 def test_unknown_names():
     with pytest.raises(AttributeError, match="no attribute 'latent_attention'"):
         mmkernels.latent_attention  # noqa: B018
-    with pytest.raises(ValueError, match="op_name is 'softmax'; allowed are 'attention', 'latent_attention'"):
+    with pytest.raises(ValueError, match="op_name is 'softmax'; allowed are 'attention', 'bottleneck_attention', 'latent_attention'"):
         mmkernels.explain("softmax")
     with pytest.raises(ValueError, match="backend is 'magic'; allowed are 'auto', 'cuda'"):
         mmkernels.use_backend("magic")
