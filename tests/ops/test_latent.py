@@ -42,7 +42,7 @@ def check(backend, generator, tensors, wanted=None, **options):
 
 
 def absorbed(tensors, heads=1):
-    return api._plan(tensors["q"], tensors["x"], tensors["w_k"], tensors["w_v"], heads).absorbed
+    return plan.absorbed(api._plan(tensors["q"], tensors["x"], tensors["w_k"], tensors["w_v"], heads))
 
 
 # --- Against float64 -----------------------------------------------------------------------------------------------------

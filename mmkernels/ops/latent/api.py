@@ -72,13 +72,14 @@ def latent_attention(
             q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
         )
     chosen = _plan(q, x, w_k, w_v, num_heads)
-    if chosen.absorbed:
+    absorbed = plan.absorbed(chosen)
+    if absorbed:
         out = _absorbed(name, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale)
     else:
         out = _projected(
             name, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
         )
-    if b_k is not None and b_k.requires_grad and chosen.absorbed:
+    if b_k is not None and b_k.requires_grad and absorbed:
         out = out + b_k.sum() * 0.0  # a zero gradient, as plain autograd gives, instead of none
     return out
 
@@ -128,7 +129,7 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
             eps = -1.0
         elif eps is None or not eps >= 0.0:
             return None
-        if _choose(x, backend) != "cpp" or not _plan(q, x, w_k, w_v, num_heads).absorbed:
+        if _choose(x, backend) != "cpp" or not plan.absorbed(_plan(q, x, w_k, w_v, num_heads)):
             return None
         if scale is None:
             scale = (w_k.shape[0] // num_heads) ** -0.5

@@ -17,10 +17,13 @@ class Plan(NamedTuple):
     value: str
     flops: int
 
-    @property
-    def absorbed(self) -> bool:
-        """Keys and values are the normalised input itself: no M-sized tensor is written."""
-        return self.score == "absorb_into_queries" and self.value == "raw_input"
+
+def absorbed(plan: Plan) -> bool:
+    """Keys and values are the normalised input itself: no M-sized tensor is written.
+
+    A function, because the compiler of torch 2.10 does not trace properties of named tuples.
+    """
+    return plan.score == "absorb_into_queries" and plan.value == "raw_input"
 
 
 def score_flops(plan, queries, keys, query_channels, key_channels, qk_channels, heads):
