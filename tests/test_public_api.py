@@ -6,7 +6,7 @@ import pytest
 
 import mmkernels
 from mmkernels import models, modules, ops
-from mmkernels.models import perceiver
+from mmkernels.models import mbt, perceiver
 
 SIGNATURES = {
     ops.attention: "(q, k, v, *, key_mask=None, bias=None, scale=None, dropout_p=0.0, dropout_seed=None, return_lse=False, "
@@ -22,10 +22,21 @@ SIGNATURES = {
     modules.LatentSelfAttention: "(channels, *, num_heads=8, qk_channels=None, v_channels=None, output_channels=None, "
     "eps=1e-05, backend='auto', device=None, dtype=None)",
     modules.LatentSelfAttention.forward: "(self, latents, *, key_mask=None)",
+    modules.BottleneckFusionLayer: "(modalities, channels, *, update='mean', **options)",
+    modules.BottleneckFusionLayer.forward: "(self, tokens, bottleneck=None, *, key_masks=None, rows='all')",
+    modules.MultimodalEncoder: "(modalities, channels, num_layers, *, fusion_layer=0, fusion='bottleneck', update='mean', "
+    "num_bottlenecks=4, test_with_bottlenecks=True, num_heads=12, mlp_channels=None, share_weights=False, dropout=0.0, "
+    "stochastic_depth=0.0, eps=1e-06, backend='auto', device=None, dtype=None)",
+    modules.MultimodalEncoder.forward: "(self, tokens, *, key_masks=None, rows='all')",
     modules.FourierPositions: "(index_shape, num_bands, max_resolution=None, *, device=None, dtype=None)",
     modules.FourierPositions.forward: "(self)",
     modules.set_backend: "(model, backend)",
     models.load: "(name_or_path, *, device=None, dtype=None, **overrides)",
+    mbt.MBT.forward: "(self, inputs, *, key_masks=None)",
+    mbt.MBT.save_pretrained: "(self, path)",
+    mbt.from_official: "(config, state_dict, *, backend='auto')",
+    mbt.from_vit: "(config, state_dict, *, inflation='central_frame', positions='resize_tile', "
+    "bottleneck_from_positions=True, device=None, dtype=None)",
     perceiver.from_official: "(config, state_dict, *, backend='auto')",
     perceiver.Perceiver.save_pretrained: "(self, path)",
 }
@@ -48,8 +59,18 @@ def test_signature(function):
     [
         (mmkernels, {"BackendError", "explain", "models", "modules", "ops", "testing", "train", "use_backend"}),
         (ops, {"attention", "bottleneck_attention", "latent_attention"}),
-        (modules, {"FourierPositions", "LatentCrossAttention", "LatentSelfAttention", "set_backend"}),
-        (models, {"load", "names", "perceiver"}),
+        (
+            modules,
+            {
+                "BottleneckFusionLayer",
+                "FourierPositions",
+                "LatentCrossAttention",
+                "LatentSelfAttention",
+                "MultimodalEncoder",
+                "set_backend",
+            },
+        ),
+        (models, {"load", "mbt", "names", "perceiver"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -68,7 +89,9 @@ def test_every_public_thing_says_what_it_is():
 def test_unknown_names():
     with pytest.raises(AttributeError, match="no attribute 'latent_attention'"):
         mmkernels.latent_attention  # noqa: B018
-    with pytest.raises(ValueError, match="op_name is 'softmax'; allowed are 'attention', 'bottleneck_attention', 'latent_attention'"):
+    with pytest.raises(
+        ValueError, match="op_name is 'softmax'; allowed are 'attention', 'bottleneck_attention', 'latent_attention'"
+    ):
         mmkernels.explain("softmax")
     with pytest.raises(ValueError, match="backend is 'magic'; allowed are 'auto', 'cuda'"):
         mmkernels.use_backend("magic")

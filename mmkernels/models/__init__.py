@@ -2,12 +2,12 @@
 
 import importlib
 
-from .registry import InputError, load, names
+from .registry import SYSTEMS, InputError, load, names
 
-__all__ = ["InputError", "load", "names", "perceiver"]
+__all__ = ["InputError", "load", "mbt", "names", "perceiver"]
 
 
 def __getattr__(name):
-    if name == "perceiver":
-        return importlib.import_module(".perceiver", __name__)
+    if name in SYSTEMS:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

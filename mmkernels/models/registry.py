@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-SYSTEMS = ("perceiver",)  # modules of this package with CONFIGS (name -> config), CONFIG (class) and MODEL (class)
+SYSTEMS = ("mbt", "perceiver")  # modules of this package with CONFIGS (name -> config), CONFIG (class) and MODEL (class)
 
 
 class InputError(ValueError):

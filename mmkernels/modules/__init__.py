@@ -1,6 +1,15 @@
 """Plain `nn.Module`s around the ops: ordinary parameters and state dicts, no hidden state."""
 
-from .latent import LatentCrossAttention, LatentSelfAttention, set_backend
+from .backend import set_backend
+from .bottleneck import BottleneckFusionLayer, MultimodalEncoder
+from .latent import LatentCrossAttention, LatentSelfAttention
 from .positions import FourierPositions
 
-__all__ = ["FourierPositions", "LatentCrossAttention", "LatentSelfAttention", "set_backend"]
+__all__ = [
+    "BottleneckFusionLayer",
+    "FourierPositions",
+    "LatentCrossAttention",
+    "LatentSelfAttention",
+    "MultimodalEncoder",
+    "set_backend",
+]

@@ -2,29 +2,12 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .. import ops
-from .._backends import NAMES
-
-BACKENDS = ("auto", *NAMES, "eager")
+from .backend import WithBackend, eager_attention, split_heads
 
 
-def set_backend(model: nn.Module, backend: str) -> nn.Module:
-    """Sets `backend` on every module of this package inside `model`; returns `model`.
-
-    "eager" is the plain PyTorch path: `F.layer_norm`, `F.linear` and `F.scaled_dot_product_attention` with the same weights.
-
-    Raises ValueError for an unknown backend.
-    """
-    _check_backend(backend)
-    for module in model.modules():
-        if isinstance(module, (LatentCrossAttention, LatentSelfAttention)):
-            module.backend = backend
-    return model
-
-
-class LatentCrossAttention(nn.Module):
+class LatentCrossAttention(WithBackend):
     """Few latents attend to a long input: Attn(LN(z), LN(x)) with projections (Perceiver, Jaegle et al. 2021, section 3.1).
 
         Q = LN_q(z) Wq + bq    K = LN_x([x ; position]) Wk + bk    V = LN_x([x ; position]) Wv + bv
@@ -62,7 +45,7 @@ class LatentCrossAttention(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(backend)
         if shape_for_attention not in ("kv", "q"):
             raise ValueError(f"shape_for_attention is {shape_for_attention!r}; allowed are 'kv' and 'q'")
         if qk_channels is None:
@@ -77,8 +60,7 @@ class LatentCrossAttention(nn.Module):
             qk_channels=qk_channels,
             v_channels=v_channels,
         )
-        _check_backend(backend)
-        self.num_heads, self.backend = num_heads, backend
+        self.num_heads = num_heads
         factory = {"device": device, "dtype": dtype}
         self.query_norm = nn.LayerNorm(query_channels, eps=eps, **factory)
         self.input_norm = nn.LayerNorm(input_channels, eps=eps, **factory)
@@ -124,13 +106,13 @@ class LatentCrossAttention(nn.Module):
         if position is not None:
             inputs = torch.cat([inputs, position.to(inputs.dtype).expand(batch, -1, -1)], -1)
         inputs = self.input_norm(inputs)
-        return _eager_attention(q.expand(batch, -1, -1), self.key(inputs), self.value(inputs), self.num_heads, key_mask)
+        return eager_attention(q.expand(batch, -1, -1), self.key(inputs), self.value(inputs), self.num_heads, key_mask)
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, backend={self.backend!r}"
 
 
-class LatentSelfAttention(nn.Module):
+class LatentSelfAttention(WithBackend):
     """Self-attention of the latents with one shared layer norm: Attn(LN(z), LN(z)), projections included.
 
     Args:
@@ -158,15 +140,14 @@ class LatentSelfAttention(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(backend)
         qk_channels = channels if qk_channels is None else qk_channels
         v_channels = qk_channels if v_channels is None else v_channels
         output_channels = v_channels if output_channels is None else output_channels
         _check_sizes(
             num_heads, channels=channels, output_channels=output_channels, qk_channels=qk_channels, v_channels=v_channels
         )
-        _check_backend(backend)
-        self.num_heads, self.backend = num_heads, backend
+        self.num_heads = num_heads
         factory = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
         self.query = nn.Linear(channels, qk_channels, **factory)
@@ -179,23 +160,13 @@ class LatentSelfAttention(nn.Module):
         normalised = self.norm(latents)
         q, k, v = self.query(normalised), self.key(normalised), self.value(normalised)
         if self.backend == "eager":
-            return self.output(_eager_attention(q, k, v, self.num_heads, key_mask))
-        q, k, v = (_split_heads(t, self.num_heads) for t in (q, k, v))
+            return self.output(eager_attention(q, k, v, self.num_heads, key_mask))
+        q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
         out = ops.attention(q, k, v, key_mask=key_mask, backend=self.backend)
         return self.output(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, backend={self.backend!r}"
-
-
-def _split_heads(tensor, num_heads):
-    return tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def _eager_attention(q, k, v, num_heads, key_mask):
-    q, k, v = (_split_heads(t, num_heads) for t in (q, k, v))
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def _check_sizes(num_heads, **sizes):
@@ -205,8 +176,3 @@ def _check_sizes(num_heads, **sizes):
     for name in ("qk_channels", "v_channels"):
         if sizes[name] % num_heads:
             raise ValueError(f"{name} is {sizes[name]}; it must be a multiple of num_heads, {num_heads}")
-
-
-def _check_backend(backend):
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")

@@ -308,7 +308,7 @@ def test_truncated_and_foreign_files(tmp_path):
     save_file(tensors, weights)
     for wrong, message in (
         ({"num_latents": 8}, "latents has shape"),
-        ({"system": "bert"}, "allowed are perceiver"),
+        ({"system": "bert"}, "allowed are mbt, perceiver"),
         ({"num_bands": "x"}, "num_bands"),
         ({"input_shape": 5}, "config.json"),
         ({"colour": 1}, "unknown field"),
