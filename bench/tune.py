@@ -141,6 +141,11 @@ def tune_task(task: Task, device: torch.device, tiles_list: list, rounds: int = 
     return (best if times[best] < WORTHWHILE * times[default] else None), times
 
 
+def workers() -> int:
+    """Processes that compile at a time; each holds a context on the GPU."""
+    return max(1, min(12, (os.cpu_count() or 2) - 2))
+
+
 def tune(cases, device: torch.device, folders: list, within=lambda: True, done=(), finished=lambda key: None) -> None:
     """Tunes every kernel at the shapes of `cases` and writes tables below each of `folders`.
 
@@ -150,11 +155,10 @@ def tune(cases, device: torch.device, folders: list, within=lambda: True, done=(
     todo = {key: task for key, task in todo.items() if key not in done}
     lists = {key: candidates(default_tiles(task, device)) for key, task in todo.items()}
     gpu = _tuning.gpu_folder(torch.cuda.get_device_name(device))
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    count = workers()
+    with concurrent.futures.ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         compiled = {
-            key: [pool.submit(compile_once, task, lists[key][i::workers]) for i in range(workers)]
-            for key, task in todo.items()
+            key: [pool.submit(compile_once, task, lists[key][i::count]) for i in range(count)] for key, task in todo.items()
         }
         for key, task in todo.items():
             if not within():

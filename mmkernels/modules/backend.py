@@ -38,7 +38,7 @@ def check_backend(backend):
 
 def split_heads(tensor, num_heads):
     """(B, N, H D) -> (B, H, N, D)."""
-    return tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return torch.unflatten(tensor, -1, (num_heads, -1)).transpose(1, 2)
 
 
 def eager_attention(q, k, v, num_heads, key_mask):

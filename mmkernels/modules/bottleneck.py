@@ -93,7 +93,7 @@ def _projections(blocks, rows, first=0, last=3):
         whole = last - first == 3
         jobs.append((x, *(p if whole else p[part] for p in (block.qkv.weight, block.qkv.bias))))
     heads = [(last - first, block.num_heads, -1) for block in blocks]
-    return [y.unflatten(-1, shape) for y, shape in zip(_linears(jobs), heads, strict=True)]
+    return [torch.unflatten(y, -1, shape) for y, shape in zip(_linears(jobs), heads, strict=True)]
 
 
 def _finish(blocks, rows, attended, keeps):

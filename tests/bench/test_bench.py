@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 import time
 
 import pytest
 import torch
 
-from bench import baselines, cli, memory, plots, registry, roofline, run, tune, verify, visit
+from bench import baselines, build, cli, memory, plots, registry, roofline, run, tune, verify, visit
 from mmkernels import _tuning
 
 CPU = torch.device("cpu")
@@ -262,7 +263,7 @@ def test_a_visit_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
         return "3 passed"
 
     monkeypatch.setattr(run, "run_problem", rows_of)
-    monkeypatch.setattr(visit, "sweep", lambda device, output: done.append("sweep") or "all right")
+    monkeypatch.setattr(visit, "sweep", lambda device, output, seconds: done.append("sweep") or "all right")
     monkeypatch.setattr(visit, "gpu_tests", gpu_tests)
     monkeypatch.setattr(tune, "tune", lambda *args, **options: done.append("tune"))
     monkeypatch.setattr(tune, "tasks", lambda cases: [])
@@ -276,11 +277,72 @@ def test_a_visit_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(InterruptedError):
         go()
-    assert done == ["sweep", cases[0].id, "tune", f"{cases[0].id} again"]
+    assert done == ["sweep"]
     assert go() == 0
-    assert done == [cases[1].id]  # the rest, once
+    assert done == [cases[0].id, "tune", f"{cases[0].id} again", cases[1].id]  # the rest, once
     assert capsys.readouterr().out.rstrip().endswith("all done")
     assert go() == 0 and done == []
     arguments.fresh = True
     assert go(start=time.monotonic() - visit.BUDGET) == 0 and done == []
-    assert "left: correctness, first cases, tuning" in capsys.readouterr().out
+    assert "left: correctness, gpu tests, first cases, tuning" in capsys.readouterr().out
+
+
+def test_the_sweep_writes_a_row_a_problem(tmp_path, monkeypatch):
+    problems = [LATENT, ATTENTION._replace(dtype="bfloat16")]
+    monkeypatch.setattr(visit, "sweep_problems", lambda: problems)
+    monkeypatch.setattr(tune, "workers", lambda: 2)
+    output = tmp_path / "correctness.jsonl"
+    assert visit.sweep(CPU, output, 120) == "{'mmkernels cpp': {'ok': 2}}"
+    rows = [json.loads(text) for text in output.read_text().splitlines()]
+    assert {row["sizes"]["op"] for row in rows} == {problem.op for problem in problems}
+    assert all(row["errors"]["gradient of q"] < 0.1 and row["commit"] == run.commit() for row in rows)
+
+
+def broken_worker(sender, problems, device):
+    """Stands for a kernel that is wrong, one that takes its process with it, and one that never ends."""
+    if problems[0].op == "attention":
+        sender.send({"sizes": problems[0]._asdict(), "candidate": "mmkernels cuda", "status": "wrong", "reason": "far off"})
+        os._exit(3)
+    time.sleep(600)
+
+
+def test_the_sweep_survives_kernels_that_kill_or_hang(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(visit, "sweep_problems", lambda: [ATTENTION, LATENT])
+    monkeypatch.setattr(tune, "workers", lambda: 2)
+    monkeypatch.setattr(visit, "_worker", broken_worker)
+    told = visit.sweep(CPU, tmp_path / "rows", 20)
+    assert told.startswith(
+        "FAILED {'mmkernels cuda': {'wrong': 1}}; its process ended with status 3, at or after ('attention'"
+    )
+    assert "no answer after 20 s, at or after ('latent_attention'" in told
+    assert "far off" in capsys.readouterr().out
+
+
+def test_a_visit_that_ran_no_gpu_test_has_not_passed_them(tmp_path, monkeypatch):
+    (tmp_path / "tests/ops").mkdir(parents=True)
+    monkeypatch.setattr(visit, "ROOT", tmp_path)
+    assert visit.gpu_tests(tmp_path / "tests.txt", 60).startswith("FAILED")
+
+
+def test_a_build_for_a_visit(tmp_path, monkeypatch):
+    """Built where the kernels do not run or were built from other sources, for this GPU; what was done is told."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "build/native").mkdir(parents=True)
+    (tmp_path / "csrc/kernel.cu").write_text("1")
+    # Stands for the real one: notes what it is asked for, and makes the kernels run.
+    (tmp_path / "setup.py").write_text(
+        "import os; open('asked', 'a').write(os.environ['MMKERNELS_CUDA_ARCHS'] + ' '); open('library', 'w').close()"
+    )
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "STAMP", tmp_path / "build/native/visit.sha256")
+    monkeypatch.setattr(build, "WORKS", "import os, sys; os.path.exists('library') or sys.exit('no kernel image')")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.delenv("MMKERNELS_CUDA_ARCHS", raising=False)
+    assert build.ensure(CPU) == "built for sm_90a; before: no kernel image"
+    assert build.ensure(CPU) == "the CUDA library was there"
+    (tmp_path / "csrc/kernel.cu").write_text("2")
+    assert build.ensure(CPU) == "built for sm_90a; before: its sources have changed"
+    assert (tmp_path / "asked").read_text() == "90a 90a "
+    (tmp_path / "library").unlink()
+    (tmp_path / "setup.py").write_text("print('nvcc: error')")
+    assert build.ensure(CPU) == "FAILED: no kernel image"

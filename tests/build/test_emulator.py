@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,35 +66,60 @@ def test_copies_that_land_at_once_hide_a_missing_wait(matmul):
     assert matmul("NO_WAIT", "early") == "right"
 
 
+# Every tile walk of every family, with edges in each direction; as a script, because the sanitizer must be loaded first.
+SANITIZED = """
+import sys
+import torch
+
+torch.ops.load_library(sys.argv[1])
+ops = torch.ops.mmkernels_emulator
+for dtype, n, m, d, e in ((torch.bfloat16, 1, 97, 5, 17), (torch.float32, 63, 65, 17, 40), (torch.float16, 17, 33, 261, 20)):
+    q, k, v = (torch.randn(2, 1, *size, dtype=dtype) for size in ((n, d), (m, d), (m, e)))
+    mask, bias, seed = torch.rand(2, m) < 0.7, torch.randn(1, 1, 1, m, dtype=dtype), torch.tensor([1])
+    out, lse = ops.attention_fwd(q, k, v, mask, bias, seed, 0.3, 0.2)
+    ops.attention_bwd(torch.randn_like(out), lse, q, k, v, out, lse, mask, bias, seed, 0.3, 0.2, 7)
+for dtype, batch, n, m, content, shared in (
+    (torch.bfloat16, 1, 1, 97, 5, 0),
+    (torch.float32, 2, 17, 65, 3, 34),
+    (torch.float16, 2, 33, 40, 3, 258),
+    (torch.bfloat16, 1, 19, 35, 600, 1),
+    (torch.float32, 1, 5, 33, 323, 0),
+):
+    q, x = torch.randn(1, n, content + shared, dtype=dtype), torch.randn(batch, m, content, dtype=dtype)
+    position, mask = torch.randn(m, shared, dtype=dtype) if shared else None, torch.rand(batch, m) < 0.7
+    out, lse = ops.latent_fwd(q, x, position, mask, 0.3, 1e-5)
+    ops.latent_bwd(torch.randn_like(out), lse, q, x, position, mask, out, lse, 0.3, 1e-5, 7)
+print("clean")
+"""
+
+
 @pytest.mark.slow
-def test_attention_kernels_under_address_sanitizer(tmp_path):
+def test_kernels_under_address_sanitizer(tmp_path):
     """Plain reads and writes outside any tensor, or past the end of shared memory, end the program."""
     asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(asan).is_file():
         pytest.skip("g++ has no AddressSanitizer")
     torch_folder = Path(torch.__file__).parent
     flags = [*FLAGS, "-O1", "-g1", "-fPIC", "-fsanitize=address", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    sources = [ROOT / "csrc/attention/attention_cuda.cu", ROOT / "csrc/common/device_cuda.cu"]
-    sources += [ROOT / "csrc/attention/attention_cuda.cpp", *(ROOT / "csrc/emulator").glob("*.cpp")]
-    objects = [tmp_path / f"{source.name}.o" for source in sources]
-    for source, built in zip(sources, objects, strict=True):
+    sources = [path for kind in ("*/*_cuda.cu", "*/*_cuda.cpp", "emulator/*.cpp") for path in (ROOT / "csrc").glob(kind)]
+    assert {"attention", "latent", "common", "emulator"} <= {source.parent.name for source in sources}
+
+    def compiled(source):
+        built = tmp_path / f"{source.name}.o"
         include = ["-I", str(torch_folder / "include")] if source.suffix == ".cpp" else []
         subprocess.run(["g++", *flags, *include, "-x", "c++", "-c", str(source), "-o", str(built)], check=True)
+        return str(built)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources))
     library = tmp_path / "emulator.so"
-    link = ["g++", "-shared", "-fsanitize=address", *map(str, objects), "-L", str(torch_folder / "lib")]
+    link = ["g++", "-shared", "-fsanitize=address", *objects, "-L", str(torch_folder / "lib")]
     subprocess.run([*link, "-lc10", "-ltorch_cpu", "-pthread", "-o", str(library)], check=True)
 
-    program = f"""
-import torch
-torch.ops.load_library({str(library)!r})
-ops = torch.ops.mmkernels_emulator
-for dtype, n, m, d, e in ((torch.bfloat16, 1, 97, 5, 17), (torch.float32, 63, 65, 17, 40), (torch.float16, 17, 33, 261, 20)):
-    q, k, v = torch.randn(2, 1, n, d, dtype=dtype), torch.randn(2, 1, m, d, dtype=dtype), torch.randn(2, 1, m, e, dtype=dtype)
-    mask, bias, seed = torch.rand(2, m) < 0.7, torch.randn(1, 1, 1, m, dtype=dtype), torch.tensor([1])
-    out, lse = ops.attention_fwd(q, k, v, mask, bias, seed, 0.3, 0.2)
-    ops.attention_bwd(torch.randn_like(out), lse, q, k, v, out, lse, mask, bias, seed, 0.3, 0.2, 7)
-print("clean")
-"""
     env = os.environ | {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "clean", done.stderr[-3000:]
+    command = [sys.executable, "-c", SANITIZED, str(library)]
+    # One multiprocessor walks over all keys, many split them and merge.
+    for multiprocessors in ("1", "64"):
+        env["MMKERNELS_EMULATOR_MULTIPROCESSORS"] = multiprocessors
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.stdout.strip() == "clean", done.stderr[-3000:]

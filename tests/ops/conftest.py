@@ -1,4 +1,7 @@
-"""The backends that op tests run on. MMKERNELS_REQUIRE_BACKENDS=cpp,triton,cuda makes a missing one a failure."""
+"""The backends that op tests run on. MMKERNELS_REQUIRE_BACKENDS=cpp,triton,cuda makes a missing one a failure.
+
+On a machine with a GPU `pytest -m gpu` runs the same tests there, on both GPU backends.
+"""
 
 import contextlib
 import os
@@ -9,6 +12,7 @@ import torch
 from mmkernels import _backends, _library, testing
 
 KERNEL_BACKENDS = ("cpp", "triton", "cuda")
+ON_GPU = " on a GPU"
 
 
 def missing(name: str) -> str:
@@ -40,12 +44,32 @@ def on(request):
         yield enter
 
 
-@pytest.fixture(params=KERNEL_BACKENDS)
+@pytest.fixture(autouse=True)
+def device(request):
+    """Where the tensors of a test are made: on the GPU if it is marked `gpu`."""
+    device = torch.device("cuda" if request.node.get_closest_marker("gpu") else "cpu")
+    if device.type == "cpu":
+        yield device
+    else:
+        with device:
+            yield device
+
+
+@pytest.fixture(
+    params=[*KERNEL_BACKENDS, *(pytest.param(name + ON_GPU, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
+)
 def backend(request, on):
-    """Each kernel backend in turn, on CPU tensors: C++, Triton in the interpreter, CUDA in the emulator."""
-    return on(request.param)
+    """Each kernel backend in turn: C++, Triton in the interpreter and CUDA in the emulator on CPU tensors, and, as tests
+    marked `gpu`, Triton and CUDA where they belong."""
+    if not request.param.endswith(ON_GPU):
+        return on(request.param)
+    name = request.param.removesuffix(ON_GPU)
+    reasons = _backends.platform_refusals(name, torch.device("cuda", 0), torch.float32)
+    if reasons:
+        pytest.fail(f"backend {name!r} does not run on this GPU: {'; '.join(reasons)}")
+    return name
 
 
 @pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(20210304)
+def generator(device):
+    return torch.Generator(device).manual_seed(20210304)

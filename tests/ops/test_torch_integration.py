@@ -89,6 +89,18 @@ def test_compiles_with_inductor(on, generator, family):
 
 
 @family
+def test_compiles_under_a_default_device(on, generator, family):
+    """Dynamo traces every call through another dispatch then, which Python methods such as Tensor.unflatten break."""
+    on("cpp")
+    op, make = OPS[family]
+    torch._dynamo.reset()
+    tensors = make(generator)
+    compiled = torch.compile(lambda t: op(**t, backend="cpp"), fullgraph=True, backend="aot_eager")
+    with torch.device("cpu"):
+        assert torch.equal(compiled(tensors), op(**tensors, backend="cpp"))
+
+
+@family
 def test_exports_with_a_dynamic_batch(on, generator, family):
     on("cpp")
     op, make = OPS[family]
@@ -107,10 +119,10 @@ def test_exports_with_a_dynamic_batch(on, generator, family):
 
 
 @family
-def test_autocast_casts_once_at_the_boundary(backend, generator, family):
+def test_autocast_casts_once_at_the_boundary(backend, generator, family, device):
     op, make = OPS[family]
     tensors = make(generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out = op(**tensors, backend=backend)
     assert out.dtype == torch.bfloat16
     with torch.no_grad():

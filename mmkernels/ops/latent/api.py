@@ -141,17 +141,17 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
 
 
 def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
-    heads_q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B|1, H, N, D)
-    absorbed = heads_q @ w_k.unflatten(0, (num_heads, -1))  # (B|1, H, N, C)
+    heads_q = torch.unflatten(q, -1, (num_heads, -1)).transpose(1, 2)  # (B|1, H, N, D)
+    absorbed = heads_q @ torch.unflatten(w_k, 0, (num_heads, -1))  # (B|1, H, N, C)
     if norm_weight is not None:
         absorbed = (absorbed * norm_weight).to(x.dtype)
     out, _ = autograd.core(backend, absorbed.flatten(1, 2), x, position, key_mask, scale, eps)
-    out = out.unflatten(1, (num_heads, q.shape[1]))
+    out = torch.unflatten(out, 1, (num_heads, q.shape[1]))
     if norm_weight is not None:
         out = out * norm_weight
     if norm_bias is not None:
         out = out + norm_bias
-    out = out.to(x.dtype) @ w_v.unflatten(0, (num_heads, -1)).transpose(-1, -2)
+    out = out.to(x.dtype) @ torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2)
     out = out.transpose(1, 2).flatten(2)
     if b_v is not None:
         out = out + b_v
@@ -176,18 +176,18 @@ def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bia
         x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     def heads(t):
-        return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        return torch.unflatten(t, -1, (num_heads, -1)).transpose(1, 2)
 
     q = heads(q.expand(x.shape[0], -1, -1))
     shared = x[:, None].expand(-1, num_heads, -1, -1)
     if chosen.score == "project":
         k = heads(torch.nn.functional.linear(x, w_k, b_k))
     else:
-        q, k = q @ w_k.unflatten(0, (num_heads, -1)), shared
+        q, k = q @ torch.unflatten(w_k, 0, (num_heads, -1)), shared
     v = heads(torch.nn.functional.linear(x, w_v, b_v)) if chosen.value == "project" else shared
     out = attention(q, k, v, key_mask=key_mask, scale=scale, backend=backend)
     if chosen.value != "project":
-        out = out @ w_v.unflatten(0, (num_heads, -1)).transpose(-1, -2)
+        out = out @ torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2)
     out = out.transpose(1, 2).flatten(2)
     if chosen.value != "project" and b_v is not None:
         out = out + b_v

@@ -24,7 +24,7 @@ def latent_attention(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k
         k = k + b_k.to(dtype)
     if b_v is not None:
         v = v + b_v.to(dtype)
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (torch.unflatten(t, -1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     scores = (q * scale) @ k.transpose(-1, -2)
     probabilities = masked_softmax(scores, None if key_mask is None else key_mask[:, None, None, :])[0]
     return (probabilities @ v).transpose(1, 2).flatten(2).to(out_dtype)
