@@ -1,5 +1,6 @@
 """What every module with a `backend` argument shares: the names, their change afterwards, the plain PyTorch attention."""
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
