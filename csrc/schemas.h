@@ -20,10 +20,11 @@ void define_schemas(Library& m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // q (B|1,R,C): absorbed queries, the rows of all heads one after another.  x (B,M,Cx)  position (M,C-Cx)
   // key_mask bool (B,M).  xhat = LayerNorm without affine over [x ; position] (eps < 0: no norm).
-  // -> out (B,R,C) = softmax(scale q xhat^T) xhat of q's dtype, lse float32 (B,R).
+  // -> out (B,R,C) = softmax(scale q xhat^T) xhat and lse (B,R), both float32: what the backward subtracts from dP is a
+  // sum over out, and rounding it to 16 bits would cost the queries' gradient as much as all else together.
   m.def(
       "latent_fwd(Tensor q, Tensor x, Tensor? position, Tensor? key_mask, float scale, float eps) -> (Tensor, Tensor)");
-  // wanted: 1 dq, 2 dx, 4 dposition. dq has q's shape (summed over the batch where q is shared).
+  // dout float32. wanted: 1 dq, 2 dx, 4 dposition. dq has q's shape (summed over the batch where q is shared).
   m.def(
       "latent_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor x, Tensor? position, Tensor? key_mask, Tensor out, "
       "Tensor lse, float scale, float eps, int wanted) -> (Tensor, Tensor, Tensor)");

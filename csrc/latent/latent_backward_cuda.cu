@@ -325,11 +325,11 @@ __global__ void delta_kernel(Problem p, Strided dout, Strided out, const float* 
   const int64_t row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / 32;
   if (row >= p.batch * p.rows) return;
   const int64_t b = row / p.rows, r = row % p.rows;
-  const T* g = static_cast<const T*>(dout.data) + b * dout.batch + r * dout.row;
-  const T* o = static_cast<const T*>(out.data) + b * out.batch + r * out.row;
+  const float* g = static_cast<const float*>(dout.data) + b * dout.batch + r * dout.row;
+  const float* o = static_cast<const float*>(out.data) + b * out.batch + r * out.row;
   float sum = 0.0f;
   for (int c = threadIdx.x % 32; c < channels(p); c += 32)
-    sum += to_float(g[c * dout.channel]) * to_float(o[c * out.channel]);
+    sum += to_float(from_float<T>(g[c * dout.channel])) * o[c * out.channel];
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
   if (threadIdx.x % 32 == 0) delta[row] = sum - (dlse ? dlse[b * dlse_batch + r * dlse_row] : 0.0f);

@@ -86,7 +86,7 @@ LatentAttention describe(const Tensor& q, const Tensor& x, const OptionalTensor&
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor x, OptionalTensor position, OptionalTensor key_mask, double scale,
                                    double eps) {
   LatentAttention a = describe(q, x, position, key_mask, scale, eps);
-  Tensor out = torch::stable::new_empty(q, {a.batch, a.queries, a.v_dim});
+  Tensor out = torch::stable::new_empty(q, {a.batch, a.queries, a.v_dim}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(q, {a.batch, a.queries}, ScalarType::Float);
   a.out = with_one_head(strided(out));
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
                                             double scale, double eps, int64_t wanted) {
   LatentAttention a = describe(q, x, position, key_mask, scale, eps);
   for (const auto& [tensor, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
-    check_dtype(*tensor, name, q.scalar_type());
+    check_dtype(*tensor, name, ScalarType::Float);
     check_shape(*tensor, name, {a.batch, a.queries, a.v_dim});
   }
   check_dtype(lse, "lse", ScalarType::Float);

@@ -69,19 +69,21 @@ Problem describe(const Tensor& q, const Tensor& x, const OptionalTensor& positio
 
 Strided strided(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
-// The rows of q or dout as the kernels read them: as they are where they are aligned and in the kernels' channel order,
-// otherwise a copy, which `keep` holds.
-QueryRows aligned_rows(const Problem& p, const Tensor& t, Tensor& keep, void* stream) {
-  const int64_t vector = 16 / static_cast<int64_t>(t.element_size()), width = t.size(2);
+// The rows of q or dout as the kernels read them: as they are where they are aligned, of the problem's type and in the
+// kernels' channel order, otherwise a copy, which `keep` holds.
+QueryRows aligned_rows(const Problem& p, const Tensor& t, ScalarType type, Tensor& keep, void* stream) {
+  const int64_t vector = type == ScalarType::Float ? 4 : 8, width = t.size(2);
   auto whole = [&](int64_t stride) { return stride % vector == 0; };
   QueryRows rows{t.const_data_ptr(), t.stride(0), t.stride(1)};
-  const bool direct = p.position == 0 && t.stride(2) == 1 && whole(width) && whole(t.stride(0)) && whole(t.stride(1)) &&
-                      reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+  const bool direct = t.scalar_type() == type && p.position == 0 && t.stride(2) == 1 && whole(width) &&
+                      whole(t.stride(0)) && whole(t.stride(1)) && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
   if (!direct) {
     const int64_t pitch = (width + vector - 1) / vector * vector;
-    keep = empty(t, {t.size(0), t.size(1), pitch}, t.scalar_type());
+    keep = empty(t, {t.size(0), t.size(1), pitch}, type);
     const Strided source = strided(t);
-    check_launch(mmk_latent_pack(&p, &source, t.size(0), keep.mutable_data_ptr(), pitch, stream), "latent");
+    check_launch(
+        mmk_latent_pack(&p, &source, t.scalar_type() != type, t.size(0), keep.mutable_data_ptr(), pitch, stream),
+        "latent");
     rows = {keep.const_data_ptr(), t.size(1) * pitch, pitch};
   }
   if (t.size(0) == 1) rows.batch = 0;
@@ -106,7 +108,7 @@ std::tuple<Tensor, Tensor> latent_fwd(const Tensor& q, const Tensor& x, const Op
   Problem p = describe(q, x, position, key_mask, scale, eps);
   const OnDevice device(x);
   const int64_t channels = q.size(2);
-  Tensor out = empty(q, {p.batch, p.rows, channels}, q.scalar_type());
+  Tensor out = empty(q, {p.batch, p.rows, channels}, ScalarType::Float);
   Tensor lse = empty(q, {p.batch, p.rows}, ScalarType::Float);
   if (p.batch == 0 || p.rows == 0) return {out, lse};
   if (p.keys == 0) {
@@ -115,9 +117,9 @@ std::tuple<Tensor, Tensor> latent_fwd(const Tensor& q, const Tensor& x, const Op
     return {out, lse};
   }
   Tensor packed, sums, tops;
-  p.q = aligned_rows(p, q, packed, device.stream);
+  p.q = aligned_rows(p, q, q.scalar_type(), packed, device.stream);
   const Plan plan = plan_for(p, mmk_latent_plan_fwd);
-  Forward f{out.mutable_data_ptr(), floats(lse), nullptr, nullptr};
+  Forward f{floats(out), floats(lse), nullptr, nullptr};
   if (plan.splits > 1) {
     sums = empty(q, {plan.splits, p.batch, p.rows, channels}, ScalarType::Float);
     tops = empty(q, {2, plan.splits, p.batch, p.rows}, ScalarType::Float);
@@ -135,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> latent_bwd(const Tensor& dout, const Optional
   enum { kQueries = 1, kInput = 2, kPosition = 4 };
   Problem p = describe(q, x, position, key_mask, scale, eps);
   for (const auto& [t, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
-    check_like(*t, name, x, x.scalar_type(), 3);
+    check_like(*t, name, x, ScalarType::Float, 3);
     check_size(*t, name, 0, p.batch);
     check_size(*t, name, 1, p.rows);
     check_size(*t, name, 2, q.size(2));
@@ -162,14 +164,14 @@ std::tuple<Tensor, Tensor, Tensor> latent_bwd(const Tensor& dout, const Optional
   Tensor packed_q, packed_dout, partial, table_sums;
   const Tensor dense_lse = torch::stable::contiguous(lse);
   Tensor delta = empty(q, {p.batch, p.rows}, ScalarType::Float);
-  p.q = aligned_rows(p, q, packed_q, device.stream);
+  p.q = aligned_rows(p, q, q.scalar_type(), packed_q, device.stream);
   const Strided strided_dout = strided(dout), strided_out = strided(out);
   check_launch(mmk_latent_delta(&p, &strided_dout, &strided_out,
                                 dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr,
                                 dlse ? dlse->stride(0) : 0, dlse ? dlse->stride(1) : 0, floats(delta), device.stream),
                "latent_bwd");
   Backward b{};
-  b.dout = aligned_rows(p, dout, packed_dout, device.stream);
+  b.dout = aligned_rows(p, dout, q.scalar_type(), packed_dout, device.stream);
   b.lse = static_cast<const float*>(dense_lse.const_data_ptr());
   b.delta = floats(delta);
   if (want_q) {

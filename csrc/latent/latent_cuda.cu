@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
           c = c < p.position ? c + p.content : c - p.position;
           const float value = sum[m][n][2 * half + i] * factor;
           if (final) {
-            static_cast<T*>(f.out)[place * count + c] = from_float<T>(value);
+            f.out[place * count + c] = value;
           } else {
             f.sums[partial * count + c] = value;
           }
@@ -174,7 +174,6 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
 }
 
 // One warp a row: the splits in their order.
-template <class T>
 __global__ void merge_kernel(Problem p, int64_t splits, Forward f) {
   const int64_t rows = p.batch * p.rows, row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / 32;
   const int count = channels(p);
@@ -191,19 +190,20 @@ __global__ void merge_kernel(Problem p, int64_t splits, Forward f) {
     for (int64_t s = 0; s < splits; ++s) {
       value += f.sums[(s * rows + row) * count + c] * ptx::exp2(f.tops[s * rows + row] - zero);
     }
-    static_cast<T*>(f.out)[row * count + c] = from_float<T>(value * factor);
+    f.out[row * count + c] = value * factor;
   }
   if (threadIdx.x % 32 == 0) f.lse[row] = (top + log2f(total)) * kLn2;
 }
 
-template <class T>
+template <class T, class Source>
 __global__ void pack_kernel(Problem p, Strided source, int64_t rows, T* packed, int64_t pitch) {
   const int64_t row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / 32;
   if (row >= rows) return;
-  const T* from = static_cast<const T*>(source.data) + row / p.rows * source.batch + row % p.rows * source.row;
+  const Source* from =
+      static_cast<const Source*>(source.data) + row / p.rows * source.batch + row % p.rows * source.row;
   for (int64_t c = threadIdx.x % 32; c < pitch; c += 32) {
     const int64_t channel = c < p.position ? c + p.content : c - p.position;
-    packed[row * pitch + c] = c < channels(p) ? from[channel * source.channel] : from_float<T>(0.0f);
+    packed[row * pitch + c] = from_float<T>(c < channels(p) ? to_float(from[channel * source.channel]) : 0.0f);
   }
 }
 
@@ -246,17 +246,17 @@ extern "C" int mmk_latent_fwd(const Problem* p, const Plan* plan, const Forward*
         mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan, *f, choice.flag);
     if (error || plan->splits == 1) return error;
     const dim3 rows(static_cast<unsigned>(ceil_div(p->batch * p->rows, kWarps)));
-    return mmk::launch(merge_kernel<T>, rows, dim3(kThreads), 0, stream, *p, plan->splits, *f);
+    return mmk::launch(merge_kernel, rows, dim3(kThreads), 0, stream, *p, plan->splits, *f);
   });
 }
 
-extern "C" int mmk_latent_pack(const Problem* p, const Strided* source, int64_t batch, void* packed, int64_t pitch,
-                               void* stream) {
+extern "C" int mmk_latent_pack(const Problem* p, const Strided* source, bool from_float, int64_t batch, void* packed,
+                               int64_t pitch, void* stream) {
   const int64_t rows = batch * p->rows;
   return with_type(p->type, [&](auto zero) {
     using T = decltype(zero);
     const dim3 blocks(static_cast<unsigned>(ceil_div(rows, kWarps)));
-    return mmk::launch(pack_kernel<T>, blocks, dim3(kThreads), 0, stream, *p, *source, rows, static_cast<T*>(packed),
-                       pitch);
+    const auto kernel = from_float ? pack_kernel<T, float> : pack_kernel<T, T>;
+    return mmk::launch(kernel, blocks, dim3(kThreads), 0, stream, *p, *source, rows, static_cast<T*>(packed), pitch);
   });
 }

@@ -35,7 +35,7 @@ struct Plan {
 };
 
 struct Forward {
-  void* out;   // (batch, rows, C) contiguous, of the problem's type
+  float* out;  // (batch, rows, C) contiguous
   float* lse;  // (batch, rows)
   float *sums,
       *tops;  // with splits: (splits, batch, rows, C) unnormalised outputs; (2, splits, batch, rows) maxima, sums
@@ -67,10 +67,12 @@ int mmk_latent_plan_bwd_x(const mmk::latent::Problem*, mmk::latent::Plan*);
 int mmk_latent_fwd(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Forward*, void* stream);
 int mmk_latent_bwd_q(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Backward*, void* stream);
 int mmk_latent_bwd_x(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Backward*, void* stream);
-// `source` into rows of `pitch` elements in the kernels' channel order.
-int mmk_latent_pack(const mmk::latent::Problem*, const mmk::latent::Strided* source, int64_t batch, void* packed,
-                    int64_t pitch, void* stream);
-// delta = rowsum(dout * out) - dlse, (batch, rows).
+// `source`, of the problem's type or (`from_float`) float32, into rows of `pitch` elements of the problem's type in the
+// kernels' channel order.
+int mmk_latent_pack(const mmk::latent::Problem*, const mmk::latent::Strided* source, bool from_float, int64_t batch,
+                    void* packed, int64_t pitch, void* stream);
+// delta = rowsum(dout * out) - dlse, (batch, rows), with dout as the kernels read it: rounded to the problem's type.
+// Both are float32.
 int mmk_latent_delta(const mmk::latent::Problem*, const mmk::latent::Strided* dout, const mmk::latent::Strided* out,
                      const float* dlse, int64_t dlse_batch, int64_t dlse_row, float* delta, void* stream);
 }

@@ -1,6 +1,6 @@
 """The registered ops of the family and the gradient around them.
 
-`mmkernels::attention_{fwd,bwd}` (schemas in csrc/library.cpp) serve `cpp` and `cuda`; `mmkernels_triton::` and, in tests,
+`mmkernels::attention_{fwd,bwd}` (schemas in csrc/schemas.h) serve `cpp` and `cuda`; `mmkernels_triton::` and, in tests,
 `mmkernels_emulator::` have the same signatures. One autograd function serves them all.
 """
 

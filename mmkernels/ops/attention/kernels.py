@@ -704,7 +704,7 @@ def _blocks(dim: int, width: int, steps: int) -> int:
 
 
 def attention_fwd(q, k, v, key_mask, bias, seed, scale, dropout_p):
-    """`mmkernels_triton::attention_fwd`; csrc/library.cpp has the contract."""
+    """`mmkernels_triton::attention_fwd`; csrc/schemas.h has the contract."""
     p = _Problem(q, k, v, key_mask, bias, seed, scale, dropout_p)
     out = q.new_empty(p.batch, p.heads, p.queries, p.value_dim)
     lse = q.new_empty(p.batch, p.heads, p.queries, dtype=torch.float32)
@@ -861,7 +861,7 @@ def _bias(p, dout, statistics, dbias):
 
 
 def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dropout_p, wanted):
-    """`mmkernels_triton::attention_bwd`; csrc/library.cpp has the contract."""
+    """`mmkernels_triton::attention_bwd`; csrc/schemas.h has the contract."""
     p = _Problem(q, k, v, key_mask, bias, seed, scale, dropout_p)
 
     def gradient(tensor, bit):

@@ -145,7 +145,7 @@ def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b
     absorbed = heads_q @ torch.unflatten(w_k, 0, (num_heads, -1))  # (B|1, H, N, C)
     if norm_weight is not None:
         absorbed = (absorbed * norm_weight).to(x.dtype)
-    out, _ = autograd.core(backend, absorbed.flatten(1, 2), x, position, key_mask, scale, eps)
+    out, _ = autograd.core(backend, absorbed.flatten(1, 2), x, position, key_mask, scale, eps)  # float32
     out = torch.unflatten(out, 1, (num_heads, q.shape[1]))
     if norm_weight is not None:
         out = out * norm_weight

@@ -12,7 +12,7 @@ from .._shared.registration import fake, forward_backward, once_differentiable
 @fake("latent_fwd")
 def _forward_fake(q, x, position, key_mask, scale, eps):
     shape = (x.shape[0], q.shape[1], q.shape[2])
-    return q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape[:2], dtype=torch.float32)
 
 
 @fake("latent_bwd")
@@ -73,7 +73,7 @@ class _Latent(torch.autograd.Function):
 
 
 def core(backend, q, x, position, key_mask, scale, eps):
-    """(out, lse) on one of the kernel backends; differentiable when a gradient is wanted."""
+    """(out, lse), both float32, on one of the kernel backends; differentiable when a gradient is wanted."""
     if torch.is_grad_enabled() and (q.requires_grad or x.requires_grad or (position is not None and position.requires_grad)):
         return _Latent.apply(backend, q, x, position, key_mask, scale, eps)
     return forward_backward("latent", backend)[0](q, x, position, key_mask, scale, eps)

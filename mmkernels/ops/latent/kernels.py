@@ -716,10 +716,10 @@ def latent_fwd(
     scale: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q xhat^T) xhat and its log-sum-exp; shapes in csrc/library.cpp."""
+    """softmax(scale q xhat^T) xhat and its log-sum-exp; shapes in csrc/schemas.h."""
     batch, keys, _ = x.shape
     rows, channels = q.shape[1:]
-    out = q.new_empty(batch, rows, channels)
+    out = q.new_empty(batch, rows, channels, dtype=torch.float32)
     lse = q.new_empty(batch, rows, dtype=torch.float32)
     if keys == 0:
         return out.zero_(), lse.fill_(-math.inf)
@@ -772,7 +772,7 @@ def latent_bwd(
     eps: float,
     wanted: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, x and position, those that `wanted` asks for; shapes in csrc/library.cpp."""
+    """Gradients of q, x and position, those that `wanted` asks for; shapes in csrc/schemas.h."""
     batch, keys, content = x.shape
     rows, channels = q.shape[1:]
     want_q, want_x, want_position = bool(wanted & 1), bool(wanted & 2), bool(wanted & 4 and position is not None)
@@ -782,7 +782,8 @@ def latent_bwd(
     dposition = q.new_empty(position.shape if want_position else 0, dtype=torch.float32)
     if batch == 0 or rows == 0 or keys == 0:
         return dq.zero_(), dx.zero_(), dposition.to(q.dtype).zero_()
-    dout, lse = dout.contiguous(), lse.contiguous()
+    # delta is made of the dout that dP is made of: together they must vanish where dS does.
+    dout, lse = dout.to(q.dtype).contiguous(), lse.contiguous()
     strides, facts = _common(q, x, position, key_mask, scale, eps)
     delta = torch.empty_like(lse)
     with _guard(x):

@@ -31,12 +31,12 @@ def latent_attention(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k
 
 
 def core(q, x, position, key_mask, scale, eps):
-    """softmax(scale q xhat^T) xhat and the lse, for q (B|1,R,C) absorbed; see csrc/library.cpp `latent_fwd`."""
+    """softmax(scale q xhat^T) xhat and the lse, float32 at least, for absorbed q (B|1,R,C); see csrc/schemas.h."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     xhat = normalise(x.to(dtype), None if position is None else position.to(dtype), key_mask, eps)
     scores = (q.to(dtype) * scale) @ xhat.transpose(-1, -2)
     probabilities, lse = masked_softmax(scores, None if key_mask is None else key_mask[:, None, :])
-    return (probabilities @ xhat).to(x.dtype), lse
+    return probabilities @ xhat, lse
 
 
 def normalise(x, position, key_mask, eps):
