@@ -28,6 +28,7 @@ class Candidate(NamedTuple):
     function: Callable
     reason: str = ""  # why it cannot run here; empty when it can
     note: str = ""  # what it does differently
+    forward_only: str = ""  # why it has no backward here; empty when it has
 
 
 # --- Attention kernels, with the arguments of `eager_attention` -------------------------------------------------------
@@ -99,6 +100,27 @@ def xformers_attention(q, k, v, *, key_mask=None, bias=None, scale=None):
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     q, k, v = (_pad(t, size).transpose(1, 2) for t in (q, k, v))
     return _xformers().memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale).transpose(1, 2)[..., :width]
+
+
+@functools.cache
+def _flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q, k, v, *, key_mask=None, bias=None, scale=None):
+    """FlexAttention, compiled (without its compiler it writes the scores); mask and bias change the scores."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    size, width = max(16, _multiple_of_8(q.shape[-1], v.shape[-1])), v.shape[-1]
+
+    def change(score, b, h, n, m):
+        if bias is not None:
+            score = score + bias[0, h, n, m]
+        return score if key_mask is None else torch.where(key_mask[b, m], score, -float("inf"))
+
+    score_mod = None if bias is None and key_mask is None else change
+    return _flex()(_pad(q, size), _pad(k, size), _pad(v, size), score_mod=score_mod, scale=scale)[..., :width]
 
 
 # --- Latent attention -----------------------------------------------------------------------------------------------
@@ -202,11 +224,12 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
     if not cuda and problem.torch_dtype in (torch.bfloat16, torch.float16):
         listed.append(Candidate("eager in float32", "baseline", in_float32(function)))
 
-    def add(name, kernel, reason="", note=""):
-        if problem.op == "attention":
-            listed.append(Candidate(name, "baseline", kernel, reason, note))
-            return
-        listed.append(Candidate(name, "baseline", functools.partial(padded_projections, attention=kernel), reason, note))
+    def add(name, kernel, *facts):
+        function = kernel if problem.op == "attention" else functools.partial(padded_projections, attention=kernel)
+        listed.append(Candidate(name, "baseline", function, *facts))
+
+    def add_absorbed(name, kernel, *facts):
+        listed.append(Candidate(name, "baseline", functools.partial(absorbed_by_hand, attention=kernel), *facts))
 
     ragged = problem.head_dim % 8 or problem.value_dim % 8 or problem.head_dim != problem.value_dim
     if problem.op == "attention":
@@ -217,17 +240,20 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
         listed.append(Candidate("sdpa", "baseline", functools.partial(eager_latent_attention, attention=sdpa)))
         if ragged:
             add("sdpa padded", sdpa)
-        for name, kernel in (("eager absorbed", eager_attention), ("sdpa absorbed", sdpa_padded)):
-            listed.append(Candidate(name, "baseline", functools.partial(absorbed_by_hand, attention=kernel)))
+        add_absorbed("eager absorbed", eager_attention)
+        add_absorbed("sdpa absorbed", sdpa_padded)
         listed.append(_perceiver(problem))
     if cuda:
         for name in ("flash", "cudnn", "efficient"):
             add(f"sdpa {name}", _sdpa_backend(f"{name}_attention".upper()))
-        missing = "" if _xformers() else "xformers is not installed"
-        add("xformers", xformers_attention, missing)
-        if problem.op == "latent_attention":
-            absorbed = functools.partial(absorbed_by_hand, attention=xformers_attention)
-            listed.append(Candidate("xformers absorbed", "baseline", absorbed, missing))
+    missing = "it has kernels for GPUs only" if not cuda else "" if _xformers() else "xformers is not installed"
+    peers = {"xformers": (xformers_attention, missing)}
+    if with_compile:
+        peers["flex"] = flex, "", "", "" if cuda else "FlexAttention has no backward on a CPU"
+    for name, (kernel, *facts) in peers.items():
+        add(name, kernel, *facts)
+        if problem.op == "latent_attention" and cuda:
+            add_absorbed(f"{name} absorbed", kernel, *facts)
     return listed
 
 

@@ -210,8 +210,9 @@ def run_problem(cases: list, device: torch.device, *, seconds=10.0, with_compile
         for candidate in sorted(listed, key=lambda c: c.name != "eager"):
             row = {"candidate": candidate.name, "kind": candidate.kind, "note": candidate.note, "status": "unsupported"}
             rows[candidate.name] = row
-            if candidate.reason:
-                row["reason"] = candidate.reason
+            reason = candidate.reason or (candidate.forward_only if names else "")
+            if reason:
+                row["reason"] = reason
                 continue
             try:
                 with baselines.quiet():

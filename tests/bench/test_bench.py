@@ -62,6 +62,17 @@ def test_every_candidate_computes_the_same(problem, pass_):
     assert checked >= (3 if problem.op == "attention" else 6)
 
 
+def test_flex_attention_computes_the_same_and_says_what_it_cannot():
+    problem = ATTENTION._replace(head_dim=13)
+    inputs = registry.make_inputs(problem, CPU)
+    candidate = next(c for c in baselines.candidates(problem, inputs) if c.name == "flex")
+    with baselines.quiet():
+        verify.check(candidate, verify.run(candidate, inputs, ()), verify.exact(problem, inputs, ()), None)
+    rows = run.run_problem([registry.Case(problem, "step")], CPU, seconds=0.01, memory_of="ours", only="flex")
+    row = {row["candidate"]: row for row in rows}["flex"]
+    assert row["status"] == "unsupported" and row["reason"] == "FlexAttention has no backward on a CPU"
+
+
 def test_the_exact_result_does_not_depend_on_the_chunks(monkeypatch):
     inputs, names = registry.make_inputs(LATENT, CPU), registry.wanted(LATENT, "step-dx")
     whole = verify.exact(LATENT, inputs, names)
