@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..modules import MultimodalEncoder
-from ..modules.bottleneck import EncoderBlock, check_modalities, shape_or_type
+from ..modules.bottleneck import EncoderBlock, check_key_mask, check_modalities, shape_or_type
 from . import official
 from .registry import load_weights, save_pretrained
 
@@ -113,7 +113,9 @@ class MBTConfig:
     num_bottlenecks: int = 4  # rows; the released code has one more than its n_bottlenecks where it has CLS tokens
     test_with_bottlenecks: bool = True
     share_weights: bool = False  # the blocks of all layers; tokenisers, positions and CLS tokens stay their own
-    classifier: str = "token"  # or the mean (gap), maximum (gmp) or sum (gsp) over all tokens of all modalities
+    # Or the mean (gap), maximum (gmp) or sum (gsp) over all tokens of all modalities. The released code cannot run those with
+    # a bottleneck, though its published config asks for it; its checkpoints have CLS tokens.
+    classifier: str = "token"
     pre_logits: int | None = None  # channels of a tanh layer in front of the head
     dropout: float = 0.0
     stochastic_depth: float = 0.0
@@ -173,12 +175,14 @@ class Tokeniser(nn.Module):
             raise ValueError(f"inputs[{config.name!r}] has {shape_or_type(x)}; it must be a tensor (B, {size})")
         if not x.is_floating_point():
             raise TypeError(f"inputs[{config.name!r}] has dtype {x.dtype}; it must be a floating-point tensor")
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"inputs[{config.name!r}] has dtype {x.dtype}; it must be the model's, {self.weight.dtype}")
         if config.tokeniser == "temporal_sampling":
             x = torch.stack([x[:, frame] for frame in config.frames], 1).flatten(1, 2)
         axes = len(patch)
         for axis, size in reversed(list(enumerate(patch, 1))):
             whole = x.shape[axis] // size
-            x = x.narrow(axis, 0, whole * size).unflatten(axis, (whole, size))
+            x = torch.unflatten(x.narrow(axis, 0, whole * size), axis, (whole, size))
         # (B, n_1, p_1, .., n_d, p_d, C) -> (B, n_1 .. n_d, C p_1 .. p_d)
         x = x.permute(0, *range(1, 2 * axes, 2), 2 * axes + 1, *range(2, 2 * axes + 1, 2)).flatten(axes + 1).flatten(1, axes)
         return F.linear(x, self.weight.flatten(1), self.bias)
@@ -276,6 +280,10 @@ class MBT(nn.Module):
         tokens = {}
         for name, x in inputs.items():
             x = self.tokenisers[name](x)
+            batch = next(iter(tokens.values()), x).shape[0]
+            if x.shape[0] != batch:
+                raise ValueError(f"inputs[{name!r}] has batch {x.shape[0]}; it must be that of the other modalities, {batch}")
+            check_key_mask(name, masks.get(name), x.shape[:2])
             if token:
                 x = torch.cat([self.cls[name].expand(x.shape[0], -1, -1), x], 1)
             tokens[name] = x + self.positions[name]

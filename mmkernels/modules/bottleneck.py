@@ -519,17 +519,20 @@ def _checked(modalities, channels, tokens, key_masks, rows):
         for name, mask in key_masks.items():
             if name not in tokens:
                 raise ValueError(f"key_masks has {name!r}; allowed are the modalities of the tokens: {_listed(tokens)}")
-            if mask is None:
-                continue
-            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-                kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-                raise TypeError(f"key_masks[{name!r}] is a {kind}; it must be a bool tensor, True where a token counts")
-            if mask.shape != tokens[name].shape[:2]:
-                raise ValueError(
-                    f"key_masks[{name!r}] has shape {tuple(mask.shape)}; it must be {tuple(tokens[name].shape[:2])}"
-                )
+            check_key_mask(name, mask, tokens[name].shape[:2])
             masks[name] = mask
     return tokens, masks
+
+
+def check_key_mask(name, mask, shape):
+    """Raises unless `mask`, that of the modality `name`, is None or a bool tensor of `shape`."""
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(f"key_masks[{name!r}] is a {kind}; it must be a bool tensor, True where a token counts")
+    if mask.shape != shape:
+        raise ValueError(f"key_masks[{name!r}] has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
 
 
 def check_modalities(argument, modalities, values):

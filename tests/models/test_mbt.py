@@ -755,7 +755,9 @@ def test_wrong_fields(fields, message):
 def test_wrong_inputs():
     model = tiny()
     inputs = tiny_clips(model.config)
-    rgb = inputs["rgb"]
+    given, rgb = dict(inputs), inputs["rgb"]
+    model(inputs)
+    assert all(inputs[name] is x for name, x in given.items())  # the released code overwrites them
     for wrong, error, message in (
         ({}, ValueError, "inputs is empty; it must have one or more of 'rgb', 'spectrogram', 'steps'"),
         ({"flow": rgb}, ValueError, "inputs has 'flow'; allowed are 'rgb', 'spectrogram', 'steps'"),
@@ -766,12 +768,17 @@ def test_wrong_inputs():
             r"inputs\['rgb'\] has shape \(2, 7, 12, 20, 3\); it must be a tensor \(B, 8, 12, 20, 3\)",
         ),
         ({"rgb": rgb.movedim(-1, 2)}, ValueError, "it must be a tensor"),
+        ({"rgb": rgb.double()}, TypeError, r"inputs\['rgb'\] has dtype torch.float64; it must be the model's, torch.float32"),
         ({"rgb": (rgb * 255).to(torch.uint8)}, TypeError, r"inputs\['rgb'\] has dtype torch.uint8"),
-        ({**inputs, "rgb": rgb[:1]}, ValueError, r"tokens\['spectrogram'\] has batch 2; it must be that of 'rgb', 1"),
+        (
+            {**inputs, "rgb": rgb[:1]},
+            ValueError,
+            r"inputs\['spectrogram'\] has batch 2; it must be that of the other modalities, 1",
+        ),
     ):
         with pytest.raises(error, match=message):
             model(wrong)
     with pytest.raises(ValueError, match="key_masks has 'steps'; allowed are 'rgb'"):
         model({"rgb": rgb}, key_masks={"steps": None})
-    with pytest.raises(ValueError, match=r"key_masks\['rgb'\] has shape \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"key_masks\['rgb'\] has shape \(2, 3\); it must be \(2, 30\)"):
         model({"rgb": rgb}, key_masks={"rgb": torch.ones(2, 3, dtype=torch.bool)})
