@@ -45,7 +45,7 @@ def on(request):
 
 
 @pytest.fixture(autouse=True)
-def device(request):
+def tensor_device(request):
     """Where the tensors of a test are made: on the GPU if it is marked `gpu`."""
     device = torch.device("cuda" if request.node.get_closest_marker("gpu") else "cpu")
     if device.type == "cpu":
@@ -71,5 +71,5 @@ def backend(request, on):
 
 
 @pytest.fixture
-def generator(device):
-    return torch.Generator(device).manual_seed(20210304)
+def generator(tensor_device):
+    return torch.Generator(tensor_device).manual_seed(20210304)

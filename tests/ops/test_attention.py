@@ -160,6 +160,41 @@ def test_rows_without_keys_are_zero(backend, generator):
         assert (grad[1] == 0).all() and grad.isfinite().all() and (grad[0] != 0).any()
 
 
+def test_nan_in_an_example_without_keys_stays_there(backend, generator):
+    """In its q, k, v, bias and incoming gradients: the others' results keep their bits, its own gradients are zero."""
+    tensors = make(generator, (2, 2, 9, 33), (16, 8)) | {"bias": torch.randn(2, 1, 9, 33, generator=generator)}
+    mask = torch.rand(2, 33, generator=generator) < 0.6
+    mask[1] = False
+    grads = cotangent(generator, tensors), torch.randn(2, 2, 9, generator=generator)
+
+    def run(nan):
+        inputs = {n: t.clone() for n, t in tensors.items()}
+        incoming = [g.clone() for g in grads]
+        if nan:
+            inputs["bias"][0].masked_fill_(~mask[0], float("nan"))
+            for tensor in (*inputs.values(), *incoming):
+                tensor[1] = float("nan")
+        inputs = {n: t.requires_grad_() for n, t in inputs.items()}
+        results = attention(**inputs, key_mask=mask, return_lse=True, backend=backend)
+        return *results, *torch.autograd.grad(results, list(inputs.values()), incoming)
+
+    for clean, poisoned in zip(run(False), run(True), strict=True):
+        assert torch.equal(clean, poisoned)
+    assert all((gradient[1] == 0).all() for gradient in run(True)[2:])
+
+
+def test_nothing_of_both_lengths_is_saved(backend, generator):
+    """Saved for backward: the inputs, out and a number a query. Not the weights, nor their mask of dropped elements."""
+    tensors = {n: t.requires_grad_() for n, t in make(generator, (2, 2, 101, 203), (16, 8)).items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = attention(**tensors, dropout_p=0.2, backend=backend)
+    assert saved and not [t.shape for t in saved if {101, 203} <= set(t.shape)]
+    sizes = sum(t.numel() * t.element_size() for t in saved)
+    assert sizes <= sum(t.numel() * 4 for t in (*tensors.values(), out)) + 4 * 2 * 2 * 101 + 8
+    out.sum().backward()
+
+
 def test_minus_infinity_in_the_bias_leaves_a_key_out(backend, generator):
     tensors = make(generator, (2, 2, 9, 33), (16, 16))
     bias = torch.randn(2, 1, 9, 33, generator=generator)

@@ -206,6 +206,24 @@ def test_rows_without_keys_are_zero(backend, generator):
     assert (grads["x"][1] == 0).all() and (grads["q"][1] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["backend", "reference"])
+def test_nan_in_an_example_without_keys_stays_there(backend, generator, name):
+    """In its q, x and incoming gradient: no weight's gradient, which sums over the batch, may see it."""
+    tensors = make(generator, (2, 9, 33), (10, 6), (16, 24))
+    mask = torch.rand(2, 33, generator=generator) < 0.6
+    mask[1] = False
+    grad, wanted = cotangent(generator, tensors), tuple(tensors)
+    options = dict(backend=backend if name == "backend" else name, key_mask=mask)
+    clean = testing.run(latent_attention, tensors, wanted, grad, **options)
+    for tensor in (tensors["q"], tensors["x"], grad):
+        tensor[1] = float("nan")
+    poisoned = testing.run(latent_attention, tensors, wanted, grad, **options)
+    assert torch.equal(clean.output, poisoned.output)
+    for n in wanted:
+        assert torch.equal(clean.gradients[n], poisoned.gradients[n]), n
+    assert (poisoned.gradients["q"][1] == 0).all() and (poisoned.gradients["x"][1] == 0).all()
+
+
 @pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=str)
 def test_empty(backend, generator, sizes):
     tensors = {n: t.requires_grad_() for n, t in make(generator, sizes, (6, 2), (8, 8)).items()}

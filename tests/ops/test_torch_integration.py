@@ -46,6 +46,35 @@ def test_opcheck(backend, generator, family):
 
 
 @family
+def test_a_compiler_may_change_the_strides_of_anything(backend, generator, family):
+    """The registered ops give the same bits for incoming gradients, results and inputs of other strides."""
+    tensors = {n: t.detach() for n, t in OPS[family][1](generator).items()}
+    forward, backward = forward_backward(family, backend)
+    mask = torch.rand(2, 33 if family == "attention" else 65, generator=generator) < 0.8
+    if family == "attention":
+        inputs = [*(tensors[n] for n in "qkv"), mask, tensors["bias"], None]
+        scalars = (0.25, 0.0)
+    else:
+        inputs, scalars = [tensors["q"], tensors["x"], tensors["position"], mask], (0.25, 1e-5)
+    out, lse = forward(*inputs, *scalars)
+    gradients = torch.randn(out.shape, generator=generator).to(out.dtype), torch.randn(lse.shape, generator=generator)
+
+    def call(change):
+        moved = [None if t is None else change(t) for t in inputs]
+        results = [change(t) for t in (*gradients, out, lse)]
+        at = 3 if family == "attention" else 4  # where out and lse stand among the inputs
+        arguments = (*results[:2], *moved[:at], *results[2:], *moved[at:], *scalars, 7)
+        return *forward(*moved, *scalars), *backward(*arguments)
+
+    def reversed_dimensions(t):
+        order = list(reversed(range(t.dim())))
+        return t.permute(order).contiguous().permute(order)
+
+    for expected, actual in zip(call(lambda t: t), call(reversed_dimensions), strict=True):
+        assert torch.equal(expected, actual)
+
+
+@family
 def test_compiles_whole_and_once_for_every_length(backend, generator, family):
     """fullgraph=True, forward and backward, the same bits as eager; new lengths and batch sizes compile nothing."""
     op, make = OPS[family]
@@ -119,10 +148,10 @@ def test_exports_with_a_dynamic_batch(on, generator, family):
 
 
 @family
-def test_autocast_casts_once_at_the_boundary(backend, generator, family, device):
+def test_autocast_casts_once_at_the_boundary(backend, generator, family, tensor_device):
     op, make = OPS[family]
     tensors = make(generator)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with torch.autocast(tensor_device.type, dtype=torch.bfloat16):
         out = op(**tensors, backend=backend)
     assert out.dtype == torch.bfloat16
     with torch.no_grad():

@@ -6,6 +6,7 @@
 
 import torch
 
+from .._shared.masks import zero_without_keys
 from .._shared.registration import fake, forward_backward, once_differentiable
 
 
@@ -44,6 +45,10 @@ class _Attention(torch.autograd.Function):
             return (None,) * 9
         if dout is None:
             dout = torch.zeros_like(out)
+        if key_mask is not None and ctx.backend != "cpp":
+            # The GPU kernels multiply the rows of examples without keys by zero; the C++ ones skip them.
+            q, dout = zero_without_keys(q, key_mask), zero_without_keys(dout, key_mask)
+            dlse = None if dlse is None else zero_without_keys(dlse, key_mask)
         needs = ctx.needs_input_grad
         wanted = needs[1] * 1 + (needs[2] or needs[3]) * 2 + (needs[5] * 4 if bias is not None else 0)
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import torch
 
 from ... import _backends
+from .._shared.masks import zero_without_keys
 from ..attention import attention
 from ..attention.api import check_key_mask
 from . import autograd, plan, reference
@@ -67,10 +68,13 @@ def latent_attention(
         q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
     )
     name = _choose(x, backend)
+    if key_mask is not None and q.shape[0] == x.shape[0]:
+        q = zero_without_keys(q, key_mask)  # else their NaN would reach w_k's gradient
     if name == "reference":
-        return reference.latent_attention(
+        out = reference.latent_attention(
             q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
         )
+        return out if key_mask is None else zero_without_keys(out, key_mask)
     chosen = _plan(q, x, w_k, w_v, num_heads)
     absorbed = plan.absorbed(chosen)
     if absorbed:
@@ -162,7 +166,7 @@ def _where_keys_are(out, x, key_mask):
     """Zeros for examples without any key: their probabilities sum to zero, and no bias may show."""
     if x.shape[1] == 0:
         return out * 0.0
-    return out if key_mask is None else out * key_mask.any(1)[:, None, None]
+    return out if key_mask is None else zero_without_keys(out, key_mask)
 
 
 def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
