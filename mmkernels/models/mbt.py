@@ -123,9 +123,12 @@ class MBTConfig:
     backend: str = "auto"  # of every layer; "eager" is plain PyTorch
 
     def __post_init__(self):
-        if not isinstance(self.modalities, (list, tuple)) or not self.modalities:
-            raise ValueError(f"modalities is {self.modalities!r}; it must be a list of one or more modalities")
-        modalities = tuple(ModalityConfig(**m) if isinstance(m, dict) else m for m in self.modalities)
+        given = self.modalities
+        if not isinstance(given, (list, tuple)) or not given or not all(isinstance(m, (dict, ModalityConfig)) for m in given):
+            raise ValueError(
+                f"modalities is {given!r}; it must be a list of one or more ModalityConfig, or dicts of its fields"
+            )
+        modalities = tuple(ModalityConfig(**m) if isinstance(m, dict) else m for m in given)
         object.__setattr__(self, "modalities", modalities)
         for name in ("num_classes", "channels", "num_layers", "num_heads", "mlp_channels", "num_bottlenecks", "pre_logits"):
             value = getattr(self, name)

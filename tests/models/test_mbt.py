@@ -665,6 +665,18 @@ def test_overfits_a_handful(backend):
     assert loss < 0.1 and (model.eval()(inputs).argmax(-1) == labels).all()
 
 
+def test_compiles_whole():
+    """With `fullgraph=True`: the dict of a model in training, and the average in evaluation."""
+    torch._dynamo.reset()
+    model = tiny(backend=BACKENDS[-1], num_layers=2, stochastic_depth=0.0)
+    torch.nn.init.normal_(model.head.weight)
+    inputs = tiny_clips(model.config)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+    model.eval()
+    torch.testing.assert_close(compiled(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("classifier", ["token", "gap", "gmp", "gsp"])
 def test_short_clips(classifier):
     """What a mask hides changes nothing, in attention and in pooling; without any mask everything counts."""
@@ -736,6 +748,7 @@ def modality(**changes):
         ({"backend": "gpu"}, "backend is 'gpu'"),
         ({"modalities": []}, "modalities is"),
         ({"modalities": "rgb"}, "modalities is 'rgb'"),
+        ({"modalities": ["rgb"]}, "it must be a list of one or more ModalityConfig"),
         ({"modalities": [modality(), modality()]}, "1 to 8 different names"),
         ({"modalities": [modality(colour=1)]}, "colour"),
         ({"modalities": [modality(tokeniser="4d")]}, "modality 'a': tokeniser is '4d'; allowed are '1d_conv'"),
