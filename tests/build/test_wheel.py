@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -66,6 +67,33 @@ def test_the_library_asks_for_no_python_and_no_unstable_torch(installed):
     symbols = [line.split(maxsplit=1)[1] for line in wanted.splitlines()]
     assert symbols and not [name for name in symbols if re.match(r"_?Py[A-Z_]", name)]
     assert not [name for name in symbols if re.search(r"\b(c10|at|torch)::", name)]
+
+
+def test_it_asks_pip_for_nothing(wheel):
+    """Not even for torch: pip would take that for a wish to replace the build that is there."""
+    (name,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/METADATA"))
+    asked = re.findall(r"^Requires-Dist: (.*)$", zipfile.ZipFile(wheel).read(name).decode(), re.MULTILINE)
+    assert asked and all("extra ==" in line for line in asked)
+
+
+@pytest.mark.parametrize("name", ["cuda", "emulator"])
+def test_the_kernel_libraries_ask_torch_for_c_functions_that_it_has(name):
+    """Made beside a torch without CUDA, the CUDA library meets its torch only at a user's: nothing may be missing there."""
+    library = ROOT / f"mmkernels/_C_{name}.so"
+    if not library.is_file():
+        pytest.skip(f"the {name} library was not built")
+
+    def symbols(which, path):
+        table = run("nm", "-D", which, path, cwd=ROOT)
+        return {line.split()[-1].partition("@")[0] for line in table.splitlines()}
+
+    wanted = symbols("--undefined-only", library)
+    assert not [s for s in wanted if re.match(r"_ZN?K?(2at|3c10|5torch)", s) or re.match(r"_?Py[A-Z_]|cu[A-Z]", s)]
+    mine = {s for s in wanted if s.startswith(("aoti_", "torch_"))}
+    # The one of these that lives in libtorch_cuda, in every torch from 2.10 on.
+    cuda_only = {"aoti_torch_get_current_cuda_stream"} if name == "cuda" else set()
+    there = symbols("--defined-only", Path(torch.__file__).parent / "lib/libtorch_cpu.so")
+    assert mine and mine - there <= cuda_only
 
 
 def test_an_installed_wheel_computes(installed):
