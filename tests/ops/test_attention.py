@@ -62,6 +62,23 @@ def test_bias_and_its_gradient(backend, generator, broadcast):
     assert run.gradients["bias"].shape == tensors["bias"].shape
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 20, 1), (1, 3, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_a_bias_of_whole_rows_moves_the_log_sum_exp_alone(backend, generator, shape, dtype):
+    """Its gradient is that of lse where a row has a key, and zero to the bit where nobody asks for lse."""
+    tensors = make(generator, (2, 3, 20, 37), (16, 16), dtype)
+    bias = torch.randn(shape, generator=generator).requires_grad_()
+    mask = torch.ones(2, 37, dtype=torch.bool)
+    mask[1] = False
+    out, lse = attention(**tensors, bias=bias, key_mask=mask, return_lse=True, backend=backend)
+    of_lse = torch.randn(2, 3, 20, generator=generator)
+    (none,) = torch.autograd.grad(out, bias, torch.randn(out.shape, generator=generator).to(dtype), retain_graph=True)
+    assert none.shape == shape and (none == 0).all()
+    (grad,) = torch.autograd.grad(lse[:1].mul(of_lse[:1]).sum() + out.sum(), bias)
+    expected = of_lse.double()[..., None] * mask.any(1)[:, None, None, None]
+    torch.testing.assert_close(grad, expected.sum_to_size(shape).float())
+
+
 def test_float32_bias_with_half_inputs(backend, generator):
     tensors = make(generator, (1, 2, 20, 37), (16, 16), torch.bfloat16)
     tensors["bias"] = torch.randn(1, 2, 1, 37, generator=generator)

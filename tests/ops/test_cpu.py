@@ -106,7 +106,7 @@ def test_thread_counts(threads, generator, count):
     check_latent(generator, 3, 40, 500, 13, 20, shared_queries=True)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 300, 700), (2, 2, 1, 700), (1, 2, 300, 1), (1, 1, 1, 700)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 300, 700), (2, 2, 1, 700), (1, 2, 300, 1), (1, 1, 1, 700), (1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("queries, keys", [(300, 700), (700, 300)], ids=str)
 def test_bias_gradient_over_threads(threads, generator, shape, queries, keys):
     """Parts that add to the same element of a broadcast bias have copies of their own; parts that do not share one."""

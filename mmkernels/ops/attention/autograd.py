@@ -26,6 +26,14 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, d
     return grad(q, 1), grad(k, 2), grad(v, 2), grad(bias, 4)
 
 
+def _row_bias_gradient(bias, lse, dlse):
+    """Gradient of a bias that adds one number to all scores of a row: it moves lse by as much and P not at all, so it is
+    exactly that of lse, where the row has a key. Summing P (dP - delta) over the keys would give this plus rounding."""
+    if dlse is None:
+        return torch.zeros_like(bias)
+    return torch.where(lse == float("-inf"), 0.0, dlse).unsqueeze(-1).sum_to_size(bias.shape).to(bias.dtype)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(backend, q, k, v, key_mask, bias, seed, scale, dropout_p):
@@ -50,18 +58,22 @@ class _Attention(torch.autograd.Function):
             q, dout = zero_without_keys(q, key_mask), zero_without_keys(dout, key_mask)
             dlse = None if dlse is None else zero_without_keys(dlse, key_mask)
         needs = ctx.needs_input_grad
-        wanted = needs[1] * 1 + (needs[2] or needs[3]) * 2 + (needs[5] * 4 if bias is not None else 0)
+        need_bias = bias is not None and needs[5]
+        of_rows = need_bias and bias.shape[3] == 1
+        wanted = needs[1] * 1 + (needs[2] or needs[3]) * 2 + (need_bias and not of_rows) * 4
         with torch.no_grad():
             dq, dk, dv, dbias = forward_backward("attention", ctx.backend)[1](
                 dout, dlse, q, k, v, out, lse, key_mask, bias, seed, ctx.scale, ctx.dropout_p, wanted
             )
+            if of_rows:
+                dbias = _row_bias_gradient(bias, lse, dlse)
         gradients = (
             None,
             dq if needs[1] else None,
             dk if needs[2] else None,
             dv if needs[3] else None,
             None,
-            dbias if wanted & 4 else None,
+            dbias if need_bias else None,
             None,
             None,
             None,
