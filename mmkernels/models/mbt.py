@@ -156,6 +156,29 @@ CONFIGS = {
     "mbt-base-vggsound": dataclasses.replace(RELEASED, num_classes=309),
     "mbt-base-epic": dataclasses.replace(RELEASED, num_classes=97 + 300),
     "mbt-base-kinetics": dataclasses.replace(RELEASED, num_classes=400),
+    "mbt-small": MBTConfig(
+        modalities=(
+            ModalityConfig("rgb", (16, 96, 96), (2, 16, 16), "3d_conv"),
+            ModalityConfig("spectrogram", (128, 128), (16, 16), "2d_conv"),
+        ),
+        channels=192,
+        num_layers=6,
+        num_heads=3,
+        mlp_channels=768,
+        fusion_layer=4,
+    ),
+    "mbt-digits": MBTConfig(
+        modalities=(
+            ModalityConfig("rgb", (8, 24, 24), (2, 8, 8), "3d_conv"),
+            ModalityConfig("spectrogram", (64, 32), (4, 32), "2d_conv"),
+        ),
+        num_classes=10,
+        channels=64,
+        num_layers=4,
+        num_heads=4,
+        mlp_channels=128,
+        fusion_layer=2,
+    ),
 }
 
 

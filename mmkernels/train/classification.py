@@ -1,5 +1,6 @@
 """Image classification: the task, its result files, and predictions from them."""
 
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -41,10 +42,8 @@ def save_result(folder: Path, model, preprocessing: Preprocessing, classes: list
     write_atomically(folder / "learning-curve.png", learning_curve(history))
 
 
-def learning_curve(history: list) -> bytes:
-    """A PNG: training and held-out loss, and held-out accuracy, by epoch."""
-    import io
-
+def learning_curve(history: list, metric="accuracy") -> bytes:
+    """A PNG: training and held-out loss, and a metric of the held-out data, by epoch."""
     figure_class = require("matplotlib.figure", "train").Figure  # no pyplot: no display is looked for
     figure = figure_class(figsize=(8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -53,11 +52,16 @@ def learning_curve(history: list) -> bytes:
     left.plot(epochs, [row["held_out_loss"] for row in history], label="held out")
     left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     left.legend()
-    right.plot(epochs, [100 * row["accuracy"] for row in history])
-    right.set(xlabel="epoch", ylabel="held-out accuracy (%)")
+    right.plot(epochs, [100 * row[metric] for row in history])
+    right.set(xlabel="epoch", ylabel=f"held-out {metric} (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    return png(figure)
+
+
+def png(figure) -> bytes:
+    """A matplotlib figure as the content of a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

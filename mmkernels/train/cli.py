@@ -1,6 +1,7 @@
 """`python -m mmkernels train` and `predict`. Nothing heavy is imported until a command runs."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -12,47 +13,64 @@ def add_commands(subparsers) -> None:
     systems = train.add_subparsers(dest="system", required=True, metavar="SYSTEM")
     digits = systems.add_parser("perceiver-digits", help="Perceiver on scikit-learn's handwritten digits")
     _add_training_options(digits, config="perceiver-digits", output="runs/perceiver-digits", epochs=16, batch_size=16, lr=2e-3)
-    digits.set_defaults(run=lambda arguments: _guarded(_train, arguments, _digits))
+    digits.set_defaults(run=lambda arguments: guarded(_train, arguments, _digits))
     folder = systems.add_parser("perceiver", help="Perceiver on a folder of class folders of images")
     folder.add_argument("--data", required=True, metavar="FOLDER", help="one folder of images per class")
     folder.add_argument("--val-data", metavar="FOLDER", help="held-out images in the same layout; default: a share of --data")
-    folder.add_argument("--val-fraction", type=_fraction, default=0.1, help="share of --data that is held out (default 0.1)")
+    folder.add_argument("--val-fraction", type=fraction, default=0.1, help="share of --data that is held out (default 0.1)")
     folder.add_argument("--flip", action="store_true", help="mirror half of the training images left to right")
     _add_training_options(folder, config="perceiver-small", output="runs/perceiver", epochs=30, batch_size=32, lr=1e-3)
-    folder.set_defaults(run=lambda arguments: _guarded(_train, arguments, _folder))
+    folder.set_defaults(run=lambda arguments: guarded(_train, arguments, _folder))
 
-    predict = subparsers.add_parser("predict", help="classify image files with a trained model")
-    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    from . import multimodal_cli
+
+    multimodal_cli.add_systems(systems)
+
+    predict = subparsers.add_parser("predict", help="classify image files, or a clip, with a trained model")
+    predict.add_argument("images", nargs="*", metavar="IMAGE")
+    predict.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="MODALITY=PATH",
+        help="for a model of clips, once for each modality of one clip: spectrogram=FILE (sound), rgb=FILE or FOLDER (frames)",
+    )
     predict.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of a training")
     predict.add_argument("--backend", default="auto")
     predict.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    predict.set_defaults(run=lambda arguments: _guarded(_predict, arguments))
+    predict.set_defaults(run=lambda arguments: guarded(_predict, arguments))
 
 
 def _add_training_options(parser, *, config, output, epochs, batch_size, lr):
     add = parser.add_argument
-    add("--output", type=Path, default=Path(output), metavar="DIR", help=f"default {output}")
+    add_common_options(parser, output=output, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=0.05)
+    add("--no-compare", action="store_true", help="leave out the comparison with the plain PyTorch path")
     add(
         "--config", default=config, metavar="NAME", help=f"model sizes by name (default {config}); the flags below change them"
     )
-    add("--image-size", type=_positive, help="side of the square that images are sampled to")
-    add("--latents", type=_positive, help="number of latents")
-    add("--latent-dim", type=_positive, help="channels of a latent")
-    add("--cross-attends", type=_positive, help="how often the latents read the image")
-    add("--layers", type=_positive, help="latent layers after every cross-attend")
-    add("--heads", type=_positive, help="heads of the latent layers")
-    add("--bands", type=_positive, help="Fourier bands of the positions")
-    add("--epochs", type=_positive, default=epochs, help=f"default {epochs}")
-    add("--batch-size", type=_positive, default=batch_size, help=f"default {batch_size}")
-    add("--lr", type=_positive_float, default=lr, help=f"highest learning rate (default {lr})")
-    add("--weight-decay", type=_non_negative_float, default=0.05, help="default 0.05")
+    add("--image-size", type=positive, help="side of the square that images are sampled to")
+    add("--latents", type=positive, help="number of latents")
+    add("--latent-dim", type=positive, help="channels of a latent")
+    add("--cross-attends", type=positive, help="how often the latents read the image")
+    add("--layers", type=positive, help="latent layers after every cross-attend")
+    add("--heads", type=positive, help="heads of the latent layers")
+    add("--bands", type=positive, help="Fourier bands of the positions")
+
+
+def add_common_options(parser, *, output, epochs, batch_size, lr, weight_decay):
+    """The options of every training."""
+    add = parser.add_argument
+    add("--output", type=Path, default=Path(output), metavar="DIR", help=f"default {output}")
+    add("--epochs", type=positive, default=epochs, help=f"default {epochs}")
+    add("--batch-size", type=positive, default=batch_size, help=f"default {batch_size}")
+    add("--lr", type=positive_float, default=lr, help=f"highest learning rate (default {lr})")
+    add("--weight-decay", type=non_negative_float, default=weight_decay, help=f"default {weight_decay}")
     add("--seed", type=int, default=0, help="of the split, the weights, the order and the augmentation (default 0)")
-    add("--save-every", type=_positive, default=50, metavar="STEPS", help="checkpoint interval (default 50)")
-    add("--workers", type=_non_negative, default=0, help="processes that read images (default 0)")
-    add("--threads", type=_positive, help="CPU threads; a resumed run needs the same number to repeat to the bit")
+    add("--save-every", type=positive, default=50, metavar="STEPS", help="checkpoint interval (default 50)")
+    add("--workers", type=non_negative, default=0, help="processes that read images (default 0)")
+    add("--threads", type=positive, help="CPU threads; a resumed run needs the same number to repeat to the bit")
     add("--device", default=None, help="default: cuda where there is one, else cpu")
     add("--backend", default="auto", help="of the attentions; eager is plain PyTorch (default auto)")
-    add("--no-compare", action="store_true", help="leave out the comparison with the plain PyTorch path")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--resume", action="store_true", help="fail unless there is a training to resume (resuming is the default)"
@@ -60,7 +78,7 @@ def _add_training_options(parser, *, config, output, epochs, batch_size, lr):
     choice.add_argument("--restart", action="store_true", help="discard the training in --output")
 
 
-def _guarded(command, *arguments):
+def guarded(command, *arguments):
     """Runs a command; what the user can mend becomes one line and exit code 2."""
     # Before torch is loaded: threads that wait by spinning make a step many times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -103,13 +121,12 @@ def _train(arguments, load_data):
     import torch
 
     from .. import models
-    from ..models import InputError
-    from . import checkpoint, classification, compare, loop
+    from . import classification, compare, loop
 
     started = time.perf_counter()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = _device(arguments)
+    device = device_of(arguments)
     image_size = arguments.image_size or models.load(arguments.config, device="meta").config.input_shape[0]
     training, held_out, preprocessing, classes = load_data(arguments, image_size)
     torch.manual_seed(arguments.seed)
@@ -131,19 +148,12 @@ def _train(arguments, load_data):
     )
     task = classification.make_task(training, held_out)
 
-    with checkpoint.locked(arguments.output):
-        if arguments.restart:
-            (arguments.output / checkpoint.NAME).unlink(missing_ok=True)
-        found = checkpoint.read_state(arguments.output)
-        if arguments.resume and found is None:
-            raise InputError(f"--resume: {arguments.output} holds no training to resume")
-        parameters = sum(p.numel() for p in model.parameters())
-        print(
-            f"{len(training)} images to train on, {len(held_out)} held out, {len(classes)} classes; "
-            f"{parameters:,} parameters, {image_size * image_size} input elements, backend {compare.backend_of(model)}"
-        )
-        if found is not None:
-            print(f"resuming {arguments.output} at step {found['step']}; --restart begins anew")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{len(training)} images to train on, {len(held_out)} held out, {len(classes)} classes; "
+        f"{parameters:,} parameters, {image_size * image_size} input elements, backend {compare.backend_of(model)}"
+    )
+    with resumable(arguments, arguments.output):
         history = loop.fit(
             model,
             task,
@@ -163,17 +173,42 @@ def _train(arguments, load_data):
     return 0
 
 
+@contextlib.contextmanager
+def resumable(arguments, folder):
+    """Keeps other trainings out of `folder` and does with the one in it what --restart and --resume say."""
+    from ..models import InputError
+    from . import checkpoint
+
+    with checkpoint.locked(folder):
+        if arguments.restart:
+            (folder / checkpoint.NAME).unlink(missing_ok=True)
+        found = checkpoint.read_state(folder)
+        if arguments.resume and found is None:
+            raise InputError(f"--resume: {folder} holds no training to resume")
+        if found is not None:
+            print(f"resuming {folder} at step {found['step']}; --restart begins anew")
+        yield
+
+
 def _predict(arguments):
+    from ..models import InputError
+
+    if arguments.input:
+        from . import multimodal_cli
+
+        return multimodal_cli.predict(arguments)
+    if not arguments.images:
+        raise InputError("nothing to classify: give image files, or --input for a model of clips")
     from .classification import predict
 
     for path, name, probability in predict(
-        arguments.checkpoint, arguments.images, device=_device(arguments), backend=arguments.backend
+        arguments.checkpoint, arguments.images, device=device_of(arguments), backend=arguments.backend
     ):
         print(f"{path}\t{name}\t{probability:.4f}")
     return 0
 
 
-def _device(arguments):
+def device_of(arguments):
     import torch
 
     from ..models import InputError
@@ -211,8 +246,8 @@ def _number(kind, allowed, holds):
     return parse
 
 
-_positive = _number(int, "a positive integer", lambda v: v > 0)
-_non_negative = _number(int, "an integer of 0 or more", lambda v: v >= 0)
-_positive_float = _number(float, "a positive number", lambda v: 0 < v < float("inf"))
-_non_negative_float = _number(float, "a number of 0 or more", lambda v: 0 <= v < float("inf"))
-_fraction = _number(float, "between 0 and 1", lambda v: 0 < v < 1)
+positive = _number(int, "a positive integer", lambda v: v > 0)
+non_negative = _number(int, "an integer of 0 or more", lambda v: v >= 0)
+positive_float = _number(float, "a positive number", lambda v: 0 < v < float("inf"))
+non_negative_float = _number(float, "a number of 0 or more", lambda v: 0 <= v < float("inf"))
+fraction = _number(float, "between 0 and 1", lambda v: 0 < v < 1)

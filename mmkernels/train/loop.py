@@ -5,6 +5,7 @@ optimizer, generators) is in the checkpoint.
 """
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Settings:
     warmup_steps: int = 50
     clip_norm: float = 1.0
     seed: int = 0
+    optimizer: str = "adamw"  # or "sgd", with momentum 0.9
 
 
 @dataclasses.dataclass
@@ -57,11 +59,20 @@ def train_step(model, optimizer, loss, batch, clip_norm) -> torch.Tensor:
     return value.detach()
 
 
+def to_device(batch, device):
+    """A tensor, or a list, tuple or dict of them, nested as it may be."""
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    return [to_device(value, device) for value in batch] if isinstance(batch, (list, tuple)) else batch.to(device)
+
+
 def make_optimizer(model, settings):
-    """AdamW without decay on biases, norms and other vectors."""
+    """AdamW, or SGD with momentum 0.9, without decay on biases, norms and other vectors."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
 
 
@@ -75,9 +86,10 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
     optimizer = make_optimizer(model, settings)
     identity = {
         "settings": dataclasses.asdict(settings),
-        "model": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(model.config).items()},
+        "model": dataclasses.asdict(model.config),
         "data": task.fingerprint,
     }
+    identity = json.loads(json.dumps(identity))  # as it will be read: JSON has lists only
     state = {"identity": identity, "step": 0, "loss_sum": 0.0, "history": []}
     if (found := checkpoint.read_state(folder)) is not None:
         _check_same(found["identity"], identity, folder)
@@ -93,7 +105,7 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
             for batch in loader(task.training, order[done:], workers):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, state["step"], steps)
-                batch = [tensor.to(device) for tensor in batch]
+                batch = to_device(batch, device)
                 state["loss_sum"] += train_step(model, optimizer, task.loss, batch, settings.clip_norm).item()
                 state["step"] += 1
                 bar.update()
@@ -118,7 +130,7 @@ def evaluate(model, task, settings, device, workers=0) -> dict:
     """The task's metrics on its held-out data."""
     model.eval()
     order = batches(len(task.held_out), settings.batch_size, None, None)
-    return task.evaluate(model, ([t.to(device) for t in batch] for batch in loader(task.held_out, order, workers)))
+    return task.evaluate(model, (to_device(batch, device) for batch in loader(task.held_out, order, workers)))
 
 
 def _check_same(found, wanted, folder):

@@ -11,6 +11,8 @@ import signal
 import sys
 import time
 
+import av  # noqa: F401
+import kaldi_native_fbank  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import safetensors.torch  # noqa: F401
 import sklearn.datasets  # noqa: F401
@@ -20,6 +22,7 @@ import torch
 import tqdm  # noqa: F401
 
 from mmkernels.__main__ import main
+from mmkernels.models import mbt, perceiver  # noqa: F401
 
 
 def die_at(name, number):

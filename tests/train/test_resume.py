@@ -30,18 +30,16 @@ def content(path):
         return {**(file.metadata() or {}), **{name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}}
 
 
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory):
-    """{name: (folder, exit statuses)} of one training that nobody disturbs and of two that are killed."""
-    moments = [round(random.uniform(0.1, 1.0), 2) for _ in range(3)]
-    print("killed after", moments)
-    plans = {
-        "whole": [{}],
-        "random": [*({"after": seconds} for seconds in moments), {}],
-        "saving": [*SAVES, {"call": "replace", "number": 999}, *RESULTS, {}],
-    }
+MBT_OPTIONS = (
+    "train mbt-digits --clips 40 --epochs 2 --batch-size 20 --save-every 1 --threads 1 --mixup 0.5 --mixmod "
+    "--stochastic-depth 0.3 --backend eager"
+).split()
+
+
+def run_plans(options, plans, tmp_path_factory):
+    """{name: (folder, exit statuses)} of a training for each of `plans`, {name: attempts}."""
     folders = {name: tmp_path_factory.mktemp(name) for name in plans}
-    request = [[[*OPTIONS, "--output", str(folders[name])], attempts] for name, attempts in plans.items()]
+    request = [[[*options, "--output", str(folders[name])], attempts] for name, attempts in plans.items()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
@@ -55,10 +53,24 @@ def trainings(tmp_path_factory):
     return {name: (folders[name], status) for name, status in zip(plans, statuses, strict=True)}
 
 
-def check_same(trainings, name):
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    """A training that nobody disturbs and two that are killed."""
+    moments = [round(random.uniform(0.1, 1.0), 2) for _ in range(3)]
+    print("killed after", moments)
+    plans = {
+        "whole": [{}],
+        "random": [*({"after": seconds} for seconds in moments), {}],
+        "saving": [*SAVES, {"call": "replace", "number": 999}, *RESULTS, {}],
+    }
+    return run_plans(OPTIONS, plans, tmp_path_factory)
+
+
+def check_same(trainings, name, part="."):
+    folder = trainings[name][0] / part
     for file in ("model.safetensors", checkpoint.NAME):
-        assert content(trainings[name][0] / file) == content(trainings["whole"][0] / file), file
-    assert not list(trainings[name][0].glob(".*.part")), "a temporary file was left"
+        assert content(folder / file) == content(trainings["whole"][0] / part / file), file
+    assert not list(folder.glob(".*.part")), "a temporary file was left"
 
 
 def test_killed_at_random_moments(trainings):
@@ -71,6 +83,19 @@ def test_killed_while_saving(trainings):
     """In front of the write to disk and of the rename: of a state, and of each result file when all is trained."""
     assert trainings["saving"][1] == [-9] * len(SAVES) + [0] + [-9] * len(RESULTS) + [0]
     check_same(trainings, "saving")
+
+
+def test_mbt_goes_on_with_its_mixup_and_its_dropped_layers(tmp_path_factory):
+    """Killed in front of a save in each of its three trainings; mixup and stochastic depth draw from torch's generator."""
+    # A training of four steps saves four times and leaves four result files. Sound at its second step; pictures at their
+    # first, sound having made three steps and its results; both at their second, pictures having made four.
+    kills = [{"call": "replace", "number": number} for number in (2, 8, 14)]
+    trainings = run_plans(MBT_OPTIONS, {"whole": [{}], "killed": [*kills, {}]}, tmp_path_factory)
+    assert trainings["whole"][1] == [0] and trainings["killed"][1] == [-9, -9, -9, 0]
+    for part in ("audio", "video", "audio+video"):
+        check_same(trainings, "killed", part)
+    whole, killed = (trainings[name][0] / "comparison.json" for name in ("whole", "killed"))
+    assert killed.read_text() == whole.read_text()
 
 
 def test_the_same_command_only(tmp_path, capsys):

@@ -1,0 +1,124 @@
+"""Sound and pictures from files: FFmpeg's decoders through PyAV, and folders of frames through Pillow."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from ...models.registry import InputError, require
+from .images import EXTENSIONS
+
+
+@contextlib.contextmanager
+def _opened(path, kind):
+    """(container, first stream of `kind`); what FFmpeg says on the way becomes an InputError that names the file."""
+    av = require("av", "media")
+    try:
+        # From an open file: FFmpeg would take a name for a URL, a device or a pattern.
+        with open(path, "rb") as file, av.open(file, metadata_errors="ignore") as container:
+            streams = getattr(container.streams, kind)
+            if not streams:
+                raise InputError(f"{path} has no {kind} stream")
+            yield container, streams[0]
+    except InputError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def read_audio(path, sample_rate: int) -> torch.Tensor:
+    """The sound of a file (WAV, FLAC, MP3, Ogg, the track of a video...) as float32 (samples,), mono, at `sample_rate`.
+
+    Channels are averaged; other rates are resampled by FFmpeg. Raises InputError for a file that is no sound, holds none, or
+    holds numbers that are not finite.
+    """
+    av, numpy = require("av", "media"), require("numpy", "train")
+    with _opened(path, "audio") as (container, stream):
+        resampler = av.AudioResampler(format="fltp", rate=sample_rate)
+        frames = [resampled for frame in container.decode(stream) for resampled in resampler.resample(frame)]
+        frames += resampler.resample(None)  # what the filter holds back
+        samples = [frame.to_ndarray().mean(0) for frame in frames]
+    if not sum(map(len, samples)):
+        raise InputError(f"{path} has an audio stream without samples")
+    samples = torch.from_numpy(numpy.concatenate(samples))
+    if not samples.isfinite().all():
+        raise InputError(f"{path} has samples that are not finite")
+    return samples
+
+
+def video_seconds(path, fps: float) -> float:
+    """How long a video lasts; a folder of frames is played at `fps`, a picture lasts one frame."""
+    if (frames := _pictures(path)) is not None:
+        return len(frames) / fps
+    with _opened(path, "video") as (container, stream):
+        if stream.duration:
+            return float(stream.duration * stream.time_base)
+        if container.duration:
+            return container.duration / 1e6
+        return sum(1 for _ in container.decode(stream)) / float(stream.average_rate or fps)
+
+
+def read_frames(path, times: list, fps: float, short_side: int) -> torch.Tensor:
+    """The frames nearest to `times` (seconds, ascending) as uint8 (len(times), height, width, 3), RGB.
+
+    `path` is a video file, a folder of pictures in the order of their names, shown at `fps`, or a single picture. Frames are
+    scaled to the shorter side `short_side`; times past the end show the last frame. Raises InputError naming the file.
+    """
+    if (pictures := _pictures(path)) is not None:
+        numbers = [min(round(time * fps), len(pictures) - 1) for time in times]
+        # Each picture once, however often it is shown.
+        read = {number: _read_picture(pictures[number], short_side) for number in sorted(set(numbers))}
+        first = next(iter(read.values()))
+        for number, frame in read.items():
+            if frame.shape != first.shape:
+                raise InputError(f"{pictures[number]} has another shape than {pictures[numbers[0]]}: a video has one")
+        return torch.stack([read[number] for number in numbers])
+    shown = []
+    with _opened(path, "video") as (container, stream):
+        start = (stream.start_time or 0) * stream.time_base
+        stream.thread_type = "AUTO"
+        if times[0] > 0:
+            container.seek(int((times[0] + start) / stream.time_base), stream=stream)  # to the key frame in front of it
+        half = 0.5 / float(stream.average_rate or fps)  # times in files are rounded
+        frame = None
+        for following in container.decode(stream):
+            begins = 0.0 if following.time is None else following.time - float(start) - half
+            if frame is not None and (count := sum(time < begins for time in times) - len(shown)) > 0:
+                shown += [_scaled(frame, short_side)] * count
+            frame = following
+            if len(shown) == len(times):
+                break
+        if frame is None:
+            raise InputError(f"{path} has a video stream without frames")
+        if missing := len(times) - len(shown):
+            shown += [_scaled(frame, short_side)] * missing
+    return torch.stack(shown)
+
+
+def _scaled(frame, short_side):
+    scale = short_side / min(frame.width, frame.height)
+    width, height = (max(round(side * scale), 1) for side in (frame.width, frame.height))
+    return torch.from_numpy(frame.reformat(width, height, format="rgb24", interpolation="BILINEAR").to_ndarray())
+
+
+def _pictures(path):
+    """The frames of a folder, [path] for a picture, None for anything else."""
+    path = Path(path)
+    if path.is_dir():
+        frames = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+        if not frames:
+            raise InputError(f"{path} has no frames; allowed are files ending in {', '.join(EXTENSIONS)}")
+        return frames
+    return [path] if path.suffix.lower() in EXTENSIONS and path.suffix.lower() != ".gif" else None
+
+
+def _read_picture(path, short_side):
+    image_library, numpy = require("PIL.Image", "train"), require("numpy", "train")
+    try:
+        with image_library.open(path) as image:
+            scale = short_side / min(image.size)
+            size = [max(round(side * scale), 1) for side in image.size]
+            pixels = image.convert("RGB").resize(size, image_library.Resampling.BILINEAR, reducing_gap=3.0)
+    except (OSError, ValueError, SyntaxError, image_library.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
+    return torch.from_numpy(numpy.array(pixels))
