@@ -91,9 +91,7 @@ def _train_digits(arguments):
         folder = arguments.output / name
         histories[name], parameters, seconds = _fit(arguments, config, training, held_out, labels, readers, folder)
         last = histories[name][-1]
-        rows.append(
-            f"{name:<12} {parameters:>10,} {last['accuracy']:>9.2%} {last['held_out_loss']:>8.3f} {seconds:>8.0f} s"
-        )
+        rows.append(f"{name:<12} {parameters:>10,} {last['accuracy']:>9.2%} {last['held_out_loss']:>8.3f} {seconds:>8.0f} s")
     print(f"\n{'held out':<12} {'parameters':>10} {'accuracy':>9} {'loss':>8} {'time':>10}")
     print("\n".join(rows))
     results = {name: history[-1] for name, history in histories.items()}
@@ -139,8 +137,8 @@ def _fit(arguments, config, training, held_out, labels, readers, folder):
     parameters = sum(p.numel() for p in model.parameters())
     tokens = ", ".join(f"{modality.num_tokens} of {modality.name}" for modality in config.modalities)
     print(
-        f"{len(training)} clips to train on, {len(held_out)} held out, {len(labels.names)} classes; {parameters:,} parameters, "
-        f"tokens: {tokens}"
+        f"{len(training)} clips to train on, {len(held_out)} held out, {len(labels.names)} classes; "
+        f"{parameters:,} parameters, tokens: {tokens}"
     )
     with cli.resumable(arguments, folder):
         history = loop.fit(
@@ -207,7 +205,9 @@ def _config(arguments, names):
         for name in names:
             if name not in known:
                 raise InputError(f"--modalities has {name!r}; {arguments.config} allows {', '.join(known)}")
-        return dataclasses.replace(config, modalities=tuple(m for m in config.modalities if m.name in names))
+        config = dataclasses.replace(config, modalities=tuple(m for m in config.modalities if m.name in names))
+        mbt.MBT(config, device="meta")  # sizes that do not fit are said before the data are read
+        return config
     except InputError:
         raise
     except (TypeError, ValueError) as error:

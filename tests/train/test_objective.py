@@ -101,7 +101,9 @@ def test_accuracy_and_top5():
     rows = [[9.0, 1, 2, 3, 4, 5], [1.0, 9, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]]
     model, windows = logits_of(rows)
     targets = torch.eye(6)[[0, 0, 4, 0]]
-    found = Objective((6,), label_smoothing=0.5).evaluate(model, [({"a": windows[:3]}, targets[:3]), ({"a": windows[3:]}, targets[3:])])
+    found = Objective((6,), label_smoothing=0.5).evaluate(
+        model, [({"a": windows[:3]}, targets[:3]), ({"a": windows[3:]}, targets[3:])]
+    )
     assert list(found) == ["accuracy", "top5", "held_out_loss"]
     # Right: the first. Among five: not the second (last of six) and not the fourth.
     assert found["accuracy"] == 0.25 and found["top5"] == 0.5

@@ -39,9 +39,9 @@ class Spectrogram:
 
     def __post_init__(self):
         if self.sample_rate % 100 or self.sample_rate < 1000:
-            raise ValueError(f"sample_rate is {self.sample_rate}; it must be a multiple of 100 of 1000 or more")
+            raise InputError(f"sample_rate is {self.sample_rate}; it must be a multiple of 100 of 1000 or more")
         if round(self.seconds * 100) < 2:
-            raise ValueError(f"seconds is {self.seconds}; it must be 0.02 or more")
+            raise InputError(f"seconds is {self.seconds}; it must be 0.02 or more")
 
     @property
     def shape(self) -> tuple:

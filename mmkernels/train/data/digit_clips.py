@@ -124,7 +124,7 @@ def moving(image, difficulty: float, generator) -> torch.Tensor:
 
 
 def noisy(words: list, difficulty: float, generator) -> torch.Tensor:
-    """One of the waveforms at a random moment of the window, in white noise; `difficulty` 0 to 1: from EASIEST_DB to SNR_DB."""
+    """One of the waveforms at a random moment of a window of white noise; `difficulty` 0 to 1: from EASIEST_DB to SNR_DB."""
     which, moment = torch.rand(2, generator=generator).tolist()
     word = words[int(which * len(words))]
     samples = int(SPECTROGRAM.seconds * SPECTROGRAM.sample_rate)

@@ -77,7 +77,9 @@ def test_silence_is_an_error(tmp_path):
 
 
 def test_spec_augment():
-    reader = Spectrogram(seconds=2.0, sample_rate=8000, mels=64, time_masks=2, time_mask_frames=30, frequency_mask_bins=20, **PLAIN)
+    reader = Spectrogram(
+        seconds=2.0, sample_rate=8000, mels=64, time_masks=2, time_mask_frames=30, frequency_mask_bins=20, **PLAIN
+    )
     samples = 0.1 * torch.randn(16000, generator=generator())
     rows, columns = [], []
     for seed in range(50):

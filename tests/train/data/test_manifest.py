@@ -33,7 +33,14 @@ def fails(message, path, **options):
     assert message in str(error.value), str(error.value)
 
 
-GOOD = ("spectrogram,label,split", "0.wav,low,train", "1.wav,low,train", "4.wav,high,train", "5.wav,high,val", "2.wav,low,test")
+GOOD = (
+    "spectrogram,label,split",
+    "0.wav,low,train",
+    "1.wav,low,train",
+    "4.wav,high,train",
+    "5.wav,high,val",
+    "2.wav,low,test",
+)
 
 
 def test_single_labels(folder):
@@ -65,7 +72,11 @@ def test_parquet_says_the_same(folder):
     found, expected = load(folder / "clips.parquet"), load(table(folder, *GOOD))
     for a, b in zip(found[:2], expected[:2], strict=True):
         assert a.paths == b.paths and torch.equal(a.targets, b.targets) and a.fingerprint() == b.fingerprint()
-    columns = {"spectrogram": ["0.wav", "1.wav", "2.wav"], "labels": [["a", "b"], ["b"], ["a"]], "split": ["train", "train", "val"]}
+    columns = {
+        "spectrogram": ["0.wav", "1.wav", "2.wav"],
+        "labels": [["a", "b"], ["b"], ["a"]],
+        "split": ["train", "train", "val"],
+    }
     parquet.write_table(pyarrow.table(columns), folder / "lists.parquet")
     assert load(folder / "lists.parquet")[0].targets.tolist() == [[1, 1], [0, 1]]
 
