@@ -172,7 +172,7 @@ def test_bad_arguments(data, trained, tmp_path, capsys):
     check("width", "--config", data / "odd.json")
     check("backend is 'gpu'", "--backend", "gpu")
     check("sample_rate is 11025; it must be a multiple of 100", "--sample-rate", "11025")
-    fails(capsys, "modality 'wave' has inputs of shape (800, 1)", *command(data, tmp_path / "run"), "--config", wave_config(data), "--modalities", "wave")
+    check("modality 'wave' has inputs of shape (800, 1)", "--config", wave_config(data), "--modalities", "wave")
     fails(capsys, "--input is 'rgb'; it must be MODALITY=PATH", "predict", "--checkpoint", trained, "--input", "rgb")
     fails(capsys, "give one or the other", "predict", "a.png", "--checkpoint", trained, "--input", "rgb=x")
     fails(capsys, "nothing to classify", "predict", "--checkpoint", trained)

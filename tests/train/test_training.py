@@ -149,7 +149,7 @@ def test_bad_flags(tmp_path, capsys):
         fails(capsys, message, "train", "perceiver-digits", "--output", tmp_path / "run", *arguments)
         assert not (tmp_path / "run").exists()
 
-    check("known are perceiver-digits", "--config", "perceiver-digit")
+    check("known are mbt-base", "--config", "perceiver-digit")
     check("multiple of num_heads", "--latent-dim", "30", "--heads", "4")
     check("backend is 'gpu'", "--backend", "gpu")
     check("--device is 'tpu'", "--device", "tpu")
