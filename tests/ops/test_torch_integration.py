@@ -222,3 +222,16 @@ def test_offsets_beyond_two_to_the_31(on, generator, family):
         op(**tensors, backend="reference"),
         "output",
     )
+
+
+@family
+def test_rows_further_apart_than_32_bits_reach(backend, generator, family):
+    """Rows of one example across 2^31 elements, in virtual memory of which only the rows are touched."""
+    op, make = OPS[family]
+    tensors = {n: t.detach() for n, t in make(generator).items()}
+    name = "k" if family == "attention" else "x"
+    shape = tensors[name].shape
+    row = (2**31 // (shape[-2] - 2) + 64) // 64 * 64
+    strides = (32, 16, row, 1) if family == "attention" else (16, row, 1)
+    far = torch.empty(row * shape[-2]).as_strided(shape, strides).copy_(tensors[name])
+    assert torch.equal(op(**{**tensors, name: far}, backend=backend), op(**tensors, backend=backend))
