@@ -124,12 +124,6 @@ void for_stretches(const KeyBlock& block, F f) {
   }
 }
 
-// Few queries leave most lanes of a wide vector empty: one half as wide is twice as fast.
-inline Isa isa_for(int64_t queries) {
-  const Isa isa = chosen_isa();
-  return isa == Isa::kV4 && queries <= 8 ? Isa::kV3 : isa;
-}
-
 // Plans the parts for torch's threads and runs them (attention_cpu.cpp).
 void attention_forward(const Attention&);
 void attention_backward(Attention&);

@@ -50,17 +50,18 @@ int64_t threads_for(const Attention& a) {
   return mmk::threads_for(2.0 * a.batch * a.heads * a.queries * a.keys * (a.qk_dim + a.v_dim));
 }
 
-// Row parts of at most `most_rows`, and as many as threads need, but none below kChunkRows for that.
+// Row parts of at most `most_rows`, and as many as threads need, but none below kChunkRows for that. Where there are
+// more keys than rows, threads share the keys instead: every part of the rows would load all of them.
 int64_t plan_row_parts(const Attention& a, int64_t problems, int64_t threads, int64_t most_rows) {
-  const int64_t for_threads = std::min(ceil_div(threads, problems), a.queries / kChunkRows);
+  const int64_t for_threads = a.keys > a.queries ? 1 : std::min(ceil_div(threads, problems), a.queries / kChunkRows);
   return at_least_one(std::max(ceil_div(a.queries, most_rows), for_threads));
 }
 
 }  // namespace
 
-const AttentionKernels& attention_kernels(int64_t queries) {
+const AttentionKernels& attention_kernels() {
 #if defined(__x86_64__)
-  const Isa isa = isa_for(queries);
+  const Isa isa = chosen_isa();
   if (isa == Isa::kV4) return v4::attention_kernels;
   if (isa == Isa::kV3) return v3::attention_kernels;
 #endif
@@ -70,7 +71,7 @@ const AttentionKernels& attention_kernels(int64_t queries) {
 void attention_forward(const Attention& a) {
   const int64_t problems = a.batch * a.heads, threads = threads_for(a);
   if (problems * a.queries == 0) return;
-  const AttentionKernels& kernels = attention_kernels(a.queries);
+  const AttentionKernels& kernels = attention_kernels();
   // Against few keys a row's own traffic is the cost: parts that stay in the first cache levels.
   const int64_t row_parts = plan_row_parts(a, problems, threads, a.keys <= 32 ? kChunkRows : 512);
   const int64_t key_parts = split_keys(problems * row_parts, ceil_div(a.keys, kBlockKeys), threads);
@@ -107,7 +108,7 @@ void attention_backward(Attention& a) {
   const int64_t batches = batch_in_turn ? 1 : a.batch, heads = a.summed_over_heads ? 1 : a.heads;
   const int64_t groups = batches * heads, members = groups == 0 ? 0 : a.batch * a.heads / groups;
   if (members == 0) return;
-  const AttentionKernels& kernels = attention_kernels(a.queries);
+  const AttentionKernels& kernels = attention_kernels();
   const int64_t threads = threads_for(a), blocks = ceil_div(a.keys, kBlockKeys);
   int64_t row_parts = 1, key_parts = 1;
   if (!wants_keys) {
@@ -222,7 +223,7 @@ PlainAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const
     a.drop_below = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 4294967295.0));
     a.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
   }
-  const AttentionKernels& kernels = attention_kernels(a.queries);
+  const AttentionKernels& kernels = attention_kernels();
   a.load_keys = kernels.load_keys;
   a.key_space = kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim));
   return a;
@@ -268,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   Tensor dbias = bias.has_value() ? gradient(*bias, wants_bias) : torch::stable::new_empty(q, {0});
   if (wanted & 1) a.dq = strided(dq);
   if (wanted & 2) {
-    a.store_key_gradients = attention_kernels(a.queries).store_key_gradients;
+    a.store_key_gradients = attention_kernels().store_key_gradients;
     a.dk = strided(dk), a.dv = strided(dv);
   }
   if (wants_bias) {

@@ -1,5 +1,6 @@
 // The parts of attention that compute, compiled once per instruction set. attention.h explains the layout.
 #include "attention/attention.h"
+#include "common/dots.h"
 #include "common/dropout.h"
 #include "common/gemm.h"
 #include "common/tiles.h"
@@ -8,6 +9,8 @@ namespace mmk::MMK_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+constexpr int64_t kFew = 8;                     // up to this many queries, or keys, have forms of their own
+constexpr int64_t kFewRow = kBlockKeys + 16;    // row length of tiles over a block of keys; a stretch may end beyond it
 constexpr int64_t kChunkRow = kChunkRows + 16;  // row length of tiles over a chunk: see padded_row
 
 int64_t panels(int64_t rows) { return ceil_div(rows, kPanel); }
@@ -24,6 +27,25 @@ struct Carver {
   }
 };
 
+// Can rows be read and written by vectors where they are?
+bool in_place(const Strided& s, int64_t columns) {
+  return s.dtype == DType::kFloat32 && s.stride[3] == 1 && columns % kWidth == 0;
+}
+
+struct Rows {
+  float* data;
+  int64_t stride;
+};
+
+// Rows of a tensor as float32 with zeros up to the next vector: in place, or copied to `space`, padded_row(columns)
+// each.
+Rows rows_at(const Strided& s, const Part& part, int64_t row, int64_t rows, int64_t columns, float* space) {
+  char* from = s.at(part.batch, part.head, row);
+  if (in_place(s, columns)) return {reinterpret_cast<float*>(from), s.stride[2]};
+  load_tile(space, padded_row(columns), from, s.dtype, s.stride[2], s.stride[3], rows, columns);
+  return {space, padded_row(columns)};
+}
+
 // The scores' bias of a block of keys and a panel of queries, as (count, kPanel).
 void load_bias(const Attention& a, const Part& part, const KeyBlock& block, int64_t row, int64_t lanes, float* tile) {
   for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
@@ -32,40 +54,58 @@ void load_bias(const Attention& a, const Part& part, const KeyBlock& block, int6
   });
 }
 
+// `weight` where the element of these rows and keys survives dropout, else 0.
+MMK_INLINE Vec drop(const Attention& a, UintVec low, UintVec high, UintVec key, Vec weight) {
+  UintVec u = low ^ (key * 0x9E3779B1u);
+  for (int round = 0; round < 2; ++round) {
+    u = (u ^ (u >> 16)) * 0x7FEB352Du;
+    u = (u ^ (u >> 15)) * 0x846CA68Bu;
+    u = (u ^ (u >> 16)) + (round == 0 ? high : UintVec{});
+  }
+  return u < a.drop_below ? Vec{} : weight * a.keep_scale;
+}
+
+DropoutRow dropout_row_of(const Attention& a, const Part& part, int64_t row) {
+  return dropout_row(a.seed, static_cast<uint64_t>((part.batch * a.heads + part.head) * a.queries + row));
+}
+
 // The random bits of a panel of queries.
 struct PanelDropout {
   UintVec low[2], high[2];
 
   PanelDropout(const Attention& a, const Part& part, int64_t row) {
-    const int64_t first = (part.batch * a.heads + part.head) * a.queries + row;
     for (int lane = 0; lane < kPanel; ++lane) {
-      const DropoutRow r = dropout_row(a.seed, static_cast<uint64_t>(first + lane));
+      const DropoutRow r = dropout_row_of(a, part, row + lane);
       low[lane / kWidth][lane % kWidth] = r.low;
       high[lane / kWidth][lane % kWidth] = r.high;
     }
   }
 
-  // `weight` where the element survives, else 0.
   Vec operator()(const Attention& a, int v, int64_t key, Vec weight) const {
-    UintVec u = low[v] ^ (static_cast<uint32_t>(key) * 0x9E3779B1u);
-    for (int round = 0; round < 2; ++round) {
-      u = (u ^ (u >> 16)) * 0x7FEB352Du;
-      u = (u ^ (u >> 15)) * 0x846CA68Bu;
-      u = (u ^ (u >> 16)) + (round == 0 ? high[v] : UintVec{});
-    }
-    return u < a.drop_below ? Vec{} : weight * a.keep_scale;
+    return drop(a, low[v], high[v], UintVec{} + static_cast<uint32_t>(key), weight);
   }
 };
+
+// The same for few queries, added to scores (rows, kFewRow).
+void add_few_bias(const Attention& a, const Part& part, const KeyBlock& block, float* scores, float* space) {
+  const int64_t rows = part.row_end - part.row_begin;
+  for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
+    load_tile(space + i, kFewRow, a.bias.at(part.batch, part.head, part.row_begin, block.begin + offset), a.bias.dtype,
+              a.bias.stride[2], a.bias.stride[3], rows, length);
+  });
+  for (int64_t i = 0; i < rows * kFewRow; i += kWidth) store(scores + i, load(scores + i) + load(space + i));
+}
+
+// The keys of kWidth rows of a block, as dropout counts them.
+UintVec keys_of(const KeyBlock& block, int64_t i) {
+  UintVec offset;
+  std::memcpy(&offset, block.offset + i, sizeof(offset));
+  return offset + static_cast<uint32_t>(block.begin);
+}
 
 // --- Forward -------------------------------------------------------------------------------------------------------
 
 int64_t panel_state(const Attention& a) { return (a.v_dim + 2) * kPanel; }
-
-int64_t forward_state(const Attention& a, int64_t rows) { return panels(rows) * panel_state(a); }
-
-int64_t forward_space(const Attention& a, int64_t rows) {
-  return panels(rows) * a.qk_dim * kPanel + 2 * kBlockKeys * kPanel + a.key_space + 64;
-}
 
 // Turns scores (count, kPanel) into weights relative to the running maximum, and rescales what was summed before
 // (nothing before the first block).
@@ -110,7 +150,172 @@ void online_softmax(const Attention& a, const KeyBlock& block, float* scores, fl
     }
 }
 
+// --- Forward against few queries: keys in lanes ---------------------------------------------------------------------
+
+bool few_queries(const Attention& a) { return a.queries <= kFew; }
+
+// The state of a part: O (rows, padded_row(E)), maxima, sums.
+struct FewState {
+  float *out, *maximum, *total;
+  int64_t ld;
+
+  FewState(const Attention& a, float* state) : ld(padded_row(a.v_dim)) {
+    out = state;
+    maximum = out + kFew * ld;
+    total = maximum + kFew;
+  }
+};
+
+int64_t few_state(const Attention& a) { return kFew * (padded_row(a.v_dim) + 2); }
+
+void few_forward(const Attention& a, const Part& part, float* state, float* space) {
+  const int64_t rows = part.row_end - part.row_begin, q_ld = padded_row(a.qk_dim);
+  Carver carver{space};
+  float* q = carver.take(kFew * q_ld);
+  float* scores = carver.take(kFew * kFewRow);
+  float* bias = carver.take(kFew * kFewRow);
+  float* key_space = carver.take(a.key_space);
+  FewState s(a, state);
+  load_tile(q, q_ld, a.q.at(part.batch, part.head, part.row_begin), a.q.dtype, a.q.stride[2], a.q.stride[3], rows,
+            a.qk_dim, a.scale);
+  clear(state, few_state(a));
+  for (int64_t n = 0; n < rows; ++n) s.maximum[n] = -kInfinity;
+  KeyBlock block;
+  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
+    block.end = smaller(block.begin + kBlockKeys, part.key_end);
+    if (!find_visible(a, part.batch, block)) continue;
+    a.load_keys(a, part.batch, part.head, block, key_space);
+    dots(q, q_ld, rows, block.k, block.k_row, block.count, scores, kFewRow, a.qk_dim);
+    if (a.bias.data != nullptr) add_few_bias(a, part, block, scores, bias);
+    for (int64_t n = 0; n < rows; ++n) {
+      float* row = scores + n * kFewRow;
+      for (int64_t i = block.count; i % kWidth != 0; ++i) row[i] = -kInfinity;
+      const float before = s.maximum[n];
+      Vec top = splat(before);
+      for (int64_t i = 0; i < block.count; i += kWidth) top = larger(load(row + i), top);
+      s.maximum[n] = largest(top);
+      const float base = s.maximum[n] == -kInfinity ? 0.0f : s.maximum[n];  // as in online_softmax
+      Vec added{};
+      for (int64_t i = 0; i < block.count; i += kWidth) {
+        const Vec weight = exp(load(row + i) - base);
+        added += weight;
+        store(row + i, weight);
+      }
+      const float factor = exp(splat(before - base))[0];
+      s.total[n] = s.total[n] * factor + sum(added);
+      if (a.dropout) {
+        const DropoutRow r = dropout_row_of(a, part, part.row_begin + n);
+        for (int64_t i = 0; i < block.count; i += kWidth)
+          store(row + i, drop(a, UintVec{} + r.low, UintVec{} + r.high, keys_of(block, i), load(row + i)));
+      }
+      if (factor != 1.0f)
+        for (int64_t e = 0; e < a.v_dim; e += kWidth) store(s.out + n * s.ld + e, load(s.out + n * s.ld + e) * factor);
+    }
+    gemm<false>({scores, kFewRow, block.v, block.v_row, kPanel, s.out, s.ld, kPanel}, rows, a.v_dim, block.count, true);
+  }
+}
+
+void finish_few_forward(const Attention& a, const Part& part, float* states, int64_t count, int64_t stride) {
+  const int64_t rows = part.row_end - part.row_begin;
+  FewState s(a, states);
+  float* lse = a.lse + (part.batch * a.heads + part.head) * a.queries + part.row_begin;
+  for (int64_t n = 0; n < rows; ++n) {
+    float top = -kInfinity, total = 0.0f;
+    for (int64_t c = 0; c < count; ++c) top = s.maximum[n + c * stride] > top ? s.maximum[n + c * stride] : top;
+    float* out = s.out + n * s.ld;
+    for (int64_t c = 0; c < count; ++c) {
+      const float factor = exp(splat(s.maximum[n + c * stride] - (top == -kInfinity ? 0.0f : top)))[0];
+      total += factor * s.total[n + c * stride];
+      for (int64_t e = 0; count > 1 && e < a.v_dim; e += kWidth) {
+        const Vec part_sum = factor * load(out + c * stride + e);
+        store(out + e, c == 0 ? part_sum : load(out + e) + part_sum);
+      }
+    }
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // a row without keys
+    for (int64_t e = 0; e < a.v_dim; e += kWidth) store(out + e, load(out + e) * inverse);
+    lse[n] = total == 0.0f ? -kInfinity : top + std::log(total);
+  }
+  store_tile(a.out.at(part.batch, part.head, part.row_begin), a.out.dtype, a.out.stride[2], a.out.stride[3], s.out,
+             s.ld, rows, a.v_dim);
+}
+
+// --- Forward against few keys: queries in lanes, read and written where they are
+// --------------------------------------
+
+bool few_keys(const Attention& a) {
+  return a.keys <= kFew && !few_queries(a) && a.bias.data == nullptr && !a.dropout && !a.one_key_gradient;
+}
+
+// k times the scale, (count, padded_row(D)).
+void scale_keys(const Attention& a, const KeyBlock& block, float* to) {
+  load_tile(to, padded_row(a.qk_dim), block.k, block.k_row, 1, block.count, a.qk_dim, a.scale);
+}
+
+// Rows (rows, columns) = A^T B, where A is (depth, kChunkRow), into a tensor.
+void store_product(const Strided& to, const Part& part, int64_t row, int64_t rows, int64_t columns, const float* a,
+                   const float* b, int64_t b_row, int64_t depth, float* space) {
+  const bool direct = depth > 0 && in_place(to, columns);
+  float* c = direct ? reinterpret_cast<float*>(to.at(part.batch, part.head, row)) : space;
+  const int64_t c_row = direct ? to.stride[2] : padded_row(columns);
+  gemm<true>({a, kChunkRow, b, b_row, kPanel, c, c_row, kPanel}, rows, columns, depth, false);
+  if (direct) return;
+  if (depth == 0) clear(space, rows * c_row);
+  store_tile(to.at(part.batch, part.head, row), to.dtype, to.stride[2], to.stride[3], space, c_row, rows, columns);
+}
+
+void forward_few_keys(const Attention& a, const Part& part, float* space) {
+  const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
+  Carver carver{space};
+  float* k = carver.take(kFew * k_ld);
+  float* scores = carver.take(kFew * kChunkRow);
+  float* q_space = carver.take(kChunkRows * k_ld);
+  float* out_space = carver.take(kChunkRows * v_ld);
+  float* key_space = carver.take(a.key_space);
+  KeyBlock block{part.key_begin, part.key_end};
+  if (find_visible(a, part.batch, block)) a.load_keys(a, part.batch, part.head, block, key_space);
+  scale_keys(a, block, k);
+  for (int64_t row = part.row_begin; row < part.row_end; row += kChunkRows) {
+    const int64_t rows = smaller(kChunkRows, part.row_end - row);
+    const Rows q = rows_at(a.q, part, row, block.count > 0 ? rows : 0, a.qk_dim, q_space);
+    dots(k, k_ld, block.count, q.data, q.stride, rows, scores, kChunkRow, a.qk_dim);
+    float* lse = a.lse + (part.batch * a.heads + part.head) * a.queries + row;
+    for (int64_t r = 0; r < rows; r += kWidth) {
+      Vec top = splat(-kInfinity), total{};
+      for (int64_t i = 0; i < block.count; ++i) top = larger(load(scores + i * kChunkRow + r), top);
+      const Vec base = top == -kInfinity ? Vec{} : top;
+      for (int64_t i = 0; i < block.count; ++i) {
+        const Vec weight = exp(load(scores + i * kChunkRow + r) - base);
+        total += weight;
+        store(scores + i * kChunkRow + r, weight);
+      }
+      const Vec inverse = total == 0.0f ? Vec{} : 1.0f / total;
+      for (int64_t i = 0; i < block.count; ++i)
+        store(scores + i * kChunkRow + r, load(scores + i * kChunkRow + r) * inverse);
+      for (int64_t l = 0; l < smaller(kWidth, rows - r); ++l)
+        lse[r + l] = total[l] == 0.0f ? -kInfinity : top[l] + std::log(static_cast<float>(total[l]));
+    }
+    store_product(a.out, part, row, rows, a.v_dim, scores, block.v, block.v_row, block.count, out_space);
+  }
+}
+
+// --- Forward, the general form
+// ----------------------------------------------------------------------------------------
+
+int64_t forward_state(const Attention& a, int64_t rows) {
+  return few_queries(a) ? few_state(a) : few_keys(a) ? 0 : panels(rows) * panel_state(a);
+}
+
+int64_t forward_space(const Attention& a, int64_t rows) {
+  const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
+  const int64_t own = few_queries(a) ? kFew * (k_ld + 2 * kFewRow)
+                      : few_keys(a)  ? kFew * (k_ld + kChunkRow) + kChunkRows * (k_ld + v_ld)
+                                     : panels(rows) * a.qk_dim * kPanel + 2 * kBlockKeys * kPanel;
+  return own + a.key_space + 80;
+}
+
 void forward(const Attention& a, const Part& part, float* state, float* space) {
+  if (few_queries(a)) return few_forward(a, part, state, space);
+  if (few_keys(a)) return forward_few_keys(a, part, space);
   const int64_t rows = part.row_end - part.row_begin;
   Carver carver{space};
   float* q = carver.take(panels(rows) * a.qk_dim * kPanel);
@@ -156,6 +361,8 @@ void forward(const Attention& a, const Part& part, float* state, float* space) {
 }
 
 void finish_forward(const Attention& a, const Part& part, float* states, int64_t count, int64_t stride) {
+  if (few_queries(a)) return finish_few_forward(a, part, states, count, stride);
+  if (few_keys(a)) return;
   const int64_t rows = part.row_end - part.row_begin;
   for (int64_t row = 0; row < rows; row += kPanel) {
     const int64_t lanes = smaller(kPanel, rows - row);
@@ -211,9 +418,20 @@ Chunk chunk_at(const Attention& a, float* memory) {
   return c;
 }
 
-int64_t backward_state(const Attention& a, int64_t rows) { return panels(rows) * kPanel * a.qk_dim; }
+// The gradient of a bias is summed in the general form only.
+bool few_queries_backward(const Attention& a) { return few_queries(a) && a.dbias.data == nullptr; }
+
+int64_t backward_state(const Attention& a, int64_t rows) {
+  return few_queries_backward(a) ? kFew * padded_row(a.qk_dim) : few_keys(a) ? 0 : panels(rows) * kPanel * a.qk_dim;
+}
 
 int64_t backward_space(const Attention& a, int64_t rows) {
+  const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
+  if (few_queries_backward(a))
+    return kFew * (k_ld + v_ld + 3 * kFewRow) + 2 * kPanel + 2 * v_ld + kBlockKeys * (k_ld + v_ld) + a.key_space + 256;
+  if (few_keys(a))
+    return kFew * (k_ld + 2 * kChunkRow) + 2 * panels(rows) * kPanel + 2 * v_ld + kChunkRows * (k_ld + v_ld) +
+           kBlockKeys * (k_ld + v_ld) + a.key_space + 256;
   const int64_t kept = rows <= kKeptRows ? ceil_div(rows, kChunkRows) : 1;
   return kept * chunk_floats(a) + 2 * panels(rows) * kPanel + 2 * kBlockKeys * kChunkRow + 2 * kBlockKeys * kPanel +
          2 * padded_row(a.v_dim) + kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim)) + a.key_space + 256;
@@ -243,12 +461,10 @@ void row_statistics(const Attention& a, const Part& part, float* lse, float* del
     lse[r] = kInfinity, delta[r] = 0.0f;
     if (r >= rows || a.lse[first + r] == -kInfinity) continue;
     lse[r] = a.lse[first + r];
-    load_tile(space, ld, a.dout.at(part.batch, part.head, part.row_begin + r), a.dout.dtype, 0, a.dout.stride[3], 1,
-              a.v_dim);
-    load_tile(space + ld, ld, a.out.at(part.batch, part.head, part.row_begin + r), a.out.dtype, 0, a.out.stride[3], 1,
-              a.v_dim);
+    const Rows dout = rows_at(a.dout, part, part.row_begin + r, 1, a.v_dim, space);
+    const Rows out = rows_at(a.out, part, part.row_begin + r, 1, a.v_dim, space + ld);
     Vec product{};
-    for (int64_t e = 0; e < a.v_dim; e += kWidth) product += load(space + e) * load(space + ld + e);
+    for (int64_t e = 0; e < a.v_dim; e += kWidth) product += load(dout.data + e) * load(out.data + e);
     delta[r] = sum(product) - (a.dlse == nullptr ? 0.0f : a.dlse[first + r]);
   }
 }
@@ -305,7 +521,106 @@ void add_bias_gradient(const Attention& a, const Part& part, const KeyBlock& blo
   }
 }
 
+void few_backward(const Attention& a, const Part& part, float* state, float* space) {
+  const int64_t rows = part.row_end - part.row_begin;
+  const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
+  Carver carver{space};
+  float* q = carver.take(kFew * k_ld);
+  float* dout = carver.take(kFew * v_ld);
+  float* scores = carver.take(kFew * kFewRow);
+  float* dscores = carver.take(kFew * kFewRow);
+  float* bias = carver.take(kFew * kFewRow);
+  float* lse = carver.take(kPanel);
+  float* delta = carver.take(kPanel);
+  float* two_rows = carver.take(2 * v_ld);
+  float* dk = carver.take(kBlockKeys * (k_ld + v_ld));
+  float* dv = a.one_key_gradient ? dk : dk + kBlockKeys * k_ld;
+  float* key_space = carver.take(a.key_space);
+  load_tile(q, k_ld, a.q.at(part.batch, part.head, part.row_begin), a.q.dtype, a.q.stride[2], a.q.stride[3], rows,
+            a.qk_dim, a.scale);
+  load_tile(dout, v_ld, a.dout.at(part.batch, part.head, part.row_begin), a.dout.dtype, a.dout.stride[2],
+            a.dout.stride[3], rows, a.v_dim);
+  row_statistics(a, part, lse, delta, two_rows);
+  KeyBlock block;
+  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
+    block.end = smaller(block.begin + kBlockKeys, part.key_end);
+    if (find_visible(a, part.batch, block)) {
+      a.load_keys(a, part.batch, part.head, block, key_space);
+      dots(q, k_ld, rows, block.k, block.k_row, block.count, scores, kFewRow, a.qk_dim);
+      dots(dout, v_ld, rows, block.v, block.v_row, block.count, dscores, kFewRow, a.v_dim);
+      if (a.bias.data != nullptr) add_few_bias(a, part, block, scores, bias);
+      for (int64_t n = 0; n < rows; ++n) {
+        const DropoutRow r = dropout_row_of(a, part, part.row_begin + n);
+        for (int64_t i = n * kFewRow, key = 0; key < block.count; i += kWidth, key += kWidth) {
+          const Vec weight = exp(load(scores + i) - lse[n]);
+          Vec keep = splat(1.0f);
+          if (a.dropout) keep = drop(a, UintVec{} + r.low, UintVec{} + r.high, keys_of(block, key), keep);
+          store(scores + i, weight * keep);
+          store(dscores + i, weight * (load(dscores + i) * keep - delta[n]));
+        }
+      }
+      if (a.dq.data != nullptr)
+        gemm<false>({dscores, kFewRow, block.k, block.k_row, kPanel, state, k_ld, kPanel}, rows, a.qk_dim, block.count,
+                    true);
+      if (a.store_key_gradients && rows == 0) clear(dk, kBlockKeys * (k_ld + v_ld));
+      if (a.store_key_gradients) {
+        gemm<true>({scores, kFewRow, dout, v_ld, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim, rows, false);
+        gemm<true>({dscores, kFewRow, q, k_ld, kPanel, dk, k_ld, kPanel}, block.count, a.qk_dim, rows,
+                   a.one_key_gradient);
+      }
+    }
+    if (a.store_key_gradients) a.store_key_gradients(a, part.batch, part.head, block, key_space, dk, dv);
+  }
+}
+
+void backward_few_keys(const Attention& a, const Part& part, float* key_state, float* space) {
+  const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
+  const int64_t all_rows = panels(part.row_end - part.row_begin) * kPanel;
+  Carver carver{space};
+  float* k = carver.take(kFew * k_ld);
+  float* scores = carver.take(kFew * kChunkRow);
+  float* dscores = carver.take(kFew * kChunkRow);
+  float* lse = carver.take(all_rows);
+  float* delta = carver.take(all_rows);
+  float* two_rows = carver.take(2 * v_ld);
+  float* row_space = carver.take(kChunkRows * (k_ld + v_ld));
+  float* own_key_state = carver.take(kBlockKeys * (k_ld + v_ld));
+  float* key_space = carver.take(a.key_space);
+  float* dk = key_state == nullptr ? own_key_state : key_state;
+  float* dv = dk + kBlockKeys * k_ld;
+  KeyBlock block{part.key_begin, part.key_end};
+  if (find_visible(a, part.batch, block)) a.load_keys(a, part.batch, part.head, block, key_space);
+  scale_keys(a, block, k);
+  clear(dk, kFew * k_ld);
+  clear(dv, kFew * v_ld);
+  row_statistics(a, part, lse, delta, two_rows);
+  for (int64_t row = part.row_begin; row < part.row_end; row += kChunkRows) {
+    const int64_t rows = smaller(kChunkRows, part.row_end - row), first = row - part.row_begin;
+    const Rows q = rows_at(a.q, part, row, rows, a.qk_dim, row_space);
+    const Rows dout = rows_at(a.dout, part, row, rows, a.v_dim, row_space + kChunkRows * k_ld);
+    dots(k, k_ld, block.count, q.data, q.stride, rows, scores, kChunkRow, a.qk_dim);
+    dots(block.v, block.v_row, block.count, dout.data, dout.stride, rows, dscores, kChunkRow, a.v_dim);
+    for (int64_t i = 0; i < block.count; ++i)
+      for (int64_t r = i * kChunkRow, lane = first; lane < first + rows; r += kWidth, lane += kWidth) {
+        const Vec weight = exp(load(scores + r) - load(lse + lane));
+        store(scores + r, weight);
+        store(dscores + r, weight * (load(dscores + r) - load(delta + lane)) * a.scale);
+      }
+    if (a.store_key_gradients) {
+      gemm<false>({scores, kChunkRow, dout.data, dout.stride, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim, rows,
+                  true);
+      gemm<false>({dscores, kChunkRow, q.data, q.stride, kPanel, dk, k_ld, kPanel}, block.count, a.qk_dim, rows, true);
+    }
+    if (a.dq.data != nullptr)
+      store_product(a.dq, part, row, rows, a.qk_dim, dscores, block.k, block.k_row, block.count, row_space);
+  }
+  if (a.store_key_gradients && key_state == nullptr)
+    a.store_key_gradients(a, part.batch, part.head, block, key_space, dk, dv);
+}
+
 void backward(const Attention& a, const Part& part, float* state, float* key_state, float* space) {
+  if (few_queries_backward(a)) return few_backward(a, part, state, space);
+  if (few_keys(a)) return backward_few_keys(a, part, key_state, space);
   const int64_t rows = part.row_end - part.row_begin;
   const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
   const bool keep_chunks = rows <= kKeptRows && part.key_end - part.key_begin > kBlockKeys;
@@ -384,6 +699,14 @@ void add(float* to, const float* from, int64_t floats) {
 
 void finish_queries(const Attention& a, const Part& part, float* states, int64_t count, int64_t stride) {
   const int64_t rows = part.row_end - part.row_begin;
+  if (few_keys(a)) return;
+  if (few_queries_backward(a)) {
+    const int64_t ld = padded_row(a.qk_dim);
+    for (int64_t c = 1; c < count; ++c) add(states, states + c * stride, kFew * ld);
+    for (int64_t i = 0; i < kFew * ld; ++i) states[i] *= a.scale;
+    return store_tile(a.dq.at(part.batch, part.head, part.row_begin), a.dq.dtype, a.dq.stride[2], a.dq.stride[3],
+                      states, ld, rows, a.qk_dim);
+  }
   for (int64_t row = 0; row < rows; row += kPanel) {
     float* s = states + row * a.qk_dim;
     for (int64_t c = 1; c < count; ++c) add(s, s + c * stride, a.qk_dim * kPanel);
@@ -415,8 +738,7 @@ void finish_bias(char* to, DType dtype, float* copies, int64_t count, int64_t si
 // Points at the keys where they are good to read in place, else copies the visible ones.
 void load_matrix(const Attention& a, const Strided& source, int64_t columns, int64_t batch, int64_t head,
                  const KeyBlock& block, float* copy, const float** data, int64_t* row) {
-  const bool in_place = source.dtype == DType::kFloat32 && (source.stride[3] == 1 || columns == 1) && !a.masked();
-  if (in_place && a.queries <= 2 * kPanel) {
+  if (in_place(source, columns) && !a.masked() && a.queries <= 2 * kPanel) {
     *data = reinterpret_cast<const float*>(source.at(batch, head, block.begin));
     *row = source.stride[2];
     return;

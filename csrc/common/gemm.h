@@ -42,6 +42,9 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
   for (int64_t p = 0; p < depth; ++p) {
+    if constexpr (!kTransposed) {  // the first tile finds B in the second cache level
+      for (int j = 0; j < kVecs * kWidth; j += 16) __builtin_prefetch(b + 8 * b_row + j);
+    }
     Vec columns[kVecs];
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);

@@ -34,12 +34,6 @@ MMK_INLINE Vec load(const float* p) {
 
 MMK_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
-MMK_INLINE float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kWidth; ++i) total += v[i];
-  return total;
-}
-
 // e^x to about 1e-7 relative; 0 below -87.3 (where the result would be subnormal), inf above 88.7, NaN stays NaN.
 MMK_INLINE Vec exp(Vec x) {
   const Vec input = x;
@@ -148,6 +142,22 @@ MMK_INLINE Vec shuffle(Vec a, Vec b, IntVec from) {
 #endif
 }
 
+// Combines all lanes by halves: a chain of log2(kWidth) steps.
+template <int kStep = kWidth / 2, class F>
+MMK_INLINE float across(Vec v, F combine) {
+  IntVec from;
+  for (int j = 0; j < kWidth; ++j) from[j] = (j + kStep) % kWidth;
+  v = combine(v, shuffle(v, v, from));
+  if constexpr (kStep > 1) return across<kStep / 2>(v, combine);
+  return v[0];
+}
+
+MMK_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+MMK_INLINE float sum(Vec v) {
+  return across(v, [](Vec a, Vec b) { return a + b; });
+}
+MMK_INLINE float largest(Vec v) { return across(v, larger); }
+
 template <int kStep>
 MMK_INLINE void transpose_step(Vec (&rows)[kWidth]) {
   IntVec low, high;
@@ -166,5 +176,20 @@ MMK_INLINE void transpose_step(Vec (&rows)[kWidth]) {
 }
 
 MMK_INLINE void transpose(Vec (&rows)[kWidth]) { transpose_step<kWidth / 2>(rows); }
+
+// Lane j is the sum of rows[j].
+template <int kStep = kWidth / 2>
+MMK_INLINE Vec sums(Vec (&rows)[kWidth]) {
+  IntVec low, high;
+  for (int j = 0; j < kWidth; ++j) {
+    low[j] = j & kStep ? kWidth + j - kStep : j;
+    high[j] = j & kStep ? kWidth + j : j + kStep;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kStep; ++i)
+    rows[i] = shuffle(rows[i], rows[i + kStep], low) + shuffle(rows[i], rows[i + kStep], high);
+  if constexpr (kStep > 1) return sums<kStep / 2>(rows);
+  return rows[0];
+}
 
 }  // namespace mmk::MMK_ISA

@@ -26,9 +26,9 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-const LatentKernels& latent_kernels(int64_t queries) {
+const LatentKernels& latent_kernels() {
 #if defined(__x86_64__)
-  const Isa isa = isa_for(queries);
+  const Isa isa = chosen_isa();
   if (isa == Isa::kV4) return v4::latent_kernels;
   if (isa == Isa::kV3) return v3::latent_kernels;
 #endif
@@ -66,7 +66,7 @@ LatentAttention describe_input(ScalarType dtype, const Tensor& x, const Optional
   }
   a.qk_dim = a.v_dim = channels;
   a.scale = static_cast<float>(scale), a.eps = static_cast<float>(eps);
-  a.load_keys = latent_kernels(queries).load_keys;
+  a.load_keys = latent_kernels().load_keys;
   a.key_space = latent_key_space(channels);
   a.one_key_gradient = true;
   return a;
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
     a.dposition = strided(position_sums);
     a.add_dposition = a.summed_over_batch = sum_position;
   }
-  if ((wanted & 2) || wants_position) a.store_key_gradients = latent_kernels(a.queries).store_key_gradients;
+  if ((wanted & 2) || wants_position) a.store_key_gradients = latent_kernels().store_key_gradients;
   attention_backward(a);
   if (sum_position) torch::stable::copy_(dposition, position_sums);
   if (a.dq_shared && a.batch == 0) torch::stable::zero_(dq);
@@ -179,7 +179,7 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
   p.out = strided(out);
   if (out.numel() == 0) return out;
 
-  const LatentKernels& kernels = latent_kernels(a.queries);
+  const LatentKernels& kernels = latent_kernels();
   const int64_t wide = padded_row(p.channels), chunks = ceil_div(p.queries, kChunkRows);
   const int64_t threads = threads_for(2.0 * p.batch * a.queries * p.channels * (p.qk_dim + p.v_dim));
   const int64_t space_size = round_up(kernels.projection_space(p), 16);

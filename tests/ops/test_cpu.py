@@ -55,14 +55,17 @@ def check_latent(generator, *sizes, **options):
     return testing.check_op(latent_attention, testing.eager_latent_attention, tensors, wanted, "cpp", grad, num_heads=2)
 
 
-# Sizes around the edges of panels (4 to 32 queries), chunks of rows (128), blocks of keys (144) and tiles (4 to 12).
+# Sizes around the edges of panels (4 to 32 queries), chunks of rows (128), blocks of keys (144), tiles (4 to 12), and of
+# the forms for up to 8 queries or keys, copied (odd head dims) and in place.
 AWKWARD = [
     (1, 1, 1, 145, 1, 3),
     (1, 2, 33, 288, 17, 31),
     (1, 1, 129, 63, 40, 24),
     (2, 1, 97, 111, 33, 65),
     (3, 1, 3, 300, 64, 64),
+    (1, 1, 8, 20, 19, 5),
     (1, 2, 300, 5, 12, 16),
+    (2, 2, 131, 8, 64, 32),
 ]
 
 
@@ -71,15 +74,23 @@ def awkward_sizes():
     generator = torch.Generator().manual_seed(7)
     for sizes in AWKWARD:
         check_attention(generator, sizes)
-    bias = torch.randn(1, 2, 70, 150, generator=generator)
-    check_attention(generator, (2, 2, 70, 150, 16, 16), bias=bias)
+    mask = torch.rand(2, 150, generator=generator) < 0.7
+    for queries in (7, 70):
+        bias = torch.randn(1, 2, queries, 150, generator=generator)
+        check_attention(generator, (2, 2, queries, 150, 16, 16), bias=bias, key_mask=mask)
+        tensors = qkv(generator, 2, 2, queries, 150, 16, 16) | {"bias": bias}
+        testing.check_op(attention, testing.eager_attention, tensors, ("q", "k", "v"), "cpp", key_mask=mask)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_latent(generator, 2, 63, 200, 30, 19, dtype=dtype)
-    q, k, v = qkv(generator, 1, 2, 50, 150, 16, 16).values()
-    seed = torch.tensor([11])
-    ours = attention(q, k, v, dropout_p=0.3, dropout_seed=seed, backend="cpp")
-    exact = attention(q, k, v, dropout_p=0.3, dropout_seed=seed, backend="reference")
-    assert testing.max_error(ours, exact) < 1e-5  # one element kept or dropped wrongly is worth 1e-3
+    for queries in (5, 50):
+        tensors, seed = qkv(generator, 1, 2, queries, 150, 16, 16), torch.tensor([11])
+        grad = torch.randn(1, 2, queries, 16, generator=generator)
+        ours, exact = (
+            testing.run(attention, tensors, ("q", "k", "v"), grad, dropout_p=0.3, dropout_seed=seed, backend=backend)
+            for backend in ("cpp", "reference")
+        )
+        for a, b in zip((ours.output, *ours.gradients.values()), (exact.output, *exact.gradients.values()), strict=True):
+            assert testing.max_error(a, b) < 1e-5  # one element kept or dropped wrongly is worth 1e-3
 
 
 @pytest.mark.parametrize("isa", ["base", "v3", "v4"])
