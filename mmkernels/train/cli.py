@@ -121,13 +121,19 @@ def _train(arguments, load_data):
     import torch
 
     from .. import models
+    from ..models import InputError
     from . import classification, compare, loop
 
     started = time.perf_counter()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = device_of(arguments)
-    image_size = arguments.image_size or models.load(arguments.config, device="meta").config.input_shape[0]
+    config = models.load(arguments.config, device="meta").config
+    if not isinstance(config, models.perceiver.PerceiverConfig):
+        raise InputError(
+            f"--config is {arguments.config!r}, which is no Perceiver; allowed are {', '.join(models.perceiver.CONFIGS)}"
+        )
+    image_size = arguments.image_size or config.input_shape[0]
     training, held_out, preprocessing, classes = load_data(arguments, image_size)
     torch.manual_seed(arguments.seed)
     model = models.load(

@@ -59,6 +59,7 @@ def test_tag_and_contents(wheel):
     assert re.fullmatch(r"mmkernels-[\d.]+-py3-none-(linux|macosx)_\w+\.whl", wheel.name)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"mmkernels/_C_cpu.so", "mmkernels/_build.json", "mmkernels/ops/latent/api.py"} <= names
+    assert {f"mmkernels/train/data/spoken_digits/{name}" for name in ("speakers.csv", "ian/3.wav")} <= names
     assert not any(name.startswith(("csrc", "tests", "bench", "mmkernels/_C_emulator")) for name in names)
 
 

@@ -150,6 +150,7 @@ def test_bad_flags(tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
     check("known are mbt-base", "--config", "perceiver-digit")
+    check("which is no Perceiver; allowed are perceiver-imagenet", "--config", "mbt-digits")
     check("multiple of num_heads", "--latent-dim", "30", "--heads", "4")
     check("backend is 'gpu'", "--backend", "gpu")
     check("--device is 'tpu'", "--device", "tpu")
