@@ -379,8 +379,22 @@ WRONG = {
     ),
     "bias rank": (dict(bias=torch.zeros(5, 7)), ValueError, r"bias has shape \(5, 7\)"),
     "bias dtype": (dict(bias=torch.zeros(1, 1, 5, 7).double()), TypeError, "bias has dtype torch.float64"),
-    "dropout": (dict(dropout_p=1.0), ValueError, r"dropout_p is 1.0; it must be in \[0, 1\)"),
-    "seed": (dict(dropout_p=0.5, dropout_seed=3), TypeError, "dropout_seed is 3; it must be an int64 tensor"),
+    "no channels": (dict(q=torch.zeros(2, 2, 5, 0), k=torch.zeros(2, 2, 7, 0)), ValueError, "its head dim must be 1 or more"),
+    "sparse": (
+        dict(k=torch.zeros(2, 2, 7, 8).to_sparse()),
+        TypeError,
+        "k is a torch.sparse_coo tensor; it must be a dense one",
+    ),
+    "sparse bias": (dict(bias=torch.zeros(2, 2, 5, 7).to_sparse()), TypeError, "bias is a torch.sparse_coo tensor"),
+    "scale nan": (dict(scale=float("nan")), ValueError, "scale is nan; it must be a finite number"),
+    "scale infinite": (dict(scale=float("-inf")), ValueError, "scale is -inf"),
+    "scale text": (dict(scale="1"), TypeError, "scale is '1'; it must be a finite number"),
+    "scale tensor": (dict(scale=torch.tensor(1.0)), TypeError, "scale is a Tensor; it must be a finite number"),
+    "dropout": (dict(dropout_p=1.0), ValueError, r"dropout_p is 1.0; it must be a number in \[0, 1\)"),
+    "dropout nan": (dict(dropout_p=float("nan")), ValueError, "dropout_p is nan"),
+    "dropout none": (dict(dropout_p=None), TypeError, "dropout_p is None; it must be a number"),
+    "seed": (dict(dropout_p=0.5, dropout_seed=3), TypeError, "dropout_seed is a int; it must be a tensor"),
+    "seeds": (dict(dropout_seed=torch.zeros(2, dtype=torch.int64)), ValueError, "dropout_seed has shape .* of one element"),
     "backend": (dict(backend="cudnn"), ValueError, "backend is 'cudnn'; allowed are 'auto', 'cuda'"),
     "device": (dict(k=torch.zeros(2, 2, 7, 8, device="meta")), ValueError, "k is on meta; it must be on q's device, cpu"),
 }
@@ -393,6 +407,22 @@ def test_wrong_arguments(case):
     for call in (attention, lambda **kw: mmkernels.explain("attention", **kw)):
         with pytest.raises(error, match=message):
             call(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("backend_name", ["auto", "reference"])
+def test_the_seed_may_have_any_shape_of_one_element(backend_name, generator):
+    tensors = make(generator, (1, 2, 5, 7), (8, 8))
+    seed = torch.tensor([[3]])
+    options = dict(dropout_p=0.5, backend=backend_name)
+    shaped = [attention(**tensors, dropout_seed=s, **options) for s in (seed, seed[0], seed[0, 0])]
+    assert torch.equal(shaped[0], shaped[1]) and torch.equal(shaped[0], shaped[2])
+
+
+def test_the_reference_without_keys_has_zero_gradients(generator):
+    tensors = {n: t.requires_grad_() for n, t in make(generator, (2, 2, 3, 0), (8, 4)).items()}
+    out, lse = attention(**tensors, return_lse=True, backend="reference")
+    assert out.shape == (2, 2, 3, 4) and not out.any() and lse.isneginf().all()
+    assert not torch.autograd.grad(out.sum(), tensors["q"])[0].any()
 
 
 def test_a_named_backend_raises_with_every_reason():

@@ -6,6 +6,7 @@ import torch
 
 from ... import _backends
 from .._shared import dropout
+from .._shared.arguments import check_dense, check_key_mask, check_number, check_tensor
 from . import autograd, reference
 
 MAX_HEAD_DIM = 1024
@@ -58,9 +59,8 @@ def attention(
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
-    q, k, v, bias, scale = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
+    q, k, v, bias, scale, dropout_p, seed = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
     name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
-    seed = dropout_seed
     if dropout_p > 0.0 and seed is None:
         seed = dropout.draw_seed(q.device)
     if name == "sdpa":
@@ -89,7 +89,7 @@ def explain_attention(
     backend="auto",
 ):
     """The `explain` of `attention`."""
-    q, k, v, bias, scale = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
+    q, k, v, bias, scale, dropout_p, _ = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
     name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
     problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], dropout_p > 0.0)
     reasons = {n: _refusals(n, problem, key_mask, bias, return_lse) for n in _backends.NAMES}
@@ -142,16 +142,9 @@ def _refusals(name, problem, key_mask, bias, return_lse):
 
 
 def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
-    """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, scale)."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have 4 dimensions (B, H, length, head dim)")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on q's device, {q.device}")
+    """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, scale, dropout_p, dropout_seed)."""
+    for name, tensor, dimensions in (("q", q, "BHND"), ("k", k, "BHMD"), ("v", v, "BHME")):
+        check_tensor(name, tensor, tuple(dimensions), "q", getattr(q, "device", None))
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -160,6 +153,8 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
             raise TypeError(f"{name} has dtype {tensor.dtype}; it must be q's, {q.dtype}")
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
+    if head_dim == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}; its head dim must be 1 or more")
     if k.shape[0] != batch or k.shape[1] != heads or k.shape[3] != head_dim:
         raise ValueError(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be ({batch}, {heads}, M, {head_dim})")
     if v.shape[0] != batch or v.shape[1] != heads or v.shape[2] != keys:
@@ -167,8 +162,7 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
     if key_mask is not None:
         check_key_mask(key_mask, batch, keys, q.device)
     if bias is not None:
-        if not isinstance(bias, torch.Tensor):
-            raise TypeError(f"bias is a {type(bias).__name__}; it must be a tensor or None")
+        check_dense("bias", bias)
         if bias.dtype != q.dtype and bias.dtype != torch.float32:
             raise TypeError(f"bias has dtype {bias.dtype}; it must be q's, {q.dtype}, or torch.float32")
         if bias.device != q.device:
@@ -176,22 +170,14 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
         full = (batch, heads, queries, keys)
         if bias.dim() != 4 or any(b != 1 and b != f for b, f in zip(bias.shape, full, strict=True)):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {full} with any of them 1")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
+    dropout_p = check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
+    scale = head_dim**-0.5 if scale is None else check_number("scale", scale)
     if dropout_seed is not None:
-        if not isinstance(dropout_seed, torch.Tensor) or dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
-            raise TypeError(f"dropout_seed is {dropout_seed!r}; it must be an int64 tensor of one element, or None")
+        check_dense("dropout_seed", dropout_seed)
+        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+            what = f"has shape {tuple(dropout_seed.shape)} and dtype {dropout_seed.dtype}"
+            raise ValueError(f"dropout_seed {what}; it must be an int64 tensor of one element, or None")
         if dropout_seed.device != q.device:
             raise ValueError(f"dropout_seed is on {dropout_seed.device}; it must be on q's device, {q.device}")
-    return q, k, v, bias, head_dim**-0.5 if scale is None else float(scale)
-
-
-def check_key_mask(key_mask, batch, keys, device, name="key_mask"):
-    """Raises unless `key_mask` is a bool tensor (batch, keys) on `device`; `name` is what the user calls it."""
-    if not isinstance(key_mask, torch.Tensor) or key_mask.dtype != torch.bool:
-        kind = key_mask.dtype if isinstance(key_mask, torch.Tensor) else type(key_mask).__name__
-        raise TypeError(f"{name} is a {kind}; it must be a bool tensor, True where a key may be attended, or None")
-    if key_mask.dim() != 2 or key_mask.shape[0] != batch or key_mask.shape[1] != keys:
-        raise ValueError(f"{name} has shape {tuple(key_mask.shape)}; it must be (B, M) = ({batch}, {keys})")
-    if key_mask.device != device:
-        raise ValueError(f"{name} is on {key_mask.device}; it must be on {device}")
+        dropout_seed = dropout_seed.reshape(1)
+    return q, k, v, bias, scale, dropout_p, dropout_seed

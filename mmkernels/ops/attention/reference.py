@@ -26,10 +26,8 @@ def attention(q, k, v, key_mask=None, bias=None, scale=1.0, keep=None, dropout_p
         scores = scores + bias.to(dtype)
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
-    if scores.shape[-1] == 0:
-        lse = scores.new_full(scores.shape[:-1], float("-inf"))
-        return q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=out_dtype), lse
-    top = scores.detach().amax(-1, keepdim=True)
+    detached = scores.detach()
+    top = detached.amax(-1, keepdim=True) if scores.shape[-1] else detached.new_full((*scores.shape[:-1], 1), float("-inf"))
     weights = (scores - top.masked_fill(top == float("-inf"), 0.0)).exp()
     total = weights.sum(-1, keepdim=True)
     empty = total == 0

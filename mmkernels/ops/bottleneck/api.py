@@ -3,8 +3,9 @@
 import torch
 
 from ... import _backends
+from .._shared.arguments import check_dense, check_key_mask, check_number
 from ..attention import attention
-from ..attention.api import MAX_HEAD_DIM, check_key_mask
+from ..attention.api import MAX_HEAD_DIM
 from . import reference
 
 MAX_MODALITIES = 8
@@ -102,8 +103,7 @@ def _check(tokens_qkv, bottleneck_qkv, key_masks, scale, query_rows):
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(f"{name} is a {type(tensors).__name__}; it must be a list of tensors, one for every modality")
         for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}; it must be a tensor")
+            check_dense(f"{name}[{i}]", tensor)
             if not tensor.is_floating_point():
                 raise TypeError(f"{name}[{i}] has dtype {tensor.dtype}; it must be a floating-point tensor")
             if tensor.dim() != 5 or tensor.shape[2] != 3:
@@ -148,4 +148,7 @@ def _check(tokens_qkv, bottleneck_qkv, key_masks, scale, query_rows):
         for i, tokens in enumerate(tokens_qkv):
             if tokens.shape[1] == 0:
                 raise ValueError(f"tokens_qkv[{i}] has no tokens; query_rows='cls' needs the row of a CLS token")
-    return list(tokens_qkv), list(bottleneck_qkv), list(masks), head_dim**-0.5 if scale is None else float(scale)
+    if head_dim == 0:
+        raise ValueError(f"tokens_qkv[0] has shape {tuple(first.shape)}; its head dim must be 1 or more")
+    scale = head_dim**-0.5 if scale is None else check_number("scale", scale)
+    return list(tokens_qkv), list(bottleneck_qkv), list(masks), scale

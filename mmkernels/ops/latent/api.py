@@ -3,9 +3,9 @@
 import torch
 
 from ... import _backends
+from .._shared.arguments import check_key_mask, check_number, check_tensor
 from .._shared.masks import zero_without_keys
 from ..attention import attention
-from ..attention.api import check_key_mask
 from . import autograd, plan, reference
 
 MAX_CHANNELS = 1024
@@ -42,7 +42,7 @@ def latent_attention(
         w_v: value projection (H * E, C).
         num_heads: H; head h owns the channels h*D to (h+1)*D.
         norm_weight, norm_bias: affine part of the LayerNorm over C channels, (C,), of x's dtype or float32, or None.
-        eps: of the LayerNorm; None leaves out the normalisation.
+        eps: of the LayerNorm, positive; None leaves out the normalisation.
         b_k: accepted for completeness: it adds the same number to all scores of a row, so neither the result nor any
             gradient depends on it. Its gradient is zero.
         b_v: value bias (H * E,).
@@ -121,9 +121,9 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
     long way, which runs it or says what is wrong.
     """
     try:
-        if type(x) is not torch.Tensor or torch.is_autocast_enabled("cpu"):
+        if type(x) is not torch.Tensor or num_heads is True or torch.is_autocast_enabled("cpu"):
             return None
-        if b_k is not None and (b_k.shape != w_k.shape[:1] or b_k.dtype != x.dtype):
+        if b_k is not None and (b_k.shape != w_k.shape[:1] or b_k.dtype != x.dtype or b_k.layout != x.layout):
             return None  # it has no part in the result, and yet it must be right
         grad = torch.is_grad_enabled()
         for tensor in (q, x, w_k, w_v, norm_weight, norm_bias, b_k, b_v, position, key_mask):
@@ -131,12 +131,13 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
                 return None  # a tensor on "meta" among the others would take the call there
         if eps is None and norm_weight is None and norm_bias is None:
             eps = -1.0
-        elif eps is None or not eps >= 0.0:
+        elif eps is None:
             return None
+        else:
+            eps = _check_eps(eps)
         if _choose(x, backend) != "cpp" or not plan.absorbed(_plan(q, x, w_k, w_v, num_heads)):
             return None
-        if scale is None:
-            scale = (w_k.shape[0] // num_heads) ** -0.5
+        scale = (w_k.shape[0] // num_heads) ** -0.5 if scale is None else check_number("scale", scale)
         return torch.ops.mmkernels.latent_attention.default(
             q, x, w_k, w_v, norm_weight, norm_bias, b_v, position, key_mask, num_heads, scale, eps
         )
@@ -230,19 +231,19 @@ def _refusals(name, x):
 
 def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
     """Validates, applies autocast, resolves scale and eps (None becomes -1)."""
-    named = (("x", x, 3), ("q", q, 3), ("w_k", w_k, 2), ("w_v", w_v, 2), ("b_k", b_k, 1), ("b_v", b_v, 1))
-    named += (("position", position, 2), ("norm_weight", norm_weight, 1), ("norm_bias", norm_bias, 1))
-    for name, tensor, rank in named:
-        if tensor is None and rank < 3 and name not in ("w_k", "w_v"):
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
-        if tensor.dim() != rank:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have {rank} dimensions")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
+    for name, tensor, dimensions, optional in (
+        ("x", x, ("B", "M", "Cx"), False),
+        ("q", q, ("B", "N", "H * D"), False),
+        ("w_k", w_k, ("H * D", "C"), False),
+        ("w_v", w_v, ("H * E", "C"), False),
+        ("b_k", b_k, ("H * D",), True),
+        ("b_v", b_v, ("H * E",), True),
+        ("position", position, ("M", "Cp"), True),
+        ("norm_weight", norm_weight, ("C",), True),
+        ("norm_bias", norm_bias, ("C",), True),
+    ):
+        if tensor is not None or not optional:
+            check_tensor(name, tensor, dimensions, "x", getattr(x, "device", None))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         q, x, w_k, w_v, b_k, b_v, position = (None if t is None else t.to(dtype) for t in (q, x, w_k, w_v, b_k, b_v, position))
@@ -256,7 +257,9 @@ def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, pos
     channels = content + (0 if position is None else position.shape[1])
     if position is not None and position.shape[0] != keys:
         raise ValueError(f"position has shape {tuple(position.shape)}; with x {tuple(x.shape)} it must be ({keys}, Cp)")
-    if not isinstance(num_heads, int) or num_heads < 1:
+    if channels == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; with position there must be one channel or more")
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads is {num_heads!r}; it must be a positive integer")
     if w_k.shape[1] != channels or w_k.shape[0] % num_heads or w_k.shape[0] == 0:
         raise ValueError(
@@ -282,8 +285,12 @@ def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, pos
         if norm_weight is not None or norm_bias is not None:
             raise ValueError("eps is None, which leaves out the LayerNorm; norm_weight and norm_bias must then be None too")
         eps = -1.0
-    elif not eps >= 0.0:
-        raise ValueError(f"eps is {eps}; it must be zero or positive, or None for no LayerNorm")
-    if scale is None:
-        scale = (w_k.shape[0] // num_heads) ** -0.5
-    return q, x, w_k, w_v, b_k, b_v, position, float(scale), float(eps)
+    else:
+        eps = _check_eps(eps)
+    scale = (w_k.shape[0] // num_heads) ** -0.5 if scale is None else check_number("scale", scale)
+    return q, x, w_k, w_v, b_k, b_v, position, scale, eps
+
+
+def _check_eps(eps):
+    # Zero would make NaN of the rows behind a mask, which are zeroed.
+    return check_number("eps", eps, "a positive number, or None for no LayerNorm", lambda eps: eps > 0.0)

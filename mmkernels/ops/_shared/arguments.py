@@ -1,0 +1,51 @@
+"""Checks of arguments that families share; their errors name the argument, what it was and what is allowed."""
+
+import torch
+
+
+def check_tensor(name: str, tensor, dimensions: tuple, other: str, device: torch.device) -> None:
+    """Raises unless `tensor` is dense, of a float dtype, of the given named dimensions, and on `device`, that of `other`."""
+    check_dense(name, tensor)
+    if tensor.dim() != len(dimensions):
+        layout = f"({', '.join(dimensions)}{',' if len(dimensions) == 1 else ''})"
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must have {len(dimensions)} dimension"
+            f"{'s' if len(dimensions) > 1 else ''} {layout}"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on {other}'s device, {device}")
+
+
+def check_dense(name: str, tensor) -> None:
+    """Raises TypeError for what is no tensor with strides."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} is a {kind} tensor; it must be a dense one (torch.strided)")
+
+
+def check_key_mask(key_mask, batch: int, keys: int, device: torch.device, name: str = "key_mask") -> None:
+    """Raises unless `key_mask` is a bool tensor (batch, keys) on `device`; `name` is what the user calls it."""
+    check_dense(name, key_mask)
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"{name} is a {key_mask.dtype}; it must be a bool tensor, True where a key may be attended")
+    if key_mask.dim() != 2 or key_mask.shape[0] != batch or key_mask.shape[1] != keys:
+        raise ValueError(f"{name} has shape {tuple(key_mask.shape)}; it must be (B, M) = ({batch}, {keys})")
+    if key_mask.device != device:
+        raise ValueError(f"{name} is on {key_mask.device}; it must be on {device}")
+
+
+def check_number(name: str, value, allowed: str = "a finite number", holds=lambda value: True) -> float:
+    """`value` as a float; raises unless it is a finite number that `holds`. A tensor is none: its gradient would be lost."""
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {_shown(value)}; it must be {allowed}")
+    if not (float("-inf") < value < float("inf") and holds(value)):
+        raise ValueError(f"{name} is {value}; it must be {allowed}")
+    return float(value)
+
+
+def _shown(value) -> str:
+    return repr(value) if isinstance(value, (str, type(None))) else f"a {type(value).__name__}"
