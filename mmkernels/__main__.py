@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def main(arguments: list | None = None) -> int:
         if name is None:
             parser.print_help()
             return 0
-        return parsed.run(parsed) or 0
+        status = parsed.run(parsed) or 0
+        sys.stdout.flush()
+        return status
     except CommandError as error:
         message = str(error)
     except ImportError as error:
@@ -58,6 +61,12 @@ def main(arguments: list | None = None) -> int:
         if package in ("mmkernels", "bench"):
             raise
         message = f"it needs {package}, which is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered must go somewhere at exit
+        return 1
     print(f"python -m mmkernels {name}: {message}", file=sys.stderr)
     return 1
 

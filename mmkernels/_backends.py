@@ -26,20 +26,21 @@ class BackendError(RuntimeError):
 class use_backend:
     """Context manager: ops called with `backend="auto"` in this thread use `name` and raise where it cannot run.
 
-    Raises ValueError for an unknown name.
+    One instance may be entered again, also while it is entered. Raises ValueError for an unknown name.
     """
 
     def __init__(self, name: str):
         check_name(name)
         self.name = name
+        self.previous = []
 
     def __enter__(self):
-        self.previous = getattr(_local, "backend", "auto")
+        self.previous.append(getattr(_local, "backend", "auto"))
         _local.backend = self.name
         return self
 
     def __exit__(self, *_):
-        _local.backend = self.previous
+        _local.backend = self.previous.pop()
 
 
 def check_name(name: str) -> None:

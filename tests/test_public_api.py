@@ -1,8 +1,10 @@
 """The public names and their signatures. They may grow; what is here does not change."""
 
 import inspect
+import threading
 
 import pytest
+import torch
 
 import mmkernels
 from mmkernels import models, modules, ops
@@ -95,3 +97,35 @@ def test_unknown_names():
         mmkernels.explain("softmax")
     with pytest.raises(ValueError, match="backend is 'magic'; allowed are 'auto', 'cuda'"):
         mmkernels.use_backend("magic")
+
+
+def test_use_backend_nests_and_lets_go():
+    q = torch.zeros(1, 1, 3, 8)
+
+    def current():
+        return mmkernels.explain("attention", q, q, q).backend
+
+    outside, again = current(), mmkernels.use_backend("reference")
+    with again, mmkernels.use_backend("sdpa"):
+        with again:
+            assert current() == "reference"
+        assert current() == "sdpa"
+        with mmkernels.use_backend("auto"):
+            assert current() == outside
+        found = []
+        thread = threading.Thread(target=lambda: found.append(current()))
+        thread.start()
+        thread.join()
+        assert found == [outside]  # of this thread alone
+    with pytest.raises(KeyError), again:
+        raise KeyError
+    assert current() == outside
+
+
+def test_shapes_without_numbers():
+    """Ops and explanations work on the "meta" device, where torch has no autocast to ask for."""
+    q = torch.zeros(1, 2, 3, 8, device="meta")
+    assert mmkernels.ops.attention(q, q, q).shape == (1, 2, 3, 8)
+    x, w = torch.zeros(1, 5, 8, device="meta"), torch.zeros(4, 8, device="meta")
+    assert mmkernels.ops.latent_attention(x[..., :4], x, w, w).shape == (1, 5, 4)
+    assert mmkernels.explain("latent_attention", x[..., :4], x, w, w).backend == "reference"

@@ -10,9 +10,22 @@ from .registry import InputError, require
 ATTENTION = "MultiHeadDotProductAttention"
 
 
+def check_mappings(config, state_dict) -> None:
+    """Raises TypeError unless both are dictionaries and the second one maps names to tensors."""
+    for name, value in (("config", config), ("state_dict", state_dict)):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a dictionary")
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"state_dict has {name!r}: a {type(tensor).__name__}; it must map names to tensors")
+
+
 def haiku_linear(state: dict, source: str, target: str) -> dict:
     """`source`/w (in, out) and `source`/b -> `target`.weight (out, in) and `target`.bias."""
-    return {f"{target}.weight": _take(state, f"{source}/w").T, f"{target}.bias": _take(state, f"{source}/b")}
+    weight = _take(state, f"{source}/w")
+    if weight.dim() != 2:
+        raise ValueError(f"state_dict has {source + '/w'!r} of shape {tuple(weight.shape)}; it must be (in, out)")
+    return {f"{target}.weight": weight.T, f"{target}.bias": _take(state, f"{source}/b")}
 
 
 def haiku_norm(state: dict, source: str, target: str) -> dict:
@@ -28,8 +41,8 @@ def array(state: dict, name: str) -> torch.Tensor:
 def common_dtype(state: dict) -> torch.dtype:
     """The one dtype of all tensors; raises ValueError where there are several."""
     dtypes = {tensor.dtype for tensor in state.values()}
-    if len(dtypes) != 1:
-        raise ValueError(f"state_dict has tensors of {sorted(map(str, dtypes))}; all must have one dtype")
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+        raise ValueError(f"state_dict has tensors of {sorted(map(str, dtypes))}; all must have one floating-point dtype")
     return dtypes.pop()
 
 

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 from ..modules import FourierPositions, LatentCrossAttention, LatentSelfAttention
+from ..modules.backend import check_backend
+from ..modules.positions import check_grid, position_channels
+from ..ops._shared.arguments import check_number
 from . import official
 from .registry import load_weights, save_pretrained
 
@@ -47,15 +50,37 @@ class PerceiverConfig:
 
     def __post_init__(self):
         for name in ("input_shape", "max_resolution"):
-            value = getattr(self, name)
-            if value is not None:
+            if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))  # JSON has lists only
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is None and name == "num_blocks":
+            if value is None and name in _OPTIONAL:
                 continue
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of {least} or more")
+        check_grid(self.input_shape, self.num_bands, self.max_resolution, "input_shape")
+        for heads, *channels in (
+            ("cross_heads", "cross_qk_channels", "cross_v_channels"),
+            ("self_heads", "self_qk_channels", "self_v_channels"),
+        ):
+            for name in channels:
+                value = getattr(self, name)
+                if value is not None and value % getattr(self, heads):
+                    raise ValueError(f"{name} is {value}; it must be a multiple of {heads}, {getattr(self, heads)}")
+        if self.self_qk_channels is None and self.latent_channels % self.self_heads:
+            raise ValueError(
+                f"latent_channels is {self.latent_channels}; it must be a multiple of self_heads, {self.self_heads}"
+            )
+        channels = self.input_channels + position_channels(self.input_shape, self.num_bands)
+        if self.cross_qk_channels is None and channels % self.cross_heads:
+            raise ValueError(
+                f"cross_heads is {self.cross_heads}; it must divide the {channels} channels of input and positions, unless "
+                "cross_qk_channels says otherwise"
+            )
+        check_number("eps", self.eps, "a positive number", lambda eps: eps > 0.0)
+        if not isinstance(self.share_blocks, bool):
+            raise ValueError(f"share_blocks is {self.share_blocks!r}; it must be true or false")
+        check_backend(self.backend)
         if self.block_count % self.num_cross_attends:
             raise ValueError(
                 f"num_blocks is {self.num_blocks}; it must be a multiple of num_cross_attends, {self.num_cross_attends}"
@@ -76,10 +101,17 @@ _LEAST = {
     "num_cross_attends": 1,
     "num_blocks": 1,
     "layers_per_block": 0,
+    "cross_heads": 1,
+    "self_heads": 1,
+    "cross_qk_channels": 1,
+    "cross_v_channels": 1,
+    "self_qk_channels": 1,
+    "self_v_channels": 1,
     "cross_widening": 1,
     "self_widening": 1,
     "num_bands": 0,
 }
+_OPTIONAL = ("num_blocks", "cross_qk_channels", "cross_v_channels", "self_qk_channels", "self_v_channels")
 
 CONFIGS = {
     "perceiver-imagenet": PerceiverConfig(),
@@ -209,6 +241,8 @@ class Perceiver(nn.Module):
         """(B, *input_shape, input_channels) -> (B, num_classes); `key_mask` bool (B, M), True for elements that count."""
         config = self.config
         size, channels = math.prod(config.input_shape), config.input_channels
+        if not isinstance(inputs, torch.Tensor):
+            raise TypeError(f"inputs is a {type(inputs).__name__}; it must be a tensor")
         if inputs.shape[1:] not in ((*config.input_shape, channels), (size, channels)):
             grid = ", ".join(map(str, config.input_shape))
             raise ValueError(
@@ -252,9 +286,15 @@ def read_official(config: dict, state_dict: dict) -> tuple:
 
     Raises ValueError for missing, unknown or misshapen entries.
     """
+    official.check_mappings(config, state_dict)
     for name in ("num_cross_attends", "layers_per_block", "self_heads", "num_bands", "max_resolution"):
         if name not in config:
             raise ValueError(f"config has no {name!r}; it has {', '.join(config)}")
+    for name in ("num_cross_attends", "num_blocks", "layers_per_block", "num_bands"):
+        if name in config and (not isinstance(config[name], int) or isinstance(config[name], bool)):
+            raise ValueError(f"config has {name} {config[name]!r}; it must be an integer")
+    if not isinstance(config["max_resolution"], (list, tuple)):
+        raise ValueError(f"config has max_resolution {config['max_resolution']!r}; it must be a list, one number per axis")
     crosses, layers = _numbered(state_dict, "cross_"), _numbered(state_dict, "latent_")
     attends, per_block = config["num_cross_attends"], config["layers_per_block"]
     num_blocks = config.get("num_blocks", attends)
@@ -270,7 +310,10 @@ def read_official(config: dict, state_dict: dict) -> tuple:
     def size(name, axis):
         if name not in state_dict:
             raise ValueError(f"state_dict has no {name!r}")
-        return state_dict[name].shape[axis]
+        shape = state_dict[name].shape
+        if len(shape) <= axis:
+            raise ValueError(f"state_dict has {name!r} of shape {tuple(shape)}; it must have {axis + 1} dimensions or more")
+        return shape[axis]
 
     cross, resolution = crosses[0], tuple(config["max_resolution"])
     channels = size("latents/pos_embs", 1)
@@ -282,7 +325,7 @@ def read_official(config: dict, state_dict: dict) -> tuple:
             "self_widening": size(f"{layers[0]}/mlp/linear/w", 1) // channels,
         }
     sizes = PerceiverConfig(
-        input_shape=tuple(config.get("index_shape", resolution)),
+        input_shape=config.get("index_shape", resolution),
         input_channels=size(f"{cross}/layer_norm_1/scale", 0) - len(resolution) * (2 * config["num_bands"] + 1),
         num_classes=size("projection/~/logits/b", 0),
         num_latents=size("latents/pos_embs", 0),

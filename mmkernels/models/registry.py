@@ -27,6 +27,20 @@ def require(module: str, extra: str):
         ) from error
 
 
+def check_device(name: str, device) -> None:
+    """Raises InputError unless tensors can be made on `device`."""
+    try:
+        torch.empty(0, device=device)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{name} is {device!r}, which cannot be used here: {reason}; allowed are cpu and cuda") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for GPUs only: on a CPU it raises RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def names() -> list:
     """Every name that `load` knows."""
     return sorted(name for system in SYSTEMS for name in _system(system).CONFIGS)
@@ -42,6 +56,11 @@ def load(name_or_path, *, device=None, dtype=None, **overrides) -> torch.nn.Modu
 
     Raises InputError for an unknown name, a wrong field or value, a file that is missing, truncated or foreign.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InputError(f"name_or_path is a {type(name_or_path).__name__}; it must be the name of a config or a folder")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype is {dtype!r}; it must be a floating-point torch.dtype, or None")
+    check_device("device", device)
     path = Path(name_or_path)
     if (path / "config.json").is_file():
         return _load_folder(path, device, dtype, overrides)
@@ -139,9 +158,14 @@ def _build(system, fields, source, device, dtype):
     if unknown:
         raise InputError(f"{source}: unknown field {unknown[0]!r}; allowed are {', '.join(known)}")
     try:
-        return system.MODEL(system.CONFIG(**fields), device=device, dtype=dtype)
+        config = system.CONFIG(**fields)
+        return system.MODEL(config, device=device, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise InputError(f"{source}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"{source}: a model of these sizes does not fit into memory: {config}") from error
 
 
 def _system(name):

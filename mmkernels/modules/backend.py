@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .._backends import NAMES
+from ..ops._shared.arguments import check_key_mask
 
 BACKENDS = ("auto", *NAMES, "eager")
 
@@ -44,6 +45,8 @@ def split_heads(tensor, num_heads):
 
 def eager_attention(q, k, v, num_heads, key_mask):
     """SDPA of (B, N, H D), (B, M, H D), (B, M, H E) -> (B, N, H E); `key_mask` bool (B, M) or None."""
+    if key_mask is not None:
+        check_key_mask(key_mask, k.shape[0], k.shape[1], k.device)
     q, k, v = (split_heads(t, num_heads) for t in (q, k, v))
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops._shared.arguments import autocast_dtype, check_number
 from .backend import WithBackend, eager_attention, split_heads
 
 
@@ -54,6 +55,7 @@ class LatentCrossAttention(WithBackend):
         output_channels = query_channels if output_channels is None else output_channels
         _check_sizes(
             num_heads,
+            eps,
             query_channels=query_channels,
             input_channels=input_channels,
             output_channels=output_channels,
@@ -81,6 +83,7 @@ class LatentCrossAttention(WithBackend):
         Returns:
             (B, N, output_channels).
         """
+        self._check(latents, inputs, position)
         q = self.query(self.query_norm(latents))
         if self.backend == "eager":
             return self.output(self._eager(q, inputs, position, key_mask))
@@ -100,6 +103,24 @@ class LatentCrossAttention(WithBackend):
             backend=self.backend,
         )
         return self.output(out)
+
+    def _check(self, latents, inputs, position):
+        _check_tokens("latents", latents, "N", self.query.in_features, self.query.weight)
+        channels = self.key.in_features
+        if position is not None:
+            if not isinstance(position, torch.Tensor) or position.dim() != 2:
+                what = f"has shape {tuple(position.shape)}" if isinstance(position, torch.Tensor) else f"is {position!r}"
+                raise ValueError(f"position {what}; it must be a tensor (M, Cp) or None")
+            channels -= position.shape[1]
+        _check_tokens("inputs", inputs, "M", channels, self.key.weight)
+        if position is not None and position.shape[0] != inputs.shape[1]:
+            raise ValueError(
+                f"position has shape {tuple(position.shape)}; with inputs {tuple(inputs.shape)} it must have M rows"
+            )
+        if latents.shape[0] != 1 and latents.shape[0] != inputs.shape[0]:
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}; its batch must be 1 or that of inputs, {inputs.shape[0]}"
+            )
 
     def _eager(self, q, inputs, position, key_mask):
         batch = inputs.shape[0]
@@ -145,7 +166,7 @@ class LatentSelfAttention(WithBackend):
         v_channels = qk_channels if v_channels is None else v_channels
         output_channels = v_channels if output_channels is None else output_channels
         _check_sizes(
-            num_heads, channels=channels, output_channels=output_channels, qk_channels=qk_channels, v_channels=v_channels
+            num_heads, eps, channels=channels, output_channels=output_channels, qk_channels=qk_channels, v_channels=v_channels
         )
         self.num_heads = num_heads
         factory = {"device": device, "dtype": dtype}
@@ -157,6 +178,7 @@ class LatentSelfAttention(WithBackend):
 
     def forward(self, latents, *, key_mask=None):
         """(B, N, D) -> (B, N, output_channels); `key_mask` bool (B, N), True where a latent may be attended."""
+        _check_tokens("latents", latents, "N", self.query.in_features, self.query.weight)
         normalised = self.norm(latents)
         q, k, v = self.query(normalised), self.key(normalised), self.value(normalised)
         if self.backend == "eager":
@@ -169,10 +191,23 @@ class LatentSelfAttention(WithBackend):
         return f"num_heads={self.num_heads}, backend={self.backend!r}"
 
 
-def _check_sizes(num_heads, **sizes):
+def _check_tokens(name, tensor, length, channels, weight):
+    """Raises unless `tensor` is (B, `length`, `channels`), where and of the dtype that the module's `weight` is."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+    if tensor.dim() != 3 or tensor.shape[2] != channels:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B, {length}, {channels})")
+    if tensor.device != weight.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on the module's device, {weight.device}")
+    if tensor.dtype != weight.dtype and autocast_dtype(tensor.device) is None:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be the module's, {weight.dtype}")
+
+
+def _check_sizes(num_heads, eps, **sizes):
     for name, value in {"num_heads": num_heads, **sizes}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be positive")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    check_number("eps", eps, "a positive number", lambda eps: eps > 0.0)
     for name in ("qk_channels", "v_channels"):
         if sizes[name] % num_heads:
             raise ValueError(f"{name} is {sizes[name]}; it must be a multiple of num_heads, {num_heads}")

@@ -27,18 +27,10 @@ class FourierPositions(nn.Module):
 
     def __init__(self, index_shape, num_bands, max_resolution=None, *, device=None, dtype=None):
         super().__init__()
-        self.index_shape = tuple(index_shape)
-        self.num_bands = num_bands
-        self.max_resolution = self.index_shape if max_resolution is None else tuple(max_resolution)
-        if not self.index_shape or min(self.index_shape) < 1:
-            raise ValueError(f"index_shape is {self.index_shape}; it must be one or more positive sizes")
-        if num_bands < 0:
-            raise ValueError(f"num_bands is {num_bands}; it must be 0 or more")
-        if len(self.max_resolution) != len(self.index_shape):
-            raise ValueError(
-                f"max_resolution is {self.max_resolution}; it must have one entry per axis of index_shape {self.index_shape}"
-            )
-        self.channels = len(self.index_shape) * (2 * num_bands + 1)
+        check_grid(index_shape, num_bands, max_resolution)
+        max_resolution = index_shape if max_resolution is None else max_resolution
+        self.index_shape, self.num_bands, self.max_resolution = tuple(index_shape), num_bands, tuple(max_resolution)
+        self.channels = position_channels(index_shape, num_bands)
         shape = (math.prod(self.index_shape), self.channels)
         self.register_buffer("features", torch.empty(shape, device=device, dtype=dtype), persistent=False)
         self.reset_parameters()
@@ -60,3 +52,27 @@ class FourierPositions(nn.Module):
 
     def extra_repr(self):
         return f"{self.index_shape}, num_bands={self.num_bands}, max_resolution={self.max_resolution}"
+
+
+def position_channels(index_shape, num_bands) -> int:
+    """Cp = d (2 K + 1)."""
+    return len(index_shape) * (2 * num_bands + 1)
+
+
+def check_grid(index_shape, num_bands, max_resolution, name="index_shape") -> None:
+    """Raises ValueError for arguments that `FourierPositions` cannot take; `name` is what the user calls the first."""
+    if not _all(index_shape, int, 1):
+        raise ValueError(f"{name} is {index_shape!r}; it must be a tuple of one or more positive integers")
+    if not _all([num_bands], int, 0):
+        raise ValueError(f"num_bands is {num_bands!r}; it must be an integer of 0 or more")
+    if max_resolution is not None and not (_all(max_resolution, (int, float), 0) and len(max_resolution) == len(index_shape)):
+        raise ValueError(f"max_resolution is {max_resolution!r}; it must have one number per axis of {name} {index_shape}")
+
+
+def _all(values, kind, least):
+    """True for a list or tuple, not empty, of finite numbers of that kind from `least` on."""
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) > 0
+        and all(isinstance(v, kind) and not isinstance(v, bool) and least <= v < math.inf for v in values)
+    )

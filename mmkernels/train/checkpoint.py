@@ -19,8 +19,12 @@ FORMAT = "mmkernels training state 1"
 @contextlib.contextmanager
 def locked(folder: Path):
     """Makes `folder` and keeps other trainings out of it; the lock dies with the process. Raises InputError when held."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"--output is {folder}, where nothing can be written: {error.strerror}") from error
+    with file:
         try:
             import fcntl
         except ImportError:  # not a POSIX system: no lock
@@ -28,7 +32,7 @@ def locked(folder: Path):
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(f"another training is running in {folder}; choose another --output") from error
         for part in folder.glob(".*.part"):  # left by a process that was killed while it wrote
             part.unlink(missing_ok=True)
@@ -68,20 +72,23 @@ def restore(folder: Path, model, optimizer) -> dict:
     state, header = _read_header(folder)
     path = folder / NAME
     groups = {"model": {}, "optimizer": {}, "generator": {}}
-    with require("safetensors", "train").safe_open(path, "pt") as file:
-        for name in file.keys():
-            # A fresh copy: slices of the file are not aligned, and alignment can change the rounding of vectorised sums.
-            group, _, rest = name.partition("/")
-            groups[group][rest] = file.get_tensor(name).clone()
-    model.load_state_dict(groups["model"])
-    entries = {}
-    for name, value in (*groups["optimizer"].items(), *header["scalars"].items()):
-        index, _, key = name.partition("/")
-        entries.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": header["param_groups"]})
-    torch.set_rng_state(groups["generator"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in groups["generator"]:
-        torch.cuda.set_rng_state(groups["generator"]["cuda"])
+    try:
+        with require("safetensors", "train").safe_open(path, "pt") as file:
+            for name in file.keys():
+                # A fresh copy: slices of the file are not aligned, and alignment can change the rounding of vectorised sums.
+                group, _, rest = name.partition("/")
+                groups[group][rest] = file.get_tensor(name).clone()
+        model.load_state_dict(groups["model"])
+        entries = {}
+        for name, value in (*groups["optimizer"].items(), *header["scalars"].items()):
+            index, _, key = name.partition("/")
+            entries.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": header["param_groups"]})
+        torch.set_rng_state(groups["generator"]["cpu"])
+        if torch.cuda.is_available() and "cuda" in groups["generator"]:
+            torch.cuda.set_rng_state(groups["generator"]["cuda"])
+    except Exception as error:  # a file with the right header and other contents: every access above may fail
+        raise InputError(f"{path} does not hold the state of this training: {error!r}; --restart discards it") from error
     return state
 
 
@@ -98,4 +105,11 @@ def _read_header(folder):
         ) from error
     if header.get("format") != FORMAT:
         raise InputError(f"{path} is no training state of this version ({header.get('format')!r}); --restart discards it")
-    return json.loads(header["state"]), json.loads(header["optimizer"])
+    try:
+        state, optimizer = json.loads(header["state"]), json.loads(header["optimizer"])
+        complete = {"identity", "step", "loss_sum", "history"} <= set(state) and isinstance(optimizer, dict)
+    except (KeyError, TypeError, ValueError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path} has a header that is not complete; --restart discards it")
+    return state, optimizer

@@ -14,7 +14,7 @@ from .data import derive_seed
 from .data.images import Images, Preprocessing
 from .loop import Task
 
-TASK = "task.json"
+TASK, CURVE = "task.json", "learning-curve.png"
 
 
 def make_task(training: Images, held_out: Images) -> Task:
@@ -39,7 +39,7 @@ def save_result(folder: Path, model, preprocessing: Preprocessing, classes: list
     model.save_pretrained(folder)
     task = {"classes": classes, "preprocessing": asdict(preprocessing), "history": history}
     write_atomically(folder / TASK, json.dumps(task, indent=1).encode())
-    write_atomically(folder / "learning-curve.png", learning_curve(history))
+    write_atomically(folder / CURVE, learning_curve(history))
 
 
 def learning_curve(history: list, metric="accuracy") -> bytes:
@@ -48,11 +48,11 @@ def learning_curve(history: list, metric="accuracy") -> bytes:
     figure = figure_class(figsize=(8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["loss"] for row in history], label="training")
-    left.plot(epochs, [row["held_out_loss"] for row in history], label="held out")
+    left.plot(epochs, [row["loss"] for row in history], ".-", label="training")
+    left.plot(epochs, [row["held_out_loss"] for row in history], ".-", label="held out")
     left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     left.legend()
-    right.plot(epochs, [100 * row[metric] for row in history])
+    right.plot(epochs, [100 * row[metric] for row in history], ".-")
     right.set(xlabel="epoch", ylabel=f"held-out {metric} (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -81,12 +81,17 @@ def predict(checkpoint, paths, *, device="cpu", backend="auto") -> list:
             raise InputError(f"{checkpoint} has no {name}: it is not the --output of a finished training")
     task = read_json(checkpoint / TASK)
     try:
-        classes, preprocessing = task["classes"], Preprocessing(**task["preprocessing"])
+        classes, preprocessing = [str(name) for name in task["classes"]], Preprocessing(**task["preprocessing"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{checkpoint / TASK} does not describe an image classification: {error}") from error
+        raise InputError(f"{checkpoint / TASK} does not describe an image classification: {error!r}") from error
     model = models.load(checkpoint, device=device, backend=backend).eval()
-    if model.config.num_classes != len(classes):
-        raise InputError(f"{checkpoint} has {len(classes)} classes in {TASK} and {model.config.num_classes} in config.json")
+    wanted = (*model.config.input_shape, model.config.input_channels, model.config.num_classes)
+    if (preprocessing.size, preprocessing.size, len(preprocessing.mean), len(classes)) != wanted:
+        raise InputError(
+            f"{checkpoint} was not written by one training: {TASK} has {len(classes)} classes and images of "
+            f"{preprocessing.size} x {preprocessing.size} x {len(preprocessing.mean)}, config.json has {wanted[-1]} classes "
+            f"and images of {' x '.join(map(str, wanted[:-1]))}"
+        )
     inputs = [preprocessing.finish(preprocessing.read(path)) for path in paths]
     results = []
     for path, image in zip(paths, inputs, strict=True):

@@ -65,10 +65,10 @@ def add_common_options(parser, *, output, epochs, batch_size, lr, weight_decay):
     add("--batch-size", type=positive, default=batch_size, help=f"default {batch_size}")
     add("--lr", type=positive_float, default=lr, help=f"highest learning rate (default {lr})")
     add("--weight-decay", type=non_negative_float, default=weight_decay, help=f"default {weight_decay}")
-    add("--seed", type=int, default=0, help="of the split, the weights, the order and the augmentation (default 0)")
+    add("--seed", type=seed, default=0, help="of the split, the weights, the order and the augmentation (default 0)")
     add("--save-every", type=positive, default=50, metavar="STEPS", help="checkpoint interval (default 50)")
     add("--workers", type=non_negative, default=0, help="processes that read images (default 0)")
-    add("--threads", type=positive, help="CPU threads; a resumed run needs the same number to repeat to the bit")
+    add("--threads", type=threads, help="CPU threads; a resumed run needs the same number to repeat to the bit")
     add("--device", default=None, help="default: cuda where there is one, else cpu")
     add("--backend", default="auto", help="of the attentions; eager is plain PyTorch (default auto)")
     choice = parser.add_mutually_exclusive_group()
@@ -84,15 +84,18 @@ def guarded(command, *arguments):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .._backends import BackendError
     from ..models import InputError
+    from ..models.registry import is_out_of_memory
 
     try:
         return command(*arguments)
     except (InputError, BackendError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where the last checkpoint stands", file=sys.stderr)
-        return 130
+        message = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"not enough memory; smaller sizes or batches need less: {error}"
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def _digits(arguments, image_size):
@@ -171,7 +174,7 @@ def _train(arguments, load_data):
         )
         classification.save_result(arguments.output, model, preprocessing, classes, history)
     print(f"held-out accuracy {history[-1]['accuracy']:.2%} after {len(history)} epochs")
-    print(f"checkpoint {arguments.output}, learning curve {arguments.output / 'learning-curve.png'}")
+    print(f"checkpoint {arguments.output}, learning curve {arguments.output / classification.CURVE}")
     if not arguments.no_compare:
         costs = compare.compare(model, settings.batch_size, device)
         print(compare.describe(costs, model, settings.batch_size))
@@ -183,17 +186,23 @@ def _train(arguments, load_data):
 def resumable(arguments, folder):
     """Keeps other trainings out of `folder` and does with the one in it what --restart and --resume say."""
     from ..models import InputError
-    from . import checkpoint
+    from . import checkpoint, classification
 
     with checkpoint.locked(folder):
         if arguments.restart:
-            (folder / checkpoint.NAME).unlink(missing_ok=True)
+            # The results as well: a folder with files of two trainings would be taken for a finished one.
+            for name in (classification.TASK, "config.json", "model.safetensors", classification.CURVE, checkpoint.NAME):
+                (folder / name).unlink(missing_ok=True)
         found = checkpoint.read_state(folder)
         if arguments.resume and found is None:
             raise InputError(f"--resume: {folder} holds no training to resume")
         if found is not None:
             print(f"resuming {folder} at step {found['step']}; --restart begins anew")
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("the same command goes on where the last checkpoint stands", file=sys.stderr)
+            raise
 
 
 def _predict(arguments):
@@ -210,20 +219,20 @@ def _predict(arguments):
     for path, name, probability in predict(
         arguments.checkpoint, arguments.images, device=device_of(arguments), backend=arguments.backend
     ):
-        print(f"{path}\t{name}\t{probability:.4f}")
+        # A file name may hold bytes that are no text.
+        print(f"{path}\t{name}\t{probability:.4f}".encode(errors="surrogateescape").decode(errors="replace"))
     return 0
 
 
 def device_of(arguments):
     import torch
 
-    from ..models import InputError
+    from ..models.registry import InputError, check_device
 
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device is None else arguments.device
+    check_device("--device", name)
+    if torch.device(name).type == "meta":
+        raise InputError("--device is 'meta', whose tensors hold no numbers; allowed are cpu and cuda")
     return name
 
 
@@ -252,6 +261,8 @@ def _number(kind, allowed, holds):
     return parse
 
 
+seed = _number(int, "an integer from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)  # what scikit-learn takes
+threads = _number(int, "an integer from 1 to 1024", lambda v: 1 <= v <= 1024)
 positive = _number(int, "a positive integer", lambda v: v > 0)
 non_negative = _number(int, "an integer of 0 or more", lambda v: v >= 0)
 positive_float = _number(float, "a positive number", lambda v: 0 < v < float("inf"))

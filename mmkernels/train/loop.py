@@ -106,7 +106,13 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, state["step"], steps)
                 batch = to_device(batch, device)
-                state["loss_sum"] += train_step(model, optimizer, task.loss, batch, settings.clip_norm).item()
+                loss = train_step(model, optimizer, task.loss, batch, settings.clip_norm).item()
+                if not math.isfinite(loss):
+                    raise InputError(
+                        f"the loss became {loss} in step {state['step'] + 1}: the training diverged; a learning rate below "
+                        f"{settings.learning_rate} may do, with --restart or another --output"
+                    )
+                state["loss_sum"] += loss
                 state["step"] += 1
                 bar.update()
                 if state["step"] % per_epoch == 0:

@@ -283,7 +283,7 @@ def test_unknown_names_and_fields():
         models.load("perceiver-digits", latents=3)
     with pytest.raises(models.InputError, match="num_latents is 0"):
         models.load("perceiver-digits", num_latents=0)
-    with pytest.raises(models.InputError, match="multiple of num_heads"):
+    with pytest.raises(models.InputError, match="latent_channels is 64; it must be a multiple of self_heads, 7"):
         models.load("perceiver-digits", self_heads=7)
     with pytest.raises(models.InputError, match="backend is 'gpu'"):
         models.load("perceiver-digits", backend="gpu")
@@ -310,7 +310,16 @@ def test_truncated_and_foreign_files(tmp_path):
         ({"num_latents": 8}, "latents has shape"),
         ({"system": "bert"}, "allowed are mbt, perceiver"),
         ({"num_bands": "x"}, "num_bands"),
-        ({"input_shape": 5}, "config.json"),
+        ({"input_shape": 5}, "config.json: input_shape is 5; it must be a tuple"),
+        ({"input_shape": [3, 0]}, "input_shape is"),
+        ({"max_resolution": [1.0]}, "max_resolution is"),
+        ({"cross_heads": 0}, "cross_heads is 0"),
+        ({"cross_heads": 1000}, "cross_heads is 1000; it must divide"),
+        ({"self_v_channels": 1.5}, "self_v_channels is 1.5"),
+        ({"eps": 0}, "eps is 0; it must be a positive number"),
+        ({"share_blocks": "no"}, "share_blocks is 'no'"),
+        ({"backend": "gpu"}, "backend is 'gpu'"),
+        ({"num_latents": 10**15}, "does not fit into memory"),
         ({"colour": 1}, "unknown field"),
     ):
         config.write_text(json.dumps({**fields, **wrong}))
@@ -336,3 +345,40 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(name_or_path=None), "name_or_path is a NoneType"),
+        (dict(name_or_path="perceiver-digits", dtype=torch.int64), "dtype is torch.int64; it must be a floating-point"),
+        (dict(name_or_path="perceiver-digits", dtype="float32"), "dtype is 'float32'"),
+        (dict(name_or_path="perceiver-digits", device="gpu"), "device is 'gpu', which cannot be used here"),
+    ],
+)
+def test_wrong_arguments_of_load(arguments, message):
+    with pytest.raises(models.InputError, match=message):
+        models.load(**arguments)
+
+
+def test_wrong_inputs_of_the_model():
+    model = perceiver.Perceiver(tiny())
+    with pytest.raises(TypeError, match="inputs is a list; it must be a tensor"):
+        model([1.0])
+    shape = (1, *model.config.input_shape, model.config.input_channels)
+    with pytest.raises(TypeError, match="inputs has dtype torch.float64; it must be the module's, torch.float32"):
+        model(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_wrong_arguments_of_from_official():
+    config = {"num_cross_attends": 1, "layers_per_block": 1, "self_heads": 1, "num_bands": 1, "max_resolution": [3, 4]}
+    for changed, weights, error, message in (
+        ([], {}, TypeError, "config is a list; it must be a dictionary"),
+        (config, [], TypeError, "state_dict is a list"),
+        (config, {"latents/pos_embs": [1.0]}, TypeError, "state_dict has 'latents/pos_embs': a list"),
+        ({**config, "num_bands": "1"}, {}, ValueError, "config has num_bands '1'; it must be an integer"),
+        ({**config, "max_resolution": 3}, {}, ValueError, "config has max_resolution 3; it must be a list"),
+        (config, {"cross_attention/x": torch.ones(1), "latents/pos_embs": torch.ones(3)}, ValueError, "state_dict has"),
+    ):
+        with pytest.raises(error, match=message):
+            perceiver.from_official(changed, weights)

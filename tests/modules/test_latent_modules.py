@@ -275,9 +275,38 @@ def test_eager_is_sdpa():
         (lambda: LatentSelfAttention(16, num_heads=3), "qk_channels is 16"),
         (lambda: LatentSelfAttention(16, num_heads=0), "num_heads is 0"),
         (lambda: LatentSelfAttention(16, backend="fast"), "backend is 'fast'; allowed are 'auto'"),
+        (lambda: LatentSelfAttention(16.0), "channels is 16.0; it must be a positive integer"),
+        (lambda: LatentSelfAttention(16, eps=0.0), "eps is 0.0; it must be a positive number"),
         (lambda: set_backend(nn.Linear(1, 1), "fast"), "backend is 'fast'"),
     ],
 )
 def test_wrong_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        (dict(latents=[1.0]), TypeError, "latents is a list; it must be a tensor"),
+        (dict(latents=torch.zeros(6, 16)), ValueError, r"latents has shape \(6, 16\); it must be \(B, N, 16\)"),
+        (dict(latents=torch.zeros(3, 6, 16)), ValueError, r"latents has shape .*; its batch must be 1 or that of inputs, 2"),
+        (dict(latents=torch.zeros(2, 6, 16).double()), TypeError, "latents has dtype torch.float64; it must be the module's"),
+        (dict(inputs=torch.zeros(2, 7, 6)), ValueError, r"inputs has shape \(2, 7, 6\); it must be \(B, M, 5\)"),
+        (dict(inputs=torch.zeros(2, 7, 5).half()), TypeError, "inputs has dtype torch.float16"),
+        (dict(inputs=torch.zeros(2, 7, 5, device="meta")), ValueError, "inputs is on meta; it must be on the module's"),
+        (dict(position=torch.zeros(1, 7, 3)), ValueError, r"position has shape \(1, 7, 3\); it must be a tensor \(M, Cp\)"),
+        (dict(position=torch.zeros(6, 3)), ValueError, r"position has shape \(6, 3\); with inputs \(2, 7, 5\)"),
+        (dict(key_mask=torch.ones(2, 6, dtype=torch.bool)), ValueError, r"key_mask has shape \(2, 6\); it must be"),
+    ],
+)
+def test_wrong_inputs(changes, error, message, backend):
+    module = LatentCrossAttention(16, 8, backend=backend)
+    arguments = dict(latents=torch.zeros(2, 6, 16), inputs=torch.zeros(2, 7, 5), position=torch.zeros(7, 3), key_mask=None)
+    arguments |= changes
+    with pytest.raises(error, match=message):
+        module(arguments.pop("latents"), arguments.pop("inputs"), **arguments)
+    own = LatentSelfAttention(16, backend=backend)
+    with pytest.raises(ValueError, match=r"latents has shape \(6, 16\); it must be \(B, N, 16\)"):
+        own(torch.zeros(6, 16))

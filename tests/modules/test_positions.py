@@ -53,7 +53,16 @@ def test_meta_device_and_reset():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(((), 3), "index_shape"), (((4, 0), 3), "index_shape"), (((4,), -1), "num_bands"), (((4, 4), 3, (4,)), "max_resolution")],
+    [
+        (((), 3), "index_shape"),
+        (((4, 0), 3), "index_shape"),
+        (((4,), -1), "num_bands"),
+        (((4, 4), 3, (4,)), "max_resolution"),
+        ((4, 3), "index_shape is 4"),
+        (((4.0,), 3), "index_shape"),
+        (((4,), 1.5), "num_bands is 1.5"),
+        (((4,), 1, (float("nan"),)), "max_resolution"),
+    ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -140,6 +140,47 @@ def test_broken_state(tmp_path, damage, capsys):
     assert (tmp_path / checkpoint.NAME).read_bytes() == before
 
 
+def test_states_with_the_right_header_and_other_contents(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    arguments = [*OPTIONS, "--output", str(tmp_path)]
+    arguments[arguments.index("--epochs") + 1] = "1"
+    assert main(arguments) == 0
+    path = tmp_path / checkpoint.NAME
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    step_zero = json.dumps({**json.loads(header["state"]), "step": 0})
+    for change, kept in (
+        ({"state": "[1"}, tensors),
+        ({"state": "[1]"}, tensors),
+        ({"optimizer": "{}"}, tensors),
+        ({"state": step_zero}, {name: t for name, t in tensors.items() if name != "generator/cpu"}),
+        ({"state": step_zero}, {**tensors, "model/latents": tensors["model/latents"][:1].clone()}),
+        ({"state": step_zero}, {**tensors, "other": tensors["model/latents"].clone()}),
+    ):
+        save_file(kept, path, {**header, **change})
+        capsys.readouterr()
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert checkpoint.NAME in error and "--restart" in error and error.count("\n") == 1, error
+
+
+def test_a_full_disk_keeps_the_last_state(tmp_path):
+    """The kernel refuses what exceeds a limit of the process, in the middle of a write."""
+    command = [sys.executable, "-m", "mmkernels", *OPTIONS, "--output", str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before[checkpoint.NAME]) // 2},) * 2)"
+    run_main = "import sys; from mmkernels.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [*OPTIONS, "--output", str(tmp_path / "other")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limited}; {run_main}", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {".lock"}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 def test_one_training_per_folder(tmp_path):
     with checkpoint.locked(tmp_path):
         with pytest.raises(InputError, match="another training is running"), checkpoint.locked(tmp_path):

@@ -1,6 +1,7 @@
 """Small trainings from the command line to the prediction, and what happens with bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -121,6 +122,15 @@ def test_folder_with_held_out_folder(tmp_path, capsys):
     fails(capsys, "other classes", "train", "perceiver", "--data", data, "--val-data", other, *options)
 
 
+def test_files_of_the_system_are_no_images(tmp_path, capsys):
+    data = write_images(tmp_path / "data", 3)
+    (data / "red/._0.png").write_bytes(b"what a Mac puts beside a copied file")
+    (data / ".git").mkdir()
+    options = [*SMALL, "--image-size", 8, "--epochs", 1, "--no-compare", "--output", tmp_path / "run"]
+    status, out, _ = run(capsys, "train", "perceiver", "--data", data, *options)
+    assert status == 0 and "4 images to train on, 2 held out, 2 classes" in out
+
+
 def test_bad_folders(tmp_path, capsys):
     def check(message, data):
         output = tmp_path / "run"
@@ -134,6 +144,16 @@ def test_bad_folders(tmp_path, capsys):
     (write_images(tmp_path / "two", 2) / "green").mkdir()
     check("green has no images", tmp_path / "two")
     check("blue has one image", write_images(tmp_path / "three", 1))
+    options = ["--val-fraction", "0.9", "--output", tmp_path / "run", *SMALL]
+    fails(
+        capsys,
+        "--val-fraction is 0.9, which holds out 5 of 6",
+        "train",
+        "perceiver",
+        "--data",
+        write_images(tmp_path / "five", 3),
+        *options,
+    )
     whole = write_images(tmp_path / "four", 3) / "red/0.png"
     whole.write_bytes(whole.read_bytes()[:300])
     check("red/0.png cannot be read as an image", tmp_path / "four")
@@ -151,10 +171,22 @@ def test_bad_flags(tmp_path, capsys):
 
     check("known are mbt-base", "--config", "perceiver-digit")
     check("which is no Perceiver; allowed are perceiver-imagenet", "--config", "mbt-digits")
-    check("multiple of num_heads", "--latent-dim", "30", "--heads", "4")
+    check("latent_channels is 30; it must be a multiple of self_heads, 4", "--latent-dim", "30", "--heads", "4")
+    check("does not fit into memory", "--latents", "1000000000000000")
+    check("--device is 'meta'", "--device", "meta")
+    check("--device is ''", "--device", "")
     check("backend is 'gpu'", "--backend", "gpu")
     check("--device is 'tpu'", "--device", "tpu")
-    for arguments in (["--epochs", "0"], ["--lr", "nan"], ["--latents", "x"], ["--lr", "-1"], ["--resume", "--restart"]):
+    for arguments in (
+        ["--epochs", "0"],
+        ["--lr", "nan"],
+        ["--latents", "x"],
+        ["--lr", "-1"],
+        ["--resume", "--restart"],
+        ["--seed", "-1"],
+        ["--seed", str(2**32)],
+        ["--threads", "100000"],
+    ):
         with pytest.raises(SystemExit) as error:
             main(["train", "perceiver-digits", *arguments])
         assert error.value.code == 2
@@ -175,7 +207,7 @@ def test_bad_checkpoints(trained, tmp_path, capsys):
     (copy / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
     task = json.loads((copy / "task.json").read_text())
     (copy / "task.json").write_text(json.dumps({**task, "classes": ["a"]}))
-    fails(capsys, "1 classes in task.json and 10", "predict", image, "--checkpoint", copy)
+    fails(capsys, "8 x 8 x 1, config.json has 10 classes", "predict", image, "--checkpoint", copy)
     (copy / "task.json").write_text(json.dumps({"classes": task["classes"]}))
     fails(capsys, "task.json", "predict", image, "--checkpoint", copy)
 
@@ -221,3 +253,102 @@ def test_preprocessing(tmp_path):
     assert finished.shape == (6, 6, 1) and finished.min() == -1  # (0 - 0.5) / 0.5
     with pytest.raises(ValueError, match="mode is 'CMYK'"):
         Preprocessing("CMYK", 6, [0.5], [0.5])
+
+
+def test_pixels_as_a_viewer_shows_them(tmp_path):
+    """16 bits a channel, transparency and rotation by EXIF give what the plain 8-bit image gives."""
+    grey = torch.randint(0, 256, (12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image, preprocessing = Image.fromarray(grey.numpy()), Preprocessing("L", 12, [0.0], [1.0])
+
+    def read(saved, name, **options):
+        saved.save(tmp_path / name, **options)
+        return preprocessing.read(tmp_path / name)
+
+    expected = read(image, "grey.png")
+    assert torch.equal((expected[0] * 255).round().byte(), grey)
+    assert torch.equal(read(Image.fromarray(grey.numpy().astype("uint16") * 257), "sixteen.png"), expected)
+    strokes = Image.new("LA", (12, 12), 0)
+    strokes.putalpha(Image.eval(image, lambda v: 255 - v))  # black, as opaque as the grey image is dark
+    assert (read(strokes, "transparent.png") - expected).abs().max() <= 1 / 255
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert torch.equal(read(image.transpose(Image.Transpose.ROTATE_90), "turned.png", exif=turned), expected)
+    for pixels in (grey.float(), grey.int() - 1):
+        Image.fromarray(pixels.numpy()).save(tmp_path / "unknown.tif")
+        with pytest.raises(models.InputError, match="unknown.tif cannot be read as an image: its pixels .* 8 and 16 bits"):
+            preprocessing.read(tmp_path / "unknown.tif")
+
+
+def test_damaged_images_raise_one_error(tmp_path):
+    """Whatever the decoder raises; `as_seen` and `read` never let anything else through."""
+    generator = torch.Generator().manual_seed(0)
+    preprocessing = Preprocessing("RGB", 8, [0.0] * 3, [1.0] * 3)
+    pixels = torch.randint(0, 256, (9, 9, 3), generator=generator, dtype=torch.uint8)
+    for extension in ("png", "gif", "jpg", "tif", "bmp", "webp", "ppm"):
+        path = tmp_path / f"image.{extension}"
+        Image.fromarray(pixels.numpy()).save(path)
+        whole = path.read_bytes()
+        for _ in range(30):
+            damaged, at = bytearray(whole), torch.randint(len(whole), (4,), generator=generator).tolist()
+            for position in at:
+                damaged[position] ^= 0xFF
+            path.write_bytes(damaged[: at[0] + 1] if at[1] % 2 else damaged)
+            try:
+                assert preprocessing.read(path).shape == (3, 8, 8)
+            except models.InputError as error:
+                assert str(path) in str(error)
+
+
+def test_a_training_that_diverges_says_so(tmp_path, capsys):
+    options = [*SMALL, "--image-size", 8, "--epochs", 2, "--batch-size", 32, "--lr", "1e30", "--no-compare"]
+    fails_last = run(capsys, "train", "perceiver-digits", "--output", tmp_path / "run", *options)
+    assert fails_last[0] == 2 and "the training diverged" in fails_last[2] and "Traceback" not in fails_last[2]
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
+def test_restart_leaves_no_result_of_the_old_training(trained, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    options = [*SMALL, "--image-size", 8, "--lr", "1e30", "--no-compare", "--output", copy]
+    assert run(capsys, "train", "perceiver-digits", "--restart", *options)[0] == 2
+    assert {path.name for path in copy.iterdir()} <= {".lock", "training.safetensors"}
+
+
+def test_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file/below"):
+        status, _, error = run(capsys, "train", "perceiver-digits", *SMALL, "--image-size", 8, "--output", output)
+        assert status == 2 and f"--output is {output}, where nothing can be written" in error
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"classes": 5}, "does not describe an image classification"),
+        ({"classes": ["a"]}, "has 1 classes and images of 8 x 8 x 1"),
+        ({"preprocessing": {"mode": "L", "size": 9, "mean": [0.5], "std": [1]}}, "images of 9 x 9 x 1"),
+        ({"preprocessing": {"mode": "L", "size": "8", "mean": [0.5], "std": [1]}}, "size is '8'"),
+        ({"preprocessing": {"mode": "L", "size": 8, "mean": [0.5], "std": [0]}}, "std is"),
+        ({"preprocessing": {"mode": "L", "size": 8, "mean": ["x"], "std": [1]}}, "mean and std"),
+    ],
+)
+def test_task_of_another_training(trained, tmp_path, capsys, change, message):
+    image = tmp_path / "image.png"
+    Image.new("L", (8, 8)).save(image)
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    task = json.loads((copy / "task.json").read_text())
+    (copy / "task.json").write_text(json.dumps({**task, **change}))
+    fails(capsys, message, "predict", image, "--checkpoint", copy)
+
+
+def test_interrupt(trained, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    options = [*SMALL, "--image-size", 8, "--epochs", 1, "--no-compare", "--output", tmp_path / "run"]
+    status, _, error = run(capsys, "train", "perceiver-digits", *options)
+    assert status == 130 and "goes on where the last checkpoint stands" in error and "Traceback" not in error
+    monkeypatch.setattr(Preprocessing, "read", interrupted)
+    assert run(capsys, "predict", "image.png", "--checkpoint", trained) == (130, "", "interrupted\n")

@@ -40,7 +40,7 @@ def check_key_mask(key_mask, batch: int, keys: int, device: torch.device, name: 
 
 def check_number(name: str, value, allowed: str = "a finite number", holds=lambda value: True) -> float:
     """`value` as a float; raises unless it is a finite number that `holds`. A tensor is none: its gradient would be lost."""
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__float__"):
+    if not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {_shown(value)}; it must be {allowed}")
     if not (float("-inf") < value < float("inf") and holds(value)):
         raise ValueError(f"{name} is {value}; it must be {allowed}")
@@ -49,3 +49,10 @@ def check_number(name: str, value, allowed: str = "a finite number", holds=lambd
 
 def _shown(value) -> str:
     return repr(value) if isinstance(value, (str, type(None))) else f"a {type(value).__name__}"
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast wants on `device`; None where it is off, or where there is none ("meta")."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

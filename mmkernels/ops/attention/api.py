@@ -6,7 +6,7 @@ import torch
 
 from ... import _backends
 from .._shared import dropout
-from .._shared.arguments import check_dense, check_key_mask, check_number, check_tensor
+from .._shared.arguments import autocast_dtype, check_dense, check_key_mask, check_number, check_tensor
 from . import autograd, reference
 
 MAX_HEAD_DIM = 1024
@@ -145,8 +145,7 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
     """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, scale, dropout_p, dropout_seed)."""
     for name, tensor, dimensions in (("q", q, "BHND"), ("k", k, "BHMD"), ("v", v, "BHME")):
         check_tensor(name, tensor, tuple(dimensions), "q", getattr(q, "device", None))
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:

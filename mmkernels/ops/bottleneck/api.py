@@ -3,7 +3,7 @@
 import torch
 
 from ... import _backends
-from .._shared.arguments import check_dense, check_key_mask, check_number
+from .._shared.arguments import autocast_dtype, check_dense, check_key_mask, check_number
 from ..attention import attention
 from ..attention.api import MAX_HEAD_DIM
 from . import reference
@@ -119,9 +119,7 @@ def _check(tokens_qkv, bottleneck_qkv, key_masks, scale, query_rows):
     if len(masks) != count:
         raise ValueError(f"key_masks has {len(masks)} entries; it must have one for each of {count} modalities")
     first = tokens_qkv[0]
-    device = first.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(first.device)) is not None:
         tokens_qkv, bottleneck_qkv = ([t.to(dtype) for t in tensors] for tensors in (tokens_qkv, bottleneck_qkv))
         first = tokens_qkv[0]
     batch, _, _, heads, head_dim = first.shape

@@ -3,7 +3,7 @@
 import torch
 
 from ... import _backends
-from .._shared.arguments import check_key_mask, check_number, check_tensor
+from .._shared.arguments import autocast_dtype, check_key_mask, check_number, check_tensor
 from .._shared.masks import zero_without_keys
 from ..attention import attention
 from . import autograd, plan, reference
@@ -244,8 +244,7 @@ def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, pos
     ):
         if tensor is not None or not optional:
             check_tensor(name, tensor, dimensions, "x", getattr(x, "device", None))
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x.device)) is not None:
         q, x, w_k, w_v, b_k, b_v, position = (None if t is None else t.to(dtype) for t in (q, x, w_k, w_v, b_k, b_v, position))
     for name, tensor in (("q", q), ("w_k", w_k), ("w_v", w_v), ("b_k", b_k), ("b_v", b_v), ("position", position)):
         if tensor is not None and tensor.dtype != x.dtype:

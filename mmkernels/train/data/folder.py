@@ -24,12 +24,16 @@ def scan(folder) -> tuple:
         raise InputError(f"{folder} has only the class {classes[0]!r}; a classifier needs at least two class folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS and _is_visible_file(p))
         if not found:
             raise InputError(f"{folder / name} has no images; allowed are files ending in {', '.join(EXTENSIONS)}")
         paths += found
         labels += [label] * len(found)
     return paths, labels, classes
+
+
+def _is_visible_file(path):
+    return path.is_file() and not path.name.startswith(".")  # a Mac puts ._NAME beside every file it copies
 
 
 def load(folder, size: int, seed: int, *, held_out_folder=None, held_out=0.1, shift=0.1, scale=0.1, flip=False):
@@ -51,6 +55,11 @@ def load(folder, size: int, seed: int, *, held_out_folder=None, held_out=0.1, sh
                 f"{Path(folder) / classes[smallest]} has one image; it needs two or more, so that one can be held out"
             )
         share = max(len(classes), round(held_out * len(paths)))
+        if len(paths) - share < len(classes):
+            raise InputError(
+                f"--val-fraction is {held_out}, which holds out {share} of {len(paths)} images; at least {len(classes)}, one "
+                "for every class, must be left to train on"
+            )
         paths, held_paths, labels, held_labels = split(paths, labels, test_size=share, random_state=seed, stratify=labels)
     preprocessing = Preprocessing("RGB", size, _MEAN, _STD)
     for path in (*paths, *held_paths):

@@ -28,6 +28,14 @@ class Preprocessing:
         channels = {"L": 1, "RGB": 3}.get(self.mode)
         if channels is None:
             raise ValueError(f"mode is {self.mode!r}; allowed are 'L' and 'RGB'")
+        for name in ("size", "native_size"):
+            value = getattr(self, name)
+            if not (value is None and name == "native_size") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in (*self.mean, *self.std)):
+            raise ValueError(f"mean and std are {self.mean} and {self.std}; they must be lists of finite numbers")
+        if 0 in self.std:
+            raise ValueError(f"std is {self.std}; it must not be zero")
         if len(self.mean) != channels or len(self.std) != channels:
             raise ValueError(
                 f"mean and std have {len(self.mean)} and {len(self.std)} entries; mode {self.mode!r} needs {channels}"
@@ -43,9 +51,9 @@ class Preprocessing:
         resample = filters.BOX if self.native_size else filters.BILINEAR
         try:
             with image_library.open(path) as image:
-                pixels = image.convert(self.mode).resize((side, side), resample, reducing_gap=3.0)
-        except (OSError, ValueError, SyntaxError, image_library.DecompressionBombError) as error:
-            raise InputError(f"{path} cannot be read as an image: {error}") from error
+                pixels = as_seen(image).convert(self.mode).resize((side, side), resample, reducing_gap=3.0)
+        except Exception as error:  # a damaged file makes its decoder raise anything
+            raise InputError(f"{path} cannot be read as an image: {error or type(error).__name__}") from error
         tensor = torch.from_numpy(numpy.array(pixels, dtype=numpy.float32) / 255).reshape(side, side, -1).permute(2, 0, 1)
         if self.dark_background:
             border = torch.cat([tensor[:, 0], tensor[:, -1], tensor[:, :, 0], tensor[:, :, -1]], -1)
@@ -61,6 +69,26 @@ class Preprocessing:
         # Outside the image is what its border shows, so that a shift leaves no frame.
         image = F.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
         return (image.permute(1, 2, 0) - torch.tensor(self.mean)) / torch.tensor(self.std)
+
+
+def as_seen(image):
+    """A PIL image as a viewer shows it: turned as its EXIF data says, on white where it is transparent, 8 bits a channel.
+
+    Raises ValueError for pixels whose range is unknown: floating-point numbers, integers beyond 16 bits.
+    """
+    image = require("PIL.ImageOps", "train").exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; allowed are 8 and 16 bits a channel")
+    if image.mode.startswith("I"):  # PIL's own conversion to 8 bits cuts off what is above 255
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(f"its pixels run from {low} to {high}; allowed are 8 and 16 bits a channel")
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5, "L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = require("PIL.Image", "train").new("RGBA", image.size, "white")
+        return white.alpha_composite(image) or white
+    return image
 
 
 class Images(torch.utils.data.Dataset):
