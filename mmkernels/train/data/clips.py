@@ -31,6 +31,7 @@ class Spectrogram:
     std: float = 2.762
     floor: float = 1e-6  # under the logarithm
     channels: int = 3
+    repeat: bool = True  # sound that is shorter than the window; else there is silence around it
     # SpecAugment: bands of zeros, each of a width drawn up to the number given
     frequency_masks: int = 1
     frequency_mask_bins: int = 48
@@ -55,11 +56,14 @@ class Spectrogram:
         return len(samples) / self.sample_rate
 
     def read(self, path, start=0.0, generator=None) -> torch.Tensor:
-        """float32 `shape` of the window that begins at `start` seconds; shorter sound is repeated."""
+        """float32 `shape` of the window that begins at `start` seconds; shorter sound is repeated, or padded."""
         samples = read_audio(path, self.sample_rate)
         first = min(round(start * self.sample_rate), len(samples) - 1)
         wanted = self.shape[0] * self.sample_rate // 100
-        if len(samples) - first < wanted:
+        if len(samples) < wanted and not self.repeat:
+            missing = wanted - len(samples)
+            samples = F.pad(samples, (missing // 2, missing - missing // 2))
+        elif len(samples) - first < wanted:
             samples = samples[torch.arange(first, first + wanted) % len(samples)]
         else:
             samples = samples[first : first + wanted]

@@ -31,6 +31,7 @@ SPECTROGRAM = Spectrogram(
     mels=32,
     mean=-0.7,
     std=1.4,
+    repeat=False,
     floor=0.01,  # digital silence is not far from what a quiet room gives
     frequency_mask_bins=8,
     time_masks=1,

@@ -68,6 +68,9 @@ def test_windows_and_short_sound(tmp_path):
     short = write_wav(tmp_path / "short.wav", samples[None, :1600], 8000)
     exact = write_wav(tmp_path / "exact.wav", samples[:1600].repeat(3)[None, :4000], 8000)
     assert torch.equal(reader.read(short), reader.read(exact))
+    padded = Spectrogram(seconds=0.5, sample_rate=8000, mels=16, repeat=False, **PLAIN)
+    around = torch.nn.functional.pad(samples[:1600], (1200, 1200))
+    assert torch.equal(padded.read(short), padded.read(write_wav(tmp_path / "around.wav", around[None], 8000)))
 
 
 def test_silence_is_an_error(tmp_path):
