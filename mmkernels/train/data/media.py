@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ...models.registry import InputError, require
-from .images import EXTENSIONS
+from .images import EXTENSIONS, as_seen
 
 
 @contextlib.contextmanager
@@ -116,9 +116,10 @@ def _read_picture(path, short_side):
     image_library, numpy = require("PIL.Image", "train"), require("numpy", "train")
     try:
         with image_library.open(path) as image:
+            image = as_seen(image)
             scale = short_side / min(image.size)
             size = [max(round(side * scale), 1) for side in image.size]
             pixels = image.convert("RGB").resize(size, image_library.Resampling.BILINEAR, reducing_gap=3.0)
-    except (OSError, ValueError, SyntaxError, image_library.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # a damaged file makes its decoder raise anything
+        raise InputError(f"{path} cannot be read as an image: {error or type(error).__name__}") from error
     return torch.from_numpy(numpy.array(pixels))
