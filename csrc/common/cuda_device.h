@@ -6,6 +6,8 @@ extern "C" {
 int mmk_multiprocessors();
 // Bytes of shared memory that a block of the current device may ask for; 0 when there is none.
 int mmk_shared_memory();
+// The major number of the current device's compute capability; 0 when there is none.
+int mmk_capability();
 // What a launcher's non-zero result means.
 const char* mmk_launch_error(int code);
 }

@@ -7,6 +7,8 @@ int mmk_multiprocessors() { return mmk::emulator::multiprocessors(); }
 
 int mmk_shared_memory() { return mmk::emulator::shared_memory_limit(); }
 
+int mmk_capability() { return mmk::emulator::capability(); }
+
 const char* mmk_launch_error(int) { return mmk::emulator::last_error().c_str(); }
 
 #else
@@ -20,6 +22,8 @@ static int attribute(cudaDeviceAttr which) {
 int mmk_multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 
 int mmk_shared_memory() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+int mmk_capability() { return attribute(cudaDevAttrComputeCapabilityMajor); }
 
 const char* mmk_launch_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -81,7 +82,7 @@ struct Copy {
   }
 };
 
-enum class State { ready, at_collective, at_barrier, done };
+enum class State { ready, at_collective, at_barrier, at_named_barrier, at_mbarrier, done };
 
 struct Lane {
   char* stack = nullptr;
@@ -92,12 +93,39 @@ struct Lane {
   dim3 index;
   std::vector<Copy> open;  // copies since the last commit
   std::deque<std::vector<Copy>> groups;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  std::vector<size_t> unfenced;  // words of shared memory, see Worker::writers
+  ptrdiff_t waits_for = 0;       // the named barrier's number, or the mbarrier's offset in shared memory
+  void* fake_stack = nullptr;    // AddressSanitizer's
+};
+
+// Accumulators of one warp that the tensor cores work on: the lanes' registers, NaN meanwhile, and their true values.
+struct Accumulators {
+  std::array<float*, 32> registers;
+  std::vector<float> values;
+  int count, users = 0;
+};
+
+// A warp's quarter of a wgmma.
+struct Product {
+  GroupMultiply what;
+  std::shared_ptr<Accumulators> sum;
+  bool done = false;
 };
 
 struct Warp {
   std::array<void*, 32> brought;
   int arrived = 0, ready = 32;
+  std::vector<Product> open;  // since the last commit
+  std::deque<std::vector<Product>> groups;
+  bool fenced = false;
+};
+
+struct NamedBarrier {
+  int arrived = 0, threads = 0;
+};
+
+struct MBarrier {
+  int expected, pending, phase = 0;
 };
 
 struct Failure {};  // ends the fiber that found a fault
@@ -108,6 +136,9 @@ struct Worker {
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   size_t shared_bytes = 0;
+  std::array<NamedBarrier, 16> named;
+  std::map<ptrdiff_t, MBarrier> mbarriers;
+  std::vector<uint16_t> writers;  // of each word of shared memory that wgmma must not read yet: lane + 1, or 0
   int current = -1, threads = 0, at_barrier = 0, finished = 0;
   void* scheduler = nullptr;
   Random random{0};
@@ -127,6 +158,7 @@ struct Worker {
   void resume(int lane);
   void suspend(State state, const char* what, const Where& where);
   void diagnose();
+  void wake(State state, ptrdiff_t what);
 };
 
 thread_local Worker* worker = nullptr;
@@ -161,6 +193,9 @@ void Worker::prepare(int count, size_t bytes) {
   threads = count;
   if (static_cast<int>(lanes.size()) < count) lanes.resize(count);
   warps.assign(count / 32, Warp{});
+  named.fill({});
+  mbarriers.clear();
+  writers.assign(bytes / 4, 0);
   at_barrier = finished = 0;
   shared_bytes = bytes;
   shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes + kFence + 1023) / 1024 * 1024)));
@@ -185,6 +220,7 @@ void Worker::prepare(int count, size_t bytes) {
     lane.state = State::ready;
     lane.open.clear();
     lane.groups.clear();
+    lane.unfenced.clear();
     const unsigned u = i;
     lane.index = dim3(u % blockDim.x, u / blockDim.x % blockDim.y, u / blockDim.x / blockDim.y);
     // What a switch pops: six registers, then the address of `fiber`, entered with the stack that the ABI wants.
@@ -222,6 +258,13 @@ void Worker::suspend(State state, const char* what, const Where& where) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(me.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 #endif
+}
+
+// Lets the lanes go on that wait in this state for this barrier.
+void Worker::wake(State state, ptrdiff_t what) {
+  for (int i = 0; i < threads; ++i) {
+    if (lanes[i].state == state && lanes[i].waits_for == what) lanes[i].state = State::ready, ++warps[i / 32].ready;
+  }
 }
 
 // Nobody can go on: says who waits where.
@@ -282,6 +325,8 @@ const std::string& last_error() { return launch_error; }
 int multiprocessors() { return static_cast<int>(environment("MMKERNELS_EMULATOR_MULTIPROCESSORS", 4)); }
 
 int shared_memory_limit() { return static_cast<int>(environment("MMKERNELS_EMULATOR_SHARED", kMaxShared)); }
+
+int capability() { return static_cast<int>(environment("MMKERNELS_EMULATOR_CAPABILITY", 9)); }
 
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static std::mutex one_launch;
@@ -387,6 +432,13 @@ void meet(const char* what, const Where& where, void* mine, void (*act)(void* co
   }
 }
 
+static bool late() { return static_cast<int>(worker->random.next() % 256) < worker->late_of_256; }
+
+static void land(const Copy& copy) {
+  copy.land();
+  written(copy.to, copy.bytes);
+}
+
 void copy(void* shared, const void* global, int bytes, int valid, const Where& where) {
   check_shared(shared, bytes, "cp.async", where);
   if (reinterpret_cast<uintptr_t>(global) % bytes != 0) {
@@ -394,7 +446,7 @@ void copy(void* shared, const void* global, int bytes, int valid, const Where& w
   }
   if (valid < 0 || valid > bytes) fail("cp.async with " + std::to_string(valid) + " valid bytes", where);
   const Copy copy{shared, global, bytes, valid};
-  if (static_cast<int>(worker->random.next() % 256) >= worker->late_of_256) return copy.land();
+  if (!late()) return land(copy);
   std::memset(shared, kPoison, bytes);
   worker->lanes[worker->current].open.push_back(copy);
 }
@@ -408,7 +460,7 @@ void commit() {
 void wait(int pending) {
   Lane& me = worker->lanes[worker->current];
   for (; static_cast<int>(me.groups.size()) > pending; me.groups.pop_front()) {
-    for (const Copy& copy : me.groups.front()) copy.land();
+    for (const Copy& copy : me.groups.front()) land(copy);
   }
 }
 
@@ -438,6 +490,15 @@ void load_matrices(void* const* lanes) {
       mine->result[m] = low | high << 16;
     }
   }
+}
+
+// To the 24 bits of a float, which is what tensor cores keep of a sum.
+static double truncated(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  bits &= ~uint64_t{0} << 29;
+  std::memcpy(&x, &bits, 8);
+  return x;
 }
 
 void multiply(void* const* lanes) {
@@ -470,11 +531,7 @@ void multiply(void* const* lanes) {
         for (int column = 0; column < 8; ++column) sum[column] += double{a[row][k]} * b[k][column];
       }
       for (int column = 0; column < 8; ++column) {
-        uint64_t bits;
-        std::memcpy(&bits, &sum[column], 8);
-        bits &= ~uint64_t{0} << 29;
-        std::memcpy(&sum[column], &bits, 8);
-        d[row][column] = static_cast<float>(sum[column]);
+        d[row][column] = static_cast<float>(truncated(sum[column]));
       }
     }
   }
@@ -482,6 +539,216 @@ void multiply(void* const* lanes) {
     for (int i = 0; i < 4; ++i) {
       static_cast<Multiply*>(lanes[lane])->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
     }
+  }
+}
+
+// --- sm_90 ---
+
+void written(const void* p, int bytes) {
+  Worker& w = *worker;
+  if (w.mbarriers.empty()) return;  // a kernel without mbarriers has no wgmma
+  Lane& me = w.lanes[w.current];
+  const size_t first = (static_cast<const unsigned char*>(p) - w.shared.get()) / 4;
+  for (size_t word = first; word < first + bytes / 4; ++word) {
+    w.writers[word] = static_cast<uint16_t>(w.current + 1);
+    me.unfenced.push_back(word);
+  }
+}
+
+void proxy_fence() {
+  Worker& w = *worker;
+  Lane& me = w.lanes[w.current];
+  for (size_t word : me.unfenced) {
+    if (w.writers[word] == w.current + 1) w.writers[word] = 0;
+  }
+  me.unfenced.clear();
+}
+
+static ptrdiff_t barrier_offset(const void* barrier, const char* what, const Where& where) {
+  check_shared(barrier, 8, what, where);
+  return static_cast<const unsigned char*>(barrier) - worker->shared.get();
+}
+
+static MBarrier& mbarrier_at(ptrdiff_t offset, const char* what, const Where& where) {
+  const auto found = worker->mbarriers.find(offset);
+  if (found == worker->mbarriers.end()) fail(std::string(what) + " on an mbarrier that nobody has initialised", where);
+  return found->second;
+}
+
+void mbarrier_init(const void* barrier, int arrivals, const Where& where) {
+  worker->mbarriers[barrier_offset(barrier, "mbarrier.init", where)] = {arrivals, arrivals};
+}
+
+void mbarrier_arrive(const void* barrier, const Where& where) {
+  const ptrdiff_t offset = barrier_offset(barrier, "mbarrier.arrive", where);
+  MBarrier& b = mbarrier_at(offset, "mbarrier.arrive", where);
+  if (--b.pending > 0) return;
+  b.pending = b.expected;
+  b.phase ^= 1;
+  worker->wake(State::at_mbarrier, offset);
+}
+
+void mbarrier_wait(const void* barrier, int parity, const Where& where) {
+  const ptrdiff_t offset = barrier_offset(barrier, "mbarrier.try_wait", where);
+  const MBarrier& b = mbarrier_at(offset, "mbarrier.try_wait", where);
+  if (parity != 0 && parity != 1) fail("mbarrier.try_wait for parity " + std::to_string(parity), where);
+  while (b.phase == parity) {
+    worker->lanes[worker->current].waits_for = offset;
+    worker->suspend(State::at_mbarrier, "mbarrier.try_wait", where);
+  }
+}
+
+void named_barrier(int barrier, int threads, const Where& where) {
+  Worker& w = *worker;
+  if (barrier < 1 || barrier > 15) fail("bar.sync on barrier " + std::to_string(barrier), where);
+  NamedBarrier& b = w.named[barrier];
+  if (b.arrived && b.threads != threads) {
+    fail("bar.sync for " + std::to_string(threads) + " threads, others wait for " + std::to_string(b.threads), where);
+  }
+  b.threads = threads;
+  if (++b.arrived < threads) {
+    w.lanes[w.current].waits_for = barrier;
+    return w.suspend(State::at_named_barrier, "bar.sync", where);
+  }
+  b.arrived = 0;
+  w.wake(State::at_named_barrier, barrier);
+}
+
+static float value_of(Type type, uint16_t bits) {
+  return type == Type::bf16 ? __uint_as_float(uint32_t{bits} << 16) : half_value(bits);
+}
+
+// 8 elements of an operand, 16 bytes of a core matrix, which begins with row or depth `line`.
+static void read_line(const GroupMultiply& g, const char* name, uint64_t descriptor, int across, int along, int line,
+                      float (&values)[8]) {
+  const ptrdiff_t start = (descriptor & 0x3fff) << 4, across_bytes = (descriptor >> 32 & 0x3fff) << 4,
+                  along_bytes = (descriptor >> 16 & 0x3fff) << 4;
+  if (descriptor >> 46) fail("wgmma with a swizzled operand or a base offset, which is not modelled", g.where);
+  const ptrdiff_t offset = start + across * across_bytes + along * along_bytes + line * 16;
+  Worker& w = *worker;
+  if (offset + 16 > static_cast<ptrdiff_t>(w.shared_bytes)) {
+    fail(std::string("wgmma reads ") + name + " at offset " + std::to_string(offset) + ", outside of shared memory",
+         g.where);
+  }
+  for (ptrdiff_t word = offset / 4; word < offset / 4 + 4; ++word) {
+    if (w.writers[word]) {
+      fail(std::string("wgmma reads ") + name + " at offset " + std::to_string(offset) + ", which thread " +
+               std::to_string(w.writers[word] - 1) + " has written without fence.proxy.async",
+           g.where);
+    }
+  }
+  uint16_t bits[8];
+  std::memcpy(bits, w.shared.get() + offset, 16);
+  for (int i = 0; i < 8; ++i) values[i] = value_of(g.type, bits[i]);
+}
+
+// One warp's 16 rows of m64nNk16.
+static void compute(Product& product, int warp) {
+  if (product.done) return;
+  product.done = true;
+  const GroupMultiply& g = product.what;
+  std::vector<float> a(16 * 16), b(16 * g.columns), line(8);
+  float values[8];
+  for (int row = 0; row < 16; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      read_line(g, "a", g.a, warp % 4 * 2 + row / 8, half, row % 8, values);
+      std::copy(values, values + 8, &a[row * 16 + half * 8]);
+    }
+  }
+  for (int block = 0; block < g.columns / 8; ++block) {
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 8; ++i) {
+        read_line(g, "b", g.b, block, half, i, values);  // a column's depths, or a depth's columns
+        for (int j = 0; j < 8; ++j) {
+          const int column = block * 8 + (g.by_columns ? j : i), depth = half * 8 + (g.by_columns ? i : j);
+          b[depth * g.columns + column] = values[j];
+        }
+      }
+    }
+  }
+  std::vector<double> sum(g.columns);
+  for (int row = 0; row < 16; ++row) {
+    auto place = [&](int column) -> float& {
+      const int lane = row % 8 * 4 + column % 8 / 2, i = column / 8 * 4 + row / 8 * 2 + column % 2;
+      return product.sum->values[lane * product.sum->count + i];
+    };
+    for (int column = 0; column < g.columns; ++column) sum[column] = g.keep ? place(column) : 0.0f;
+    for (int first = 0; first < 16; first += 8) {  // as in `multiply`
+      for (int k = first; k < first + 8; ++k) {
+        for (int column = 0; column < g.columns; ++column) {
+          sum[column] += double{a[row * 16 + k]} * b[k * g.columns + column];
+        }
+      }
+      for (int column = 0; column < g.columns; ++column) sum[column] = truncated(sum[column]);
+    }
+    for (int column = 0; column < g.columns; ++column) place(column) = static_cast<float>(sum[column]);
+  }
+}
+
+static void compute_all(Warp& warp, int index) {
+  for (auto& group : warp.groups) {
+    for (Product& product : group) compute(product, index);
+  }
+  for (Product& product : warp.open) compute(product, index);
+}
+
+void group_multiply(void* const* lanes) {
+  Worker& w = *worker;
+  const int index = w.current / 32;
+  Warp& warp = w.warps[index];
+  const auto& first = *static_cast<GroupMultiply*>(lanes[0]);
+  std::shared_ptr<Accumulators> sum;
+  auto look = [&](std::vector<Product>& products) {
+    for (Product& product : products) {
+      if (product.sum->registers[0] == first.d) sum = product.sum;
+    }
+  };
+  for (auto& group : warp.groups) look(group);
+  look(warp.open);
+  if (!sum) {
+    if (!warp.fenced) fail("wgmma.mma_async without a wgmma.fence since the last wait", first.where);
+    sum = std::make_shared<Accumulators>();
+    sum->count = first.columns / 2;
+    sum->values.resize(32 * sum->count);
+    for (int lane = 0; lane < 32; ++lane) {
+      sum->registers[lane] = static_cast<GroupMultiply*>(lanes[lane])->d;
+      std::copy_n(sum->registers[lane], sum->count, &sum->values[lane * sum->count]);
+      std::fill_n(sum->registers[lane], sum->count, NAN);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& other = *static_cast<GroupMultiply*>(lanes[lane]);
+    if (other.a != first.a || other.b != first.b || other.keep != first.keep) {
+      fail("wgmma.mma_async with other operands in lane " + std::to_string(lane) + " than in lane 0", first.where);
+    }
+  }
+  ++sum->users;
+  warp.open.push_back({first, sum});
+  if (!late()) compute_all(warp, index);
+}
+
+void group_fence(void* const*) { worker->warps[worker->current / 32].fenced = true; }
+
+void group_commit(void* const*) {
+  Warp& warp = worker->warps[worker->current / 32];
+  warp.groups.push_back(std::move(warp.open));
+  warp.open.clear();
+}
+
+void group_wait(void* const* lanes) {
+  const int index = worker->current / 32;
+  Warp& warp = worker->warps[index];
+  warp.fenced = false;
+  for (const int pending = *static_cast<int*>(lanes[0]); static_cast<int>(warp.groups.size()) > pending;) {
+    for (Product& product : warp.groups.front()) {
+      compute(product, index);
+      Accumulators& sum = *product.sum;
+      if (--sum.users) continue;
+      for (int lane = 0; lane < 32; ++lane) {
+        std::copy_n(&sum.values[lane * sum.count], sum.count, sum.registers[lane]);
+      }
+    }
+    warp.groups.pop_front();
   }
 }
 

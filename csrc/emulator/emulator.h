@@ -4,15 +4,19 @@
 // A block is run by one fiber a thread. Warp collectives (shuffles, votes, ldmatrix, mma) are meeting points: the lane
 // that arrives last computes the result of all 32 from the register layout that the PTX manual documents. Warps advance
 // in random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait
-// allows, or at random, and what it will overwrite is NaN until then. Found and explained: a collective that part of a
-// warp never reaches, barriers that not every thread reaches, misaligned or out-of-bounds operands of cp.async and
-// ldmatrix, writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing, memory
-// ordering, bank conflicts, occupancy; masks other than all 32 lanes are refused.
+// allows, or at random, and what it will overwrite is NaN until then. A wgmma reads its operands through descriptors, as
+// the manual lays core matrices out, at once, as late as its wait allows, or at random; its accumulators are NaN until
+// waited for. Found and explained: a collective that part of a warp never reaches, barriers that not every thread
+// reaches, misaligned or out-of-bounds operands of cp.async, ldmatrix and wgmma, an mbarrier with too many arrivals or
+// none of its own, a wgmma without its fence, operands of a wgmma that were written without a proxy fence (by cp.async
+// or store_shared), writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing,
+// other memory ordering, bank conflicts, occupancy, swizzled operands; masks other than all 32 lanes are refused.
 //
 // MMKERNELS_EMULATOR_SEED             the random order (default 0)
 // MMKERNELS_EMULATOR_COPIES           early, late or random (default late)
 // MMKERNELS_EMULATOR_MULTIPROCESSORS  what the launchers are told about the device (default 4)
 // MMKERNELS_EMULATOR_SHARED           its bytes of shared memory a block (default 232448, as sm_90; sm_80 has 166912)
+// MMKERNELS_EMULATOR_CAPABILITY       its compute capability's major number (default 9)
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -81,6 +85,7 @@ const std::string& last_error();
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 int multiprocessors();
 int shared_memory_limit();
+int capability();
 
 // Ends the launch with a message that names the block, the thread and the place.
 [[noreturn]] void fail(const std::string& what, const Where& where);
@@ -133,6 +138,26 @@ struct Multiply {
   uint32_t b[2];
 };
 void multiply(void* const* lanes);
+
+// sm_90. Shared memory that `written` names counts as out of wgmma's sight until the writing lane's proxy fence.
+void written(const void* p, int bytes);
+void proxy_fence();
+void mbarrier_init(const void* barrier, int arrivals, const Where& where);
+void mbarrier_arrive(const void* barrier, const Where& where);
+void mbarrier_wait(const void* barrier, int parity, const Where& where);
+void named_barrier(int barrier, int threads, const Where& where);
+struct GroupMultiply {
+  Type type;
+  float* d;
+  int columns;
+  uint64_t a, b;
+  bool by_columns, keep;
+  Where where;
+};
+void group_multiply(void* const* lanes);
+void group_fence(void* const*);
+void group_commit(void* const*);
+void group_wait(void* const* lanes);  // each brings an int: how many groups may stay
 
 uint16_t half_bits(float x);
 float half_value(uint16_t bits);
@@ -251,6 +276,45 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
 inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, MMK_WHERE) {
   emulator::Multiply mine{emulator::Type::tf32, d, a, {b0, b1}};
   emulator::meet("mma.m16n8k8.tf32", where, &mine, emulator::multiply);
+}
+
+// As in common/hopper.cuh.
+inline void mbarrier_init(uint64_t* barrier, int arrivals, MMK_WHERE) {
+  emulator::mbarrier_init(barrier, arrivals, where);
+}
+inline void mbarrier_arrive(uint64_t* barrier, MMK_WHERE) { emulator::mbarrier_arrive(barrier, where); }
+inline void mbarrier_wait(uint64_t* barrier, int parity, MMK_WHERE) { emulator::mbarrier_wait(barrier, parity, where); }
+inline void named_barrier(int barrier, int threads, MMK_WHERE) { emulator::named_barrier(barrier, threads, where); }
+inline void fence_proxy_async() { emulator::proxy_fence(); }
+template <class T>
+void store_shared(void* to, T value, MMK_WHERE) {
+  static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint4>);
+  emulator::check_shared(to, sizeof(T), "store_shared", where);
+  std::memcpy(to, &value, sizeof(T));
+  emulator::written(to, sizeof(T));
+}
+template <int>
+void claim_registers() {}
+template <int>
+void release_registers() {}
+inline uint64_t descriptor(const void* operand, int leading, int stride) {
+  const auto offset = static_cast<const unsigned char*>(operand) - emulator::shared();
+  return static_cast<uint64_t>((offset & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+         static_cast<uint64_t>(stride >> 4) << 32;
+}
+inline void wgmma_fence(MMK_WHERE) { emulator::meet("wgmma.fence", where, nullptr, emulator::group_fence); }
+inline void wgmma_commit(MMK_WHERE) { emulator::meet("wgmma.commit_group", where, nullptr, emulator::group_commit); }
+template <int Pending>
+void wgmma_wait(MMK_WHERE) {
+  int pending = Pending;
+  emulator::meet("wgmma.wait_group", where, &pending, emulator::group_wait);
+}
+template <class T, bool ByColumns, int Registers>
+void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep, MMK_WHERE) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+  const auto type = std::is_same_v<T, bf16> ? emulator::Type::bf16 : emulator::Type::fp16;
+  emulator::GroupMultiply mine{type, d, 2 * Registers, a, b, ByColumns, keep != 0, where};
+  emulator::meet("wgmma.mma_async", where, &mine, emulator::group_multiply);
 }
 
 inline uint32_t to_tf32(float x) {

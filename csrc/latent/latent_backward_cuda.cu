@@ -6,14 +6,6 @@
 namespace mmk::latent {
 namespace {
 
-// P from the saved log-sum-exp. A row without keys has lse -inf: +inf instead makes its weights zero.
-__device__ __forceinline__ float shift_of(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
-
-// dS = P (dP - delta); where P is zero nothing of dP counts, not even NaN.
-__device__ __forceinline__ float score_gradient(float weight, float dweight, float delta) {
-  return weight > 0.0f ? weight * (dweight - delta) : 0.0f;
-}
-
 template <class T, class Tile>
 struct BackwardQShared {
   static constexpr int kWeightPitch = Tile::kColumns + kVector<T>;
@@ -371,6 +363,7 @@ BackwardChoice choose_backward_x(const Problem& p, const Device& device) {
 using namespace mmk::latent;
 
 extern "C" int mmk_latent_plan_bwd_q(const Problem* p, Plan* plan) {
+  if (mmk_latent_hopper_plan_bwd_q(p, plan) == 0) return 0;
   const Device device = this_device();
   return with_type(p->type, [&](auto zero) {
     const auto choice = choose_backward_q<decltype(zero)>(*p, device);
@@ -393,7 +386,9 @@ extern "C" int mmk_latent_bwd_q(const Problem* p, const Plan* plan, const Backwa
     const auto choice = choose_backward_q<T>(*p, device);
     const dim3 grid(static_cast<unsigned>(plan->row_tiles * plan->splits * p->batch));
     const int error =
-        mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan, *b, choice.flag);
+        plan->hopper
+            ? mmk_latent_hopper_bwd_q(p, plan, b, stream)
+            : mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan, *b, choice.flag);
     if (error || !b->partial_dq) return error;
     const int64_t elements = b->dq_batch * p->rows * channels(*p), parts = plan->splits * (p->batch / b->dq_batch);
     const dim3 blocks(static_cast<unsigned>(ceil_div(elements, kThreads)));

@@ -229,6 +229,7 @@ ForwardChoice choose_forward(const Problem& p, const Device& device) {
 using namespace mmk::latent;
 
 extern "C" int mmk_latent_plan_fwd(const Problem* p, Plan* plan) {
+  if (mmk_latent_hopper_plan_fwd(p, plan) == 0) return 0;
   const Device device = this_device();
   return with_type(p->type, [&](auto zero) {
     const auto choice = choose_forward<decltype(zero)>(*p, device);
@@ -243,7 +244,9 @@ extern "C" int mmk_latent_fwd(const Problem* p, const Plan* plan, const Forward*
     const auto choice = choose_forward<T>(*p, device);
     const dim3 grid(static_cast<unsigned>(plan->row_tiles * plan->splits * p->batch));
     const int error =
-        mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan, *f, choice.flag);
+        plan->hopper
+            ? mmk_latent_hopper_fwd(p, plan, f, stream)
+            : mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan, *f, choice.flag);
     if (error || plan->splits == 1) return error;
     const dim3 rows(static_cast<unsigned>(ceil_div(p->batch * p->rows, kWarps)));
     return mmk::launch(merge_kernel, rows, dim3(kThreads), 0, stream, *p, plan->splits, *f);

@@ -151,6 +151,16 @@ __device__ __forceinline__ void store_two(T* to, float first, float second) {
   }
 }
 
+// --- The gradient of a score ---
+
+// P from the saved log-sum-exp. A row without keys has lse -inf: +inf instead makes its weights zero.
+__device__ __forceinline__ float shift_of(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
+
+// dS = P (dP - delta); where P is zero nothing of dP counts, not even NaN.
+__device__ __forceinline__ float score_gradient(float weight, float dweight, float delta) {
+  return weight > 0.0f ? weight * (dweight - delta) : 0.0f;
+}
+
 // --- From device memory to shared memory ---
 
 // Rows of q or dout into a tile; rows past the end and the padding become zeros. cp.async, not yet committed.
@@ -198,11 +208,12 @@ __host__ __device__ int raw_pitch(int width) {
 __device__ __forceinline__ int lead(const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16); }
 
 template <class T>
-__device__ void stage(const Part<T>& part, int rows, unsigned char* raw) {
+__device__ void stage(const Part<T>& part, int rows, unsigned char* raw, int thread = threadIdx.x,
+                      int threads = kThreads) {
   const int spans = part.dense() ? 1 : rows;
   const int bytes = (part.dense() ? rows : 1) * part.width * static_cast<int>(sizeof(T));
   const int chunks = (bytes + 30) / 16;  // as many as a span can touch
-  for (int i = threadIdx.x; i < spans * chunks; i += kThreads) {
+  for (int i = thread; i < spans * chunks; i += threads) {
     const int r = i / chunks, c = i % chunks;
     const char* source = reinterpret_cast<const char*>(part.row(r));
     unsigned char* to = raw + r * raw_pitch<T>(part.width) + c * 16;
@@ -407,10 +418,11 @@ void first_fit(const Problem& p, const Device& device, int64_t rows, Flag when, 
 }
 
 // The raw copies that run ahead need rows without gaps between their channels.
-Flag staging(const Problem& p) {
-  const bool dense = (p.content <= 1 || p.x_channel == 1) && (p.position <= 1 || p.table_channel == 1);
-  return dense ? Flag::first : Flag::never;
+inline bool dense_channels(const Problem& p) {
+  return (p.content <= 1 || p.x_channel == 1) && (p.position <= 1 || p.table_channel == 1);
 }
+
+inline Flag staging(const Problem& p) { return dense_channels(p) ? Flag::first : Flag::never; }
 
 template <class Choice>
 int resident_blocks(const Choice& choice) {
@@ -428,7 +440,7 @@ int resident_blocks(const Choice& choice) {
 template <class Choice>
 int describe(const Choice& choice, const Device& device, int64_t row_tiles, int64_t key_tiles, Plan* plan) {
   if (!choice.kernel) return -1;
-  *plan = {row_tiles, key_tiles, static_cast<int64_t>(device.multiprocessors) * resident_blocks(choice), 1};
+  *plan = {row_tiles, key_tiles, static_cast<int64_t>(device.multiprocessors) * resident_blocks(choice), 1, false};
   return 0;
 }
 

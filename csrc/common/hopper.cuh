@@ -1,0 +1,150 @@
+// Instructions of sm_90a: mbarrier, named barriers, wgmma on operands in shared memory, setmaxnreg. Only kernels for
+// compute capability 9.0 may call them; their bodies stand inside `#ifdef MMK_HOPPER`.
+//
+// Operands of a wgmma lie in shared memory without swizzle, as "core matrices" of 8 x 16 bytes = 128 bytes in a row. A
+// tile of n rows by c 16-bit channels is stored at
+//
+//     address(row, channel) = channel / 8 * n * 16 + row * 16 + channel % 8 * 2
+//
+// and serves both products of attention: with channels as the depth (K-major; q xhat^T) and with rows as the depth
+// (MN-major; P xhat). The descriptor says how far core matrices are apart in the two directions, and which direction is
+// which depends on the major (PTX ISA, "Shared memory matrix layout", no swizzle):
+//
+//                 leading                        stride
+//     K-major     next 8 of the depth: n * 16    next 8 rows: 128
+//     MN-major    next 8 of the depth: 128       next 8 channels: n * 16
+#pragma once
+#include "common/ptx.cuh"
+
+#if defined(MMK_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MMK_HOPPER
+#endif
+
+#ifndef MMK_EMULATOR
+#include <type_traits>
+
+namespace mmk::ptx {
+
+// --- Barriers ---
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Until the phase of this parity is over; the first phase has parity 0, and the one before it counts as over.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// All `threads` of the block that name this barrier (1 to 15).
+__device__ __forceinline__ void named_barrier(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// What this thread has written to shared memory may be read by wgmma once others know of it.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Stores that wgmma will read.
+__device__ __forceinline__ void store_shared(void* to, uint32_t value) { *static_cast<uint32_t*>(to) = value; }
+__device__ __forceinline__ void store_shared(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
+
+template <int Registers>
+__device__ __forceinline__ void claim_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+template <int Registers>
+__device__ __forceinline__ void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// --- wgmma ---
+
+// Distances in bytes, multiples of 16.
+__device__ __forceinline__ uint64_t descriptor(const void* operand, int leading, int stride) {
+  return uint64_t{(shared_address(operand) & 0x3ffff) >> 4} | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32;
+}
+
+// Before the first wgmma, and wherever registers that it uses have been written by other instructions.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int Pending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+// The registers of m64nNk16, eight for each 16 columns: their names in the text, and the operands.
+#define MMK_R16 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define MMK_R32 MMK_R16 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define MMK_R48 MMK_R32 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define MMK_R64 MMK_R48 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define MMK_R80 MMK_R64 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define MMK_R96 MMK_R80 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define MMK_R112 MMK_R96 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define MMK_R128 MMK_R112 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define MMK_R144 MMK_R128 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define MMK_R160 MMK_R144 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define MMK_R176 MMK_R160 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define MMK_R192 MMK_R176 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define MMK_R208 MMK_R192 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define MMK_R224 MMK_R208 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define MMK_R240 MMK_R224 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define MMK_R256 MMK_R240 ",%120,%121,%122,%123,%124,%125,%126,%127"
+#define MMK_D(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MMK_D16 MMK_D(0)
+#define MMK_D32 MMK_D16, MMK_D(8)
+#define MMK_D48 MMK_D32, MMK_D(16)
+#define MMK_D64 MMK_D48, MMK_D(24)
+#define MMK_D80 MMK_D64, MMK_D(32)
+#define MMK_D96 MMK_D80, MMK_D(40)
+#define MMK_D112 MMK_D96, MMK_D(48)
+#define MMK_D128 MMK_D112, MMK_D(56)
+#define MMK_D144 MMK_D128, MMK_D(64)
+#define MMK_D160 MMK_D144, MMK_D(72)
+#define MMK_D176 MMK_D160, MMK_D(80)
+#define MMK_D192 MMK_D176, MMK_D(88)
+#define MMK_D208 MMK_D192, MMK_D(96)
+#define MMK_D224 MMK_D208, MMK_D(104)
+#define MMK_D240 MMK_D224, MMK_D(112)
+#define MMK_D256 MMK_D240, MMK_D(120)
+// A, B, Keep, Major: the numbers of the operands after the registers.
+#define MMK_WGMMA(N, TYPE, A, B, KEEP, MAJOR)                                                                         \
+  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
+               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, %" #A ", %" #B ", keep, 1, 1, 0, %" #MAJOR ";\n}"          \
+               : MMK_D##N                                                                                             \
+               : "l"(a), "l"(b), "r"(keep), "n"(ByColumns))
+#define MMK_WGMMA_OF(TYPE)                                        \
+  if constexpr (N == 16) MMK_WGMMA(16, TYPE, 8, 9, 10, 11);       \
+  if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19);     \
+  if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27);     \
+  if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35);     \
+  if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75);   \
+  if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91);   \
+  if constexpr (N == 192) MMK_WGMMA(192, TYPE, 96, 97, 98, 99);   \
+  if constexpr (N == 256) MMK_WGMMA(256, TYPE, 128, 129, 130, 131)
+
+// d (64 x N) = keep ? d + a b : a b over a depth of 16, T in, fp32 out, for the 128 threads of a warpgroup. a is K-major;
+// b is K-major, or MN-major with ByColumns. Asynchronous: d, a and b are the tensor cores' until a wgmma_wait. Element i
+// of d: row 16 (warp % 4) + g + 8 (i / 2 % 2), column 8 (i / 4) + 2 t + i % 2, with g = lane / 4, t = lane % 4.
+template <class T, bool ByColumns, int Registers>
+__device__ __forceinline__ void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep) {
+  constexpr int N = 2 * Registers;
+  static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 144 || N == 176 || N == 192 || N == 256);
+  if constexpr (std::is_same_v<T, bf16>) {
+    MMK_WGMMA_OF("bf16");
+  } else {
+    MMK_WGMMA_OF("f16");
+  }
+}
+
+}  // namespace mmk::ptx
+#endif
