@@ -65,9 +65,10 @@ class Explanation(NamedTuple):
 
 
 def preference(dtype: torch.dtype) -> tuple:
-    """What `auto` tries first. On a GPU Triton's kernels, which reach Hopper's wgmma (our CUDA C++ uses mma.sync); in float32
-    CUDA C++, which multiplies on tensor cores in three tf32 products where Triton falls back to scalar units. On a CPU
-    the C++ kernels: CPU tensors reach the other two in tests alone.
+    """What `auto` tries first. On a GPU Triton's kernels, which reach Hopper's wgmma where most of our CUDA C++ uses mma.sync
+    (`latent_attention` has an order of its own there); in float32 CUDA C++, which multiplies on tensor cores in three tf32
+    products where Triton falls back to scalar units. On a CPU the C++ kernels: CPU tensors reach the other two in tests
+    alone.
     """
     gpu = ("cuda", "triton") if dtype == torch.float32 else ("triton", "cuda")
     return ("cpp", *gpu, "reference")
@@ -114,6 +115,11 @@ def _capability(index: int) -> tuple:
 _capability._dynamo_marked_constant = True
 
 
+def capability(device: torch.device) -> tuple:
+    """(major, minor) of a CUDA device, looked up once."""
+    return _capability(device.index or 0)
+
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -141,8 +147,8 @@ def platform_refusals(name: str, device: torch.device, dtype: torch.dtype) -> li
             reasons.append(f"tensors are on {device.type!r}, it runs on 'cuda'")
         elif not _library.load("cuda").loaded:
             reasons.append(_library.load("cuda").reason)
-        elif _capability(device.index or 0) < (8, 0):
-            reasons.append(f"the GPU has compute capability {_capability(device.index or 0)}, it needs 8.0 or newer")
+        elif capability(device) < (8, 0):
+            reasons.append(f"the GPU has compute capability {capability(device)}, it needs 8.0 or newer")
     return reasons
 
 

@@ -38,8 +38,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
 // Until the phase of this parity is over; the first phase has parity 0, and the one before it counts as over.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-          shared_address(barrier)),
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
+          "r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 }
@@ -70,7 +70,8 @@ __device__ __forceinline__ void release_registers() {
 
 // Distances in bytes, multiples of 16.
 __device__ __forceinline__ uint64_t descriptor(const void* operand, int leading, int stride) {
-  return uint64_t{(shared_address(operand) & 0x3ffff) >> 4} | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32;
+  return uint64_t{(shared_address(operand) & 0x3ffff) >> 4} | uint64_t(leading >> 4) << 16 |
+         uint64_t(stride >> 4) << 32;
 }
 
 // Before the first wgmma, and wherever registers that it uses have been written by other instructions.
@@ -98,8 +99,9 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MMK_R224 MMK_R208 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define MMK_R240 MMK_R224 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define MMK_R256 MMK_R240 ",%120,%121,%122,%123,%124,%125,%126,%127"
-#define MMK_D(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MMK_D(i)                                                                                              \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define MMK_D16 MMK_D(0)
 #define MMK_D32 MMK_D16, MMK_D(8)
 #define MMK_D48 MMK_D32, MMK_D(16)
@@ -117,24 +119,25 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MMK_D240 MMK_D224, MMK_D(112)
 #define MMK_D256 MMK_D240, MMK_D(120)
 // A, B, Keep, Major: the numbers of the operands after the registers.
-#define MMK_WGMMA(N, TYPE, A, B, KEEP, MAJOR)                                                                         \
-  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
-               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, %" #A ", %" #B ", keep, 1, 1, 0, %" #MAJOR ";\n}"          \
-               : MMK_D##N                                                                                             \
+#define MMK_WGMMA(N, TYPE, A, B, KEEP, MAJOR)                                                                \
+  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, %" #A ", %" #B ", keep, 1, 1, 0, %" #MAJOR ";\n}"  \
+               : MMK_D##N                                                                                    \
                : "l"(a), "l"(b), "r"(keep), "n"(ByColumns))
-#define MMK_WGMMA_OF(TYPE)                                        \
-  if constexpr (N == 16) MMK_WGMMA(16, TYPE, 8, 9, 10, 11);       \
-  if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19);     \
-  if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27);     \
-  if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35);     \
-  if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75);   \
-  if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91);   \
-  if constexpr (N == 192) MMK_WGMMA(192, TYPE, 96, 97, 98, 99);   \
+#define MMK_WGMMA_OF(TYPE)                                      \
+  if constexpr (N == 16) MMK_WGMMA(16, TYPE, 8, 9, 10, 11);     \
+  if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19);   \
+  if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27);   \
+  if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35);   \
+  if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75); \
+  if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91); \
+  if constexpr (N == 192) MMK_WGMMA(192, TYPE, 96, 97, 98, 99); \
   if constexpr (N == 256) MMK_WGMMA(256, TYPE, 128, 129, 130, 131)
 
-// d (64 x N) = keep ? d + a b : a b over a depth of 16, T in, fp32 out, for the 128 threads of a warpgroup. a is K-major;
-// b is K-major, or MN-major with ByColumns. Asynchronous: d, a and b are the tensor cores' until a wgmma_wait. Element i
-// of d: row 16 (warp % 4) + g + 8 (i / 2 % 2), column 8 (i / 4) + 2 t + i % 2, with g = lane / 4, t = lane % 4.
+// d (64 x N) = keep ? d + a b : a b over a depth of 16, T in, fp32 out, for the 128 threads of a warpgroup. a is
+// K-major; b is K-major, or MN-major with ByColumns. Asynchronous: d, a and b are the tensor cores' until a wgmma_wait.
+// With g = lane / 4, t = lane % 4, element i of d is row 16 (warp % 4) + g + 8 (i / 2 % 2), column 8 (i / 4) + 2 t +
+// i % 2.
 template <class T, bool ByColumns, int Registers>
 __device__ __forceinline__ void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep) {
   constexpr int N = 2 * Registers;

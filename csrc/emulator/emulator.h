@@ -4,9 +4,9 @@
 // A block is run by one fiber a thread. Warp collectives (shuffles, votes, ldmatrix, mma) are meeting points: the lane
 // that arrives last computes the result of all 32 from the register layout that the PTX manual documents. Warps advance
 // in random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait
-// allows, or at random, and what it will overwrite is NaN until then. A wgmma reads its operands through descriptors, as
-// the manual lays core matrices out, at once, as late as its wait allows, or at random; its accumulators are NaN until
-// waited for. Found and explained: a collective that part of a warp never reaches, barriers that not every thread
+// allows, or at random, and what it will overwrite is NaN until then. A wgmma reads its operands through descriptors,
+// as the manual lays core matrices out, at once, as late as its wait allows, or at random; its accumulators are NaN
+// until waited for. Found and explained: a collective that part of a warp never reaches, barriers that not every thread
 // reaches, misaligned or out-of-bounds operands of cp.async, ldmatrix and wgmma, an mbarrier with too many arrivals or
 // none of its own, a wgmma without its fence, operands of a wgmma that were written without a proxy fence (by cp.async
 // or store_shared), writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing,

@@ -385,10 +385,9 @@ extern "C" int mmk_latent_bwd_q(const Problem* p, const Plan* plan, const Backwa
     using T = decltype(zero);
     const auto choice = choose_backward_q<T>(*p, device);
     const dim3 grid(static_cast<unsigned>(plan->row_tiles * plan->splits * p->batch));
-    const int error =
-        plan->hopper
-            ? mmk_latent_hopper_bwd_q(p, plan, b, stream)
-            : mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan, *b, choice.flag);
+    const int error = plan->hopper ? mmk_latent_hopper_bwd_q(p, plan, b, stream)
+                                   : mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan,
+                                                 *b, choice.flag);
     if (error || !b->partial_dq) return error;
     const int64_t elements = b->dq_batch * p->rows * channels(*p), parts = plan->splits * (p->batch / b->dq_batch);
     const dim3 blocks(static_cast<unsigned>(ceil_div(elements, kThreads)));

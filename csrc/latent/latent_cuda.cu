@@ -243,10 +243,9 @@ extern "C" int mmk_latent_fwd(const Problem* p, const Plan* plan, const Forward*
     using T = decltype(zero);
     const auto choice = choose_forward<T>(*p, device);
     const dim3 grid(static_cast<unsigned>(plan->row_tiles * plan->splits * p->batch));
-    const int error =
-        plan->hopper
-            ? mmk_latent_hopper_fwd(p, plan, f, stream)
-            : mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan, *f, choice.flag);
+    const int error = plan->hopper ? mmk_latent_hopper_fwd(p, plan, f, stream)
+                                   : mmk::launch(choice.kernel, grid, dim3(kThreads), choice.bytes, stream, *p, *plan,
+                                                 *f, choice.flag);
     if (error || plan->splits == 1) return error;
     const dim3 rows(static_cast<unsigned>(ceil_div(p->batch * p->rows, kWarps)));
     return mmk::launch(merge_kernel, rows, dim3(kThreads), 0, stream, *p, plan->splits, *f);

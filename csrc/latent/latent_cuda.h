@@ -60,8 +60,8 @@ struct Strided {  // (batch, rows, C) of any strides
 
 }  // namespace mmk::latent
 
-// All return 0 or a CUDA error code, the hopper launchers without merging splits; the planners return -1 where no tile fits the device's shared memory,
-// those of hopper also where the device or the problem is none for them.
+// All return 0 or a CUDA error code, the hopper launchers without merging splits; the planners return -1 where no tile
+// fits the device's shared memory, those of hopper also where the device or the problem is none for them.
 extern "C" {
 int mmk_latent_hopper_plan_fwd(const mmk::latent::Problem*, mmk::latent::Plan*);
 int mmk_latent_hopper_plan_bwd_q(const mmk::latent::Problem*, mmk::latent::Plan*);

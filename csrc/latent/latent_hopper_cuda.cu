@@ -1,14 +1,15 @@
 // The forward and the gradient of q for compute capability 9.0, 16-bit inputs: wgmma on operands in shared memory, with
 // the warps specialised. README.md in mmkernels/ops/latent has the schedule and the time model.
 //
-// A block has 64 query rows. Its third warpgroup produces: it brings tiles of keys into shared memory, takes the moments
-// of every key, and (fp16) normalises the tile. The other two consume, each for half of the channels: sums of 64 rows by
-// half of the channels fill their registers. They make scores in turn, the even tiles one, the odd tiles the other, and
-// put the weights into shared memory, from where both multiply them with their half of the tile. So while one makes
-// weights the other keeps the tensor cores busy, and no score is made twice.
+// A block has 64 query rows. Its third warpgroup produces: it brings tiles of keys into shared memory, takes the
+// moments of every key, and (fp16) normalises the tile. The other two consume, each for half of the channels: sums of
+// 64 rows by half of the channels fill their registers. They make scores in turn, the even tiles one, the odd tiles the
+// other, and put the weights into shared memory, from where both multiply them with their half of the tile. So while
+// one makes weights the other keeps the tensor cores busy, and no score is made twice.
 //
-// In bf16 the norm is folded into the small side: s = r (q . x - mean sum(q)), out = sum_m w x - sum_m w mean with w the
-// weight p r rounded to bf16, which both sums share.
+// In bf16 the norm is folded into the small side: s = r (q . x - mean sum(q)), out = sum_m w x - sum_m w mean with w
+// the weight p r rounded to bf16, which both sums share.
+#include <climits>
 #include <cstring>
 #include <type_traits>
 
@@ -22,8 +23,8 @@ constexpr int kRows = 64, kGroup = 128, kConsumers = 2 * kGroup, kAllThreads = 3
 constexpr int kConsumerWarps = kConsumers / 32, kGroupWarps = kGroup / 32;
 enum NamedBarrier { kProducing = 1, kConsuming = 2 };
 
-// A tile of Keys keys; a warpgroup accumulates Parts instructions of Width channels. With two buffers of weights those of
-// a tile are made beside the sums of the tile before, with one after them.
+// A tile of Keys keys; a warpgroup accumulates Parts instructions of Width channels. With two buffers of weights those
+// of a tile are made beside the sums of the tile before, with one after them.
 template <int Keys, int Width, int Parts, int Weights>
 struct HopperTile {
   static constexpr int kKeys = Keys, kWidth = Width, kParts = Parts, kHalf = Width * Parts, kWeights = Weights;
@@ -33,8 +34,8 @@ struct HopperTile {
 
 // How shared memory is used, decided by the launcher.
 struct Stages {
-  int tiles;    // 2 or 3
-  int raws;     // copies of keys that are not yet in a tile; 0: rows are copied straight into the tile
+  int tiles;  // 2 or 3
+  int raws;   // copies of keys that are not yet in a tile; 0: rows are copied straight into the tile
 };
 
 constexpr int kMaxTiles = 3;
@@ -46,8 +47,8 @@ struct HopperShared {
   uint64_t *weighed, *unweighed;  // weights are there, are done with
   float *mean, *rstd, *bias;      // of each key of each tile
   float *q_sum, *dout_sum;        // of each row
-  float *top, *decay;             // of each row; decay for each buffer of weights
   T* weights;
+  float2* change;  // highest score and decay of each row that go with a buffer of weights
   float2* totals;  // per consumer group and row, where the weights were
   T *q, *dout, *tiles;
   unsigned char *raw_table, *raw_content;
@@ -64,8 +65,7 @@ struct HopperShared {
     bias = arena.take<float>(kMaxTiles * Tile::kKeys);
     q_sum = arena.take<float>(kRows);
     dout_sum = arena.take<float>(Backward ? kRows : 0);
-    top = arena.take<float>(Backward ? 0 : kRows);
-    decay = arena.take<float>(Backward ? 0 : Tile::kWeights * kRows);
+    change = arena.take<float2>(Backward ? 0 : Tile::kWeights * kRows);
     weights = arena.take<T>(Tile::kWeights * kRows * Tile::kKeys);
     totals = reinterpret_cast<float2*>(weights);
     static_assert(2 * kRows * sizeof(float2) <= Tile::kWeights * kRows * Tile::kKeys * sizeof(T));
@@ -110,7 +110,9 @@ __device__ void copy_keys(const Problem& p, int64_t batch, int64_t first, T* til
     for (int i = 0; i < Tile::kKeys / 8; ++i) {
       const int r = i * 8 + lane % 8;
       const bool inside = c < filled && (visible >> i & 1);
-      const T* source = !inside ? static_cast<const T*>(p.q.data) : c < split ? table.row(r) + c * 8 : content.row(r) + (c - split) * 8;
+      const T* source = !inside     ? static_cast<const T*>(p.q.data)
+                        : c < split ? table.row(r) + c * 8
+                                    : content.row(r) + (c - split) * 8;
       ptx::cp_async<16>(tile + (c * Tile::kKeys + r) * 8, source, inside ? 16 : 0);
     }
   }
@@ -175,11 +177,13 @@ template <class T, class Tile, class Shared>
 __device__ void make_tile(const Problem& p, const Shared& shared, const Stages& stages, int64_t batch, int64_t first,
                           int step) {
   constexpr bool kNormalise = std::is_same_v<T, fp16>;  // p r underflows in fp16, which bars the fold
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kGroupWarps, quarter = lane / 8;
+  // Eight keys of a column of 16 bytes are a whole core matrix; four where eight would leave warps without work.
+  constexpr int kAtOnce = Tile::kKeys % (8 * kGroupWarps) == 0 ? 8 : 4, kShares = 32 / kAtOnce;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kGroupWarps, part = lane / kAtOnce;
   const int stage = step % stages.tiles, count = channels(p), chunks = padded(p) / 8;
   const Part<T> table_keys = table_part<T>(p, first), content_keys = content_part<T>(p, batch, first);
   T* tile = shared.tiles + stage * shared.tile_elements;
-  for (int r = warp * 8 + lane % 8; r < Tile::kKeys; r += 8 * kGroupWarps) {
+  for (int r = warp * kAtOnce + lane % kAtOnce; r < Tile::kKeys; r += kAtOnce * kGroupWarps) {
     const bool visible = is_visible(p, batch, first + r);
     const T *table = nullptr, *content = nullptr;
     if (stages.raws) {
@@ -201,7 +205,7 @@ __device__ void make_tile(const Problem& p, const Shared& shared, const Stages& 
     if (visible) {
       shift = to_float(!stages.raws ? *place(0) : p.position ? table[0] : content[0]);
 #pragma unroll 2
-      for (int c = quarter; c < chunks; c += 4) {
+      for (int c = part; c < chunks; c += kShares) {
         const Eight v = load(c);
         if (stages.raws && !kNormalise) store(c, v);
 #pragma unroll
@@ -214,7 +218,7 @@ __device__ void make_tile(const Problem& p, const Shared& shared, const Stages& 
       }
     }
 #pragma unroll
-    for (int bit = 8; bit < 32; bit *= 2) {
+    for (int bit = kAtOnce; bit < 32; bit *= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, bit);
       squares += __shfl_xor_sync(0xffffffffu, squares, bit);
     }
@@ -223,9 +227,9 @@ __device__ void make_tile(const Problem& p, const Shared& shared, const Stages& 
     const float mean = norm ? shift + offset : 0.0f;
     const float rstd = norm ? 1.0f / sqrtf(fmaxf(squares / count - offset * offset, 0.0f) + p.eps) : 1.0f;
     if (!visible && stages.raws) {
-      for (int c = quarter; c < chunks; c += 4) store(c, Eight{});
+      for (int c = part; c < chunks; c += kShares) store(c, Eight{});
     } else if (visible && kNormalise) {
-      for (int c = quarter; c < chunks; c += 4) {
+      for (int c = part; c < chunks; c += kShares) {
         const Eight v = load(c);
         Eight normal{};
 #pragma unroll
@@ -236,7 +240,7 @@ __device__ void make_tile(const Problem& p, const Shared& shared, const Stages& 
         store(c, normal);
       }
     }
-    if (quarter == 0) {
+    if (part == 0) {
       const int key = stage * Tile::kKeys + r;
       shared.bias[key] = visible ? 0.0f : -INFINITY;
       shared.mean[key] = visible && !kNormalise ? mean : 0.0f;
@@ -553,10 +557,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       publish_weights<T, Tile>(shared, at, packed, step, [&](int buffer) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if (at.t == 0) {
-            shared.top[at.row(half)] = top[half];
-            shared.decay[buffer * kRows + at.row(half)] = decay[half];
-          }
+          if (at.t == 0) shared.change[buffer * kRows + at.row(half)] = make_float2(top[half], decay[half]);
         }
       });
     };
@@ -564,17 +565,18 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     auto await_weights = [&](int step, bool others) {
       const Turn turn(step, Tile::kWeights);
       ptx::mbarrier_wait(shared.weighed + turn.buffer, turn.parity);
-      float change[2];
+      float decays[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        change[half] = shared.decay[turn.buffer * kRows + at.row(half)];
-        top[half] = shared.top[at.row(half)];
-        if (others) mine.total[half] *= change[half], mine.moment[half] *= change[half];
+        const float2 change = shared.change[turn.buffer * kRows + at.row(half)];
+        top[half] = change.x;
+        decays[half] = change.y;
+        if (others) mine.total[half] *= change.y, mine.moment[half] *= change.y;
       }
-      if (__any_sync(0xffffffffu, change[0] != 1.0f || change[1] != 1.0f)) {
+      if (__any_sync(0xffffffffu, decays[0] != 1.0f || decays[1] != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < Tile::kHalf / 2; ++i) {
-          sum[i / (Tile::kWidth / 2)][i % (Tile::kWidth / 2)] *= change[i / 2 % 2];
+          sum[i / (Tile::kWidth / 2)][i % (Tile::kWidth / 2)] *= decays[i / 2 % 2];
         }
       }
     };
@@ -770,27 +772,26 @@ bool aligned_keys(const Problem& p) {
   return content && (!p.position || (aligned(p.table) && whole(p.position) && whole(p.table_key)));
 }
 
-// The first tile in the order given that is wide enough and fits. Tiles of which half or more would be empty are left to
-// the kernels with fewer rows.
+// Of the narrowest tiles that are wide enough the first that fits: rows that are copied straight into their tile prefer
+// the first tile in the order given; rows that are not, a second raw copy. Tiles of which half or more would be empty
+// are left to the kernels with fewer rows.
 template <class T, bool Backward, class... Tiles, class Kernels, class Choice>
 void first_hopper_fit(const Problem& p, const Device& device, Kernels kernels, Choice& choice) {
   static constexpr Stages kDirect[] = {{3, 0}, {2, 0}}, kStaged[] = {{3, 2}, {2, 2}, {3, 1}, {2, 1}};
   if (mmk_capability() != 9 || 2 * p.rows <= kRows || !dense_channels(p)) return;
-  const bool direct = aligned_keys(p);
+  int half = INT_MAX;
+  ((padded(p) <= 2 * Tiles::kHalf ? half = min(half, Tiles::kHalf) : 0), ...);
   auto attempt = [&](auto tile, const Stages& stages) {
     using Tile = decltype(tile);
     const int bytes = HopperShared<T, Tile, Backward>(p, stages, nullptr).bytes;
-    if (choice.kernel || padded(p) > 2 * Tile::kHalf || bytes > device.shared) return;
+    if (choice.kernel || Tile::kHalf != half || bytes > device.shared) return;
     choice = {kernels(tile), Tile::kKeys, bytes, stages};
   };
-  auto each = [&](auto tile) {
-    if (direct) {
-      for (const Stages& stages : kDirect) attempt(tile, stages);
-    } else {
-      for (const Stages& stages : kStaged) attempt(tile, stages);
-    }
-  };
-  (each(Tiles{}), ...);
+  if (aligned_keys(p)) {
+    ((attempt(Tiles{}, kDirect[0]), attempt(Tiles{}, kDirect[1])), ...);
+  } else {
+    for (const Stages& stages : kStaged) (attempt(Tiles{}, stages), ...);
+  }
 }
 
 using ForwardChoice = HopperChoice<Problem, Plan, Forward, Stages>;
@@ -800,7 +801,8 @@ ForwardChoice choose_hopper_forward(const Problem& p, const Device& device) {
   ForwardChoice choice;
   auto kernels = [](auto tile) { return &hopper_forward_kernel<T, decltype(tile)>; };
   first_hopper_fit<T, false, HopperTile<64, 64, 1, 2>, HopperTile<64, 144, 1, 2>, HopperTile<64, 192, 1, 2>,
-                   HopperTile<48, 256, 1, 2>, HopperTile<32, 176, 2, 1>>(p, device, kernels, choice);
+                   HopperTile<48, 192, 1, 2>, HopperTile<48, 256, 1, 2>, HopperTile<32, 176, 2, 1>>(p, device, kernels,
+                                                                                                    choice);
   return choice;
 }
 
@@ -812,7 +814,7 @@ BackwardChoice choose_hopper_backward_q(const Problem& p, const Device& device) 
   auto kernels = [](auto tile) { return &hopper_backward_q_kernel<T, decltype(tile)>; };
   first_hopper_fit<T, true, HopperTile<64, 64, 1, 2>, HopperTile<64, 144, 1, 2>, HopperTile<48, 192, 1, 2>,
                    HopperTile<32, 256, 1, 2>, HopperTile<16, 256, 1, 2>, HopperTile<16, 176, 2, 2>>(p, device, kernels,
-                                                                                                choice);
+                                                                                                    choice);
   return choice;
 }
 

@@ -1,6 +1,6 @@
-// c (64, 64) = s b, s = a b^T rounded to bf16 (as attention without softmax), by one warp that brings tiles of b and one
-// warpgroup that multiplies each tile twice: the smallest kernel with everything of sm_90 that the emulator models. Its
-// argument, a number of Fault, breaks one thing, and the emulator has to notice.
+// c (64, 64) = s b, s = a b^T rounded to bf16 (as attention without softmax), by one warp that brings tiles of b and
+// one warpgroup that multiplies each tile twice: the smallest kernel with everything of sm_90 that the emulator models.
+// Its argument, a number of Fault, breaks one thing, and the emulator has to notice.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -89,8 +89,7 @@ __global__ void __launch_bounds__(kThreads) matmul(const bf16* a, const bf16* b,
     for (int k = 0; k < kKeys; k += 16) {
       const uint64_t x = ptx::descriptor(scores + k * kRows, kRows * 16, 128);
       const bool swapped = fault == SWAPPED_STRIDES_BY_COLUMNS;
-      const uint64_t y =
-          ptx::descriptor(tile + k * 8, swapped ? kKeys * 16 : 128, swapped ? 128 : kKeys * 16);
+      const uint64_t y = ptx::descriptor(tile + k * 8, swapped ? kKeys * 16 : 128, swapped ? 128 : kKeys * 16);
       if (fault == WRONG_MAJOR) {
         ptx::wgmma<bf16, false>(sum, x, y, 1);
       } else {

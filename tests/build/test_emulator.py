@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL = Path(__file__).with_name("pipelined_matmul.cu")
+KERNEL, HOPPER = (Path(__file__).with_name(name) for name in ("pipelined_matmul.cu", "hopper_matmul.cu"))
 FLAGS = ["-std=c++20", "-DMMK_EMULATOR", f"-I{ROOT / 'csrc'}", "-Wno-unknown-pragmas", "-pthread"]
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
@@ -20,21 +20,33 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++
 # In the order of `enum Fault`.
 FAULTS = ["NONE", "NO_WAIT", "NO_BARRIER", "WRONG_FRAGMENT", "DIVERGENT_SHUFFLE", "PARTIAL_BARRIER", "MISALIGNED_COPY"]
 FAULTS += ["MISALIGNED_LDMATRIX", "PAST_THE_END", "UNINITIALISED"]
+HOPPER_FAULTS = ["NONE", "NO_FENCE_AFTER_COPY", "NO_FENCE_AFTER_STORE", "NO_WGMMA_FENCE", "NO_WGMMA_WAIT", "SWAPPED_STRIDES"]
+HOPPER_FAULTS += ["SWAPPED_STRIDES_BY_COLUMNS", "WRONG_MAJOR", "EARLY_RELEASE", "WRONG_PARITY", "NO_FULL_WAIT"]
+HOPPER_FAULTS += ["MISSING_ARRIVAL", "UNINITIALISED_BARRIER", "WRONG_THREADS", "PAST_THE_END"]
 
 
-@pytest.fixture(scope="module")
-def matmul(tmp_path_factory):
-    """pipelined_matmul.cu with one of its faults: what it prints in one mode of copies."""
-    program = tmp_path_factory.mktemp("emulator") / "matmul"
-    sources = [str(KERNEL), str(ROOT / "csrc/emulator/emulator.cpp")]
+def build(kernel, faults, folder):
+    """run(fault, copies, seed): what the program of a kernel prints with one of its faults in one mode of copies."""
+    program = folder / "matmul"
+    sources = [str(kernel), str(ROOT / "csrc/emulator/emulator.cpp")]
     subprocess.run(["g++", *FLAGS, "-O1", "-x", "c++", *sources, "-o", str(program)], check=True)
 
     def run(fault, copies, seed=0):
         env = os.environ | {"MMKERNELS_EMULATOR_COPIES": copies, "MMKERNELS_EMULATOR_SEED": str(seed)}
-        command = [str(program), str(FAULTS.index(fault))]
+        command = [str(program), str(faults.index(fault))]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout.strip()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def matmul(tmp_path_factory):
+    return build(KERNEL, FAULTS, tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(scope="module")
+def hopper_matmul(tmp_path_factory):
+    return build(HOPPER, HOPPER_FAULTS, tmp_path_factory.mktemp("hopper"))
 
 
 @pytest.mark.parametrize("copies", ["early", "late", "random"])
@@ -91,6 +103,40 @@ for dtype, batch, n, m, content, shared in (
     ops.latent_bwd(torch.randn_like(out), lse, q, x, position, mask, out, lse, 0.3, 1e-5, 7)
 print("clean")
 """
+
+
+@pytest.mark.parametrize("copies", ["early", "late", "random"])
+def test_a_right_hopper_kernel_is_right(hopper_matmul, copies):
+    assert [hopper_matmul("NONE", copies, seed) for seed in range(8)] == ["right"] * 8
+
+
+@pytest.mark.parametrize("copies", ["early", "late", "random"])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("NO_FENCE_AFTER_COPY", "wgmma reads b at offset 8192, which thread 128 has written without fence.proxy.async"),
+        ("NO_FENCE_AFTER_STORE", "wgmma reads a at offset"),
+        ("NO_WGMMA_FENCE", "wgmma.mma_async without a wgmma.fence since the last wait"),
+        ("NO_WGMMA_WAIT", "nan, it must be"),
+        ("SWAPPED_STRIDES", ", it must be"),
+        ("SWAPPED_STRIDES_BY_COLUMNS", ", it must be"),
+        ("WRONG_MAJOR", ", it must be"),
+        ("WRONG_PARITY", "wait at mbarrier.try_wait"),
+        ("MISSING_ARRIVAL", "wait at mbarrier.try_wait"),
+        ("UNINITIALISED_BARRIER", "on an mbarrier that nobody has initialised"),
+        ("WRONG_THREADS", "Threads 0 to 127 wait at bar.sync"),
+        ("PAST_THE_END", "outside of shared memory"),
+    ],
+)
+def test_a_fault_of_hopper_is_noticed(hopper_matmul, fault, copies, message):
+    assert message in hopper_matmul(fault, copies)
+
+
+@pytest.mark.parametrize("fault", ["EARLY_RELEASE", "NO_FULL_WAIT"])
+def test_a_race_of_hopper_is_noticed_in_some_order(hopper_matmul, fault):
+    """Races that some orders of the threads hide: why the tests of kernels run with several seeds."""
+    results = {hopper_matmul(fault, "late", seed) for seed in range(12)}
+    assert any("it must be" in result for result in results)
 
 
 @pytest.mark.slow

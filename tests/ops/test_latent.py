@@ -1,5 +1,7 @@
 """`ops.latent_attention` on every backend: against float64 with plain eager's error as the budget, and by its meaning."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -389,3 +391,21 @@ def test_explain_tells_the_plan(generator):
     assert told.backend == "reference" and told.refusals["sdpa"]
     if not told.refusals["cpp"]:
         assert "scores: absorb_into_queries, values: raw_input" in mmkernels.explain("latent_attention", **tensors).detail
+
+
+def test_what_hopper_prefers(monkeypatch):
+    """The sm_90 kernels where they take the problem, else the order of every op."""
+
+    def first(capability=(9, 0), dtype=torch.bfloat16, rows=512, channels=704, stride=1, score="absorb_into_queries"):
+        monkeypatch.setattr(api._backends, "platform_refusals", lambda *_: [])
+        monkeypatch.setattr(api._backends, "capability", lambda _: capability)
+        x = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(8, 50176, channels), stride=lambda _: stride)
+        chosen = plan.Plan(score, "raw_input", 0)
+        order = api._preference(SimpleNamespace(shape=(8, rows, 64)), x, None, 1, chosen)
+        return api._choose(x, "auto", [name for name in order if name != "cpp"])
+
+    assert first() == first(dtype=torch.float16) == first(rows=33, channels=3) == "cuda"
+    assert first(dtype=torch.float32) == "cuda"  # for its own reason
+    for other in (dict(capability=(8, 0)), dict(capability=(10, 0)), dict(rows=32), dict(channels=705), dict(stride=2)):
+        assert first(**other) == "triton", other
+    assert first(score="project") == "triton"

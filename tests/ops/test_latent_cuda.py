@@ -24,8 +24,8 @@ def ops(on):
 
 
 @pytest.fixture
-def device(monkeypatch):
-    """device(seed=.., copies=.., multiprocessors=.., shared=.., capability=..): what the emulator reads at every launch."""
+def emulator(monkeypatch):
+    """emulator(seed=.., copies=.., multiprocessors=.., shared=.., capability=..): what the emulator reads at every launch."""
 
     def set(**options):
         for name, value in options.items():
@@ -108,9 +108,9 @@ def test_matches_float64(ops, generator, sizes, channels, dtype):
     [(70, (288, 0)), (35, (320, 2)), (35, (528, 0)), (33, (577, 0)), (35, (704, 0)), (7, (40, 0)), (17, (20, 1004))],
     ids=str,
 )
-def test_every_tile(ops, generator, device, rows, channels, dtype, gpu):
+def test_every_tile(ops, generator, emulator, rows, channels, dtype, gpu):
     """Few and many rows, narrow and wide inputs, with both amounts of shared memory of the supported GPUs."""
-    device(**gpu)
+    emulator(**gpu)
     keys = (140 if dtype == torch.bfloat16 else 70) // (1 if sum(channels) < 500 else 2)
     check(ops, *make(generator, (1, rows, keys), channels, dtype))
 
@@ -135,26 +135,26 @@ def test_every_tile(ops, generator, device, rows, channels, dtype, gpu):
     ],
     ids=str,
 )
-def test_every_tile_of_hopper(ops, generator, device, rows, keys, channels, dtype):
+def test_every_tile_of_hopper(ops, generator, emulator, rows, keys, channels, dtype):
     """Each tile with rows that are copied straight into it and with rows that are not; ragged rows, keys and channels."""
     arguments, gradients = make(generator, (1, rows, keys), channels, dtype, mask=keys > 150)
     results = check(ops, arguments, gradients, wanted=1)
-    device(**SM100)
+    emulator(**SM100)
     others = run(ops, arguments, gradients, wanted=1)
     assert keys == 1 or not torch.equal(results[1], others[1]), "the same kernel"
     assert keys == 1 or dtype == torch.float16 or not torch.equal(results[2], others[2]), "the same kernel"
 
 
 @every_kernel
-def test_without_normalisation(ops, generator, device, dtype, gpu):
-    device(**gpu)
+def test_without_normalisation(ops, generator, emulator, dtype, gpu):
+    emulator(**gpu)
     check(ops, *make(generator, (2, 39 if gpu is SM90 else 19, 70), (10, 7), dtype), eps=-1.0)
 
 
 @every_kernel
-def test_moments_do_not_cancel(ops, generator, device, dtype, gpu):
+def test_moments_do_not_cancel(ops, generator, emulator, dtype, gpu):
     """A large mean; rows whose first element, about which 16-bit moments are taken, is far from the others."""
-    device(**gpu)
+    emulator(**gpu)
     arguments, gradients = make(generator, (1, 39 if gpu is SM90 else 9, 130), (33, 0), dtype)
     arguments[1][:, ::2] += 100.0
     arguments[1][:, 1::4, 0] = 1000.0
@@ -166,14 +166,14 @@ def test_moments_do_not_cancel(ops, generator, device, dtype, gpu):
 
 @every_kernel
 @pytest.mark.parametrize("shared_q", (False, True))
-def test_splits(ops, generator, device, dtype, gpu, shared_q):
+def test_splits(ops, generator, emulator, dtype, gpu, shared_q):
     """One multiprocessor walks over all keys; 256 split them, the last split shorter than the others."""
     arguments, gradients = make(generator, (2, 37 if gpu is SM90 else 17, 600), (3, 18), dtype, shared_q, mask=True)
     arguments[3][0, 100:] = False  # whole splits without a visible key
-    device(**gpu)
-    device(multiprocessors=1)
+    emulator(**gpu)
+    emulator(multiprocessors=1)
     whole = check(ops, arguments, gradients)
-    device(multiprocessors=256)
+    emulator(multiprocessors=256)
     parts = check(ops, arguments, gradients)
     assert not all(torch.equal(a, b) for a, b in zip(whole[:3], parts[:3], strict=True)), "the keys were not split"
     same_bits(parts, run(ops, arguments, gradients))
@@ -212,23 +212,23 @@ def test_memory_does_not_grow_with_the_keys(ops, generator):
 
 @every_kernel
 @pytest.mark.parametrize("channels", [(12, 9), (3, 258)], ids=str)
-def test_any_order_of_threads_and_copies(ops, generator, device, channels, dtype, gpu):
+def test_any_order_of_threads_and_copies(ops, generator, emulator, channels, dtype, gpu):
     """A missing barrier or wait gives other bits in some order. Five key tiles and more turn every buffer over."""
     sizes = (1, 70 if channels[1] < 100 else 34, 270 if dtype == torch.bfloat16 else 135)
-    orders(ops, device, *make(generator, sizes, channels, dtype, mask=True), gpu)
+    orders(ops, emulator, *make(generator, sizes, channels, dtype, mask=True), gpu)
 
 
 @pytest.mark.parametrize("channels", [(16, 0), (264, 0), (512, 0), (500, 4), (704, 0), (697, 0)], ids=str)
-def test_any_order_of_hopper(ops, generator, device, channels):
+def test_any_order_of_hopper(ops, generator, emulator, channels):
     """Six tiles and more, copied straight and not, with two and three buffers, one and two copies ahead."""
-    orders(ops, device, *make(generator, (1, 40, 330), channels, torch.bfloat16), SM90, wanted=1)
+    orders(ops, emulator, *make(generator, (1, 40, 330), channels, torch.bfloat16), SM90, wanted=1)
 
 
-def orders(ops, device, arguments, gradients, gpu, wanted=7):
-    device(**gpu, multiprocessors=1, copies="late", seed=0)
+def orders(ops, emulator, arguments, gradients, gpu, wanted=7):
+    emulator(**gpu, multiprocessors=1, copies="late", seed=0)
     first = check(ops, arguments, gradients, wanted=wanted)
     for seed, copies in ((1, "early"), (2, "random"), (3, "late"), (4, "early"), (5, "random")):
-        device(seed=seed, copies=copies)
+        emulator(seed=seed, copies=copies)
         same_bits(first, run(ops, arguments, gradients, wanted=wanted))
 
 
@@ -298,9 +298,9 @@ def test_stride_zero(ops, generator, dtype, rows):
 @every_kernel
 @pytest.mark.parametrize("channels", [(9, 7), (8, 16)], ids=str)
 @pytest.mark.parametrize("hidden", ["left", "right", "holes"])
-def test_nan_behind_the_mask(ops, generator, device, dtype, gpu, channels, hidden):
+def test_nan_behind_the_mask(ops, generator, emulator, dtype, gpu, channels, hidden):
     arguments, gradients = make(generator, (2, 39 if gpu is SM90 else 19, 200), channels, dtype, mask=True)
-    device(**gpu)
+    emulator(**gpu)
     mask = arguments[3]
     if hidden != "holes":
         mask[:] = True
@@ -317,8 +317,8 @@ def test_nan_behind_the_mask(ops, generator, device, dtype, gpu, channels, hidde
 
 @pytest.mark.parametrize("rows", (19, 39))
 @pytest.mark.parametrize("multiprocessors", (1, 256))
-def test_rows_without_keys(ops, generator, device, multiprocessors, rows):
-    device(multiprocessors=multiprocessors)
+def test_rows_without_keys(ops, generator, emulator, multiprocessors, rows):
+    emulator(multiprocessors=multiprocessors)
     arguments, gradients = make(generator, (2, rows, 200), (9, 7), torch.bfloat16, mask=True)
     arguments[3][1] = False
     out, lse, dq, dx, dposition = run(ops, arguments, gradients)
@@ -339,8 +339,8 @@ def test_empty(ops, generator, sizes):
 
 
 @pytest.mark.parametrize("rows", (19, 39))
-def test_uninitialised_memory_is_never_read(ops, generator, device, rows):
-    device(multiprocessors=256)
+def test_uninitialised_memory_is_never_read(ops, generator, emulator, rows):
+    emulator(multiprocessors=256)
     arguments, gradients = make(generator, (2, rows, 200), (9, 7), torch.bfloat16, shared_q=True)
     clean = run(ops, arguments, gradients)
     with testing.poisoned_memory():

@@ -67,7 +67,8 @@ def latent_attention(
     q, x, w_k, w_v, b_k, b_v, position, scale, eps = _check(
         q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
     )
-    name = _choose(x, backend)
+    chosen = _plan(q, x, w_k, w_v, num_heads)
+    name = _choose(x, backend, _preference(q, x, position, num_heads, chosen))
     if key_mask is not None and q.shape[0] == x.shape[0]:
         q = zero_without_keys(q, key_mask)  # else their NaN would reach w_k's gradient
     if name == "reference":
@@ -75,7 +76,6 @@ def latent_attention(
             q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
         )
         return out if key_mask is None else zero_without_keys(out, key_mask)
-    chosen = _plan(q, x, w_k, w_v, num_heads)
     absorbed = plan.absorbed(chosen)
     if absorbed:
         out = _absorbed(name, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale)
@@ -107,8 +107,8 @@ def explain_latent_attention(
 ):
     """The `explain` of `latent_attention`."""
     q, x, w_k, w_v, *_ = _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale)
-    name = _choose(x, backend)
     chosen = _plan(q, x, w_k, w_v, num_heads)
+    name = _choose(x, backend, _preference(q, x, position, num_heads, chosen))
     detail = "" if name == "reference" else f"scores: {chosen.score}, values: {chosen.value}, {chosen.flops:.3g} operations"
     reasons = {n: _refusals(n, x) for n in _backends.NAMES}
     return _backends.Explanation("latent_attention", name, detail, reasons)
@@ -219,8 +219,31 @@ def _plan(q, x, w_k, w_v, num_heads):
     )
 
 
-def _choose(x, backend):
-    return _backends.choose("latent_attention", backend, _backends.preference(x.dtype), lambda name: _refusals(name, x))
+# What `auto` tries first where the CUDA kernels for sm_90 take the problem: the faster ones by the README's time models. A
+# prediction until both have been measured.
+HOPPER_PREFERENCE = ("cuda", "triton", "reference")
+
+
+def _preference(q, x, position, num_heads, chosen):
+    """The order of the backends; where the sm_90 kernels run is what csrc/latent/latent_hopper_cuda.cu asks for."""
+    channels = x.shape[2] + (0 if position is None else position.shape[1])
+    if (
+        x.device.type == "cuda"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and plan.absorbed(chosen)
+        and q.shape[1] * num_heads > 32
+        and channels <= 704
+        and all(t is None or t.stride(-1) == 1 for t in (x, position))
+        and not _refusals("cuda", x)
+        and _backends.capability(x.device)[0] == 9
+    ):
+        return HOPPER_PREFERENCE
+    return _backends.preference(x.dtype)
+
+
+def _choose(x, backend, order=None):
+    order = order or _backends.preference(x.dtype)
+    return _backends.choose("latent_attention", backend, order, lambda name: _refusals(name, x))
 
 
 def _refusals(name, x):
