@@ -95,6 +95,8 @@ for dtype, batch, n, m, content, shared in (
     (torch.float32, 2, 17, 65, 3, 34),
     (torch.float16, 2, 33, 40, 3, 258),
     (torch.bfloat16, 1, 19, 35, 600, 1),
+    (torch.bfloat16, 2, 40, 100, 512, 0),
+    (torch.bfloat16, 1, 65, 100, 601, 96),
     (torch.float32, 1, 5, 33, 323, 0),
 ):
     q, x = torch.randn(1, n, content + shared, dtype=dtype), torch.randn(batch, m, content, dtype=dtype)
