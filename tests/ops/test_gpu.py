@@ -145,6 +145,11 @@ def test_compiled_by_inductor(generator, family):
 def test_what_auto_takes(generator):
     bfloat16, float32 = (make(generator, "latent", dtype, keys=70) for dtype in (torch.bfloat16, torch.float32))
     assert mmkernels.explain("latent_attention", **bfloat16).backend == "triton"
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    absorbed = {n: t for n, t in make(generator, "latent").items() if n != "b_v"}
+    absorbed["w_v"] = absorbed["w_k"]
+    assert "values: raw_input" in mmkernels.explain("latent_attention", **absorbed).detail
+    assert mmkernels.explain("latent_attention", **absorbed).backend == ("cuda" if hopper else "triton")
     assert mmkernels.explain("latent_attention", **float32).backend == "cuda"
     plain = {n: t for n, t in make(generator, "attention", keys=70).items() if n != "bias"}
     assert mmkernels.explain("attention", **plain).backend == "triton"

@@ -74,6 +74,14 @@ def test_wide_inputs(backend, generator, channels):
     check(backend, generator, tensors)
 
 
+@pytest.mark.parametrize("channels", [(3, 258), (64, 258), (512, 0), (704, 0)], ids=str)
+def test_wide_inputs_and_many_queries_in_bfloat16(backend, generator, channels):
+    """What the kernels for sm_90 take, on a GPU that has them."""
+    tensors = make(generator, (1, 40, 150), channels, (512, 512), dtype=torch.bfloat16)
+    assert absorbed(tensors)
+    check(backend, generator, tensors)
+
+
 @pytest.mark.parametrize("heads", (2, 8))
 def test_heads(backend, generator, heads):
     tensors = make(generator, (2, 5, 130), (16, 4), (heads * 24, heads * 16))
