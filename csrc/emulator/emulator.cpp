@@ -136,6 +136,7 @@ struct Worker {
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   size_t shared_bytes = 0;
+  bool burst = false;  // the warp that runs may go on
   std::array<NamedBarrier, 16> named;
   std::map<ptrdiff_t, MBarrier> mbarriers;
   std::vector<uint16_t> writers;  // of each word of shared memory that wgmma must not read yet: lane + 1, or 0
@@ -159,6 +160,7 @@ struct Worker {
   void suspend(State state, const char* what, const Where& where);
   void diagnose();
   void wake(State state, ptrdiff_t what);
+  void pause(const char* what, const Where& where);
 };
 
 thread_local Worker* worker = nullptr;
@@ -267,6 +269,13 @@ void Worker::wake(State state, ptrdiff_t what) {
   }
 }
 
+// Gives other warps a turn.
+void Worker::pause(const char* what, const Where& where) {
+  burst = false;
+  ++warps[current / 32].ready;
+  suspend(State::ready, what, where);
+}
+
 // Nobody can go on: says who waits where.
 void Worker::diagnose() {
   error = "deadlock in block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
@@ -294,7 +303,9 @@ void Worker::run_block() {
     int w = static_cast<int>(random.next() % count), tried = 0;
     while (tried < count && warps[w].ready == 0) w = (w + 1) % count, ++tried;
     if (tried == count) return diagnose();
-    for (int turns = 1 + static_cast<int>(random.next() % 64); turns && warps[w].ready && error.empty(); --turns) {
+    burst = true;
+    for (int turns = 1 + static_cast<int>(random.next() % 64); turns && burst && warps[w].ready && error.empty();
+         --turns) {
       const uint32_t order = random.next();
       for (int i = 0; i < 32 && error.empty(); ++i) {
         const int lane = w * 32 + (i * ((order | 1) % 32) + (order >> 8)) % 32;  // an odd step visits every lane
@@ -582,10 +593,12 @@ void mbarrier_init(const void* barrier, int arrivals, const Where& where) {
 void mbarrier_arrive(const void* barrier, const Where& where) {
   const ptrdiff_t offset = barrier_offset(barrier, "mbarrier.arrive", where);
   MBarrier& b = mbarrier_at(offset, "mbarrier.arrive", where);
-  if (--b.pending > 0) return;
-  b.pending = b.expected;
-  b.phase ^= 1;
-  worker->wake(State::at_mbarrier, offset);
+  if (--b.pending == 0) {
+    b.pending = b.expected;
+    b.phase ^= 1;
+    worker->wake(State::at_mbarrier, offset);
+  }
+  worker->pause("mbarrier.arrive", where);  // who has waited for this acts first
 }
 
 void mbarrier_wait(const void* barrier, int parity, const Where& where) {
