@@ -179,7 +179,8 @@ def _attach_emulator_fakes(attach_fakes):
 
 
 def fix_triton_interpreter() -> None:
-    """Makes Triton's interpreter compute bfloat16 rightly: widen to float32, compute, round to nearest even.
+    """Makes Triton's interpreter compute bfloat16 rightly (widen to float32, compute, round to nearest even), and dots as a
+    GPU sums them.
 
     Its own bfloat16 is stored as raw 16-bit integers, so dots and arithmetic give garbage and casts truncate (3.6 to 3.9).
     Idempotent; does nothing where Triton is missing.
@@ -220,9 +221,14 @@ def fix_triton_interpreter() -> None:
         in_float32(name)
 
     def dot(self, a, b, d, *_):
-        # Summed in float64: numpy's float32 matmul errs about twice as much as the plain eager that sets the budgets.
-        product = widen(a).data.astype(np.float64) @ widen(b).data.astype(np.float64)
-        return handle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+        # 16-bit operands as tensor cores sum them: exact products, a float32 accumulator rounded every 16 columns. float32
+        # operands in float64: the peer that sets the budget here is a CPU's matmul, which sums in blocks, while kernels and
+        # peers on a GPU both sum column after column. There the budget is held by the GPU tests.
+        step = 16 if a.dtype.scalar.primitive_bitwidth == 16 else a.data.shape[-1]
+        a, b, sums = widen(a).data.astype(np.float64), widen(b).data.astype(np.float64), d.data
+        for k in range(0, a.shape[-1], step):
+            sums = (sums + a[..., k : k + step] @ b[..., k : k + step, :]).astype(d.data.dtype)
+        return handle(sums, d.dtype.scalar)
 
     cast, float_to_float = builder.cast_impl, builder.create_fp_to_fp
     builder.create_dot = dot
