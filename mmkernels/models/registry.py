@@ -74,30 +74,45 @@ def load(name_or_path, *, device=None, dtype=None, **overrides) -> torch.nn.Modu
 
 
 def save_pretrained(model: torch.nn.Module, path) -> None:
-    """Writes `path`/config.json and `path`/model.safetensors; each file is complete or not replaced at all."""
+    """Writes config.json and model.safetensors into `path`: both, or a folder that `load` refuses; never parts of two."""
     safetensors = require("safetensors.torch", "train")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {"system": type(model).__module__.rpartition(".")[2], **dataclasses.asdict(model.config)}
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path / "model.safetensors", safetensors.save(weights))
-    write_atomically(path / "config.json", json.dumps(config, indent=1).encode())
+    contents = {"model.safetensors": safetensors.save(weights), "config.json": json.dumps(config, indent=1).encode()}
+    _replace_files({path / name: content for name, content in contents.items()})
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a temporary file beside `path`, forces it to disk and renames it: readers see the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    """Replaces a file: whoever reads it sees the old content or the new one, also after a crash."""
+    _replace_files({path: content})
+
+
+def _replace_files(contents: dict) -> None:
+    """Replaces files of one folder by path -> bytes: all are written beside their places and forced to disk, then renamed.
+
+    Of several the last is taken away before the first is replaced, so that it never stands beside files of another writing.
+    """
+    *_, last = contents
+    temporaries = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            handle, temporaries[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporaries[path], 0o644)  # mkstemp makes files that only their owner can read
+        if len(contents) > 1:
+            last.unlink(missing_ok=True)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            Path(temporary).unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    directory = os.open(last.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

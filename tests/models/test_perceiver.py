@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -345,6 +346,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("survived", [0, 1])
+def test_a_crash_while_files_are_renamed_leaves_no_mixture(tmp_path, monkeypatch, survived):
+    """The configs differ where the weights' shapes do not: a mixture would load and compute something else."""
+    models.load("perceiver-digits", num_classes=3).save_pretrained(tmp_path)
+    replace, left = os.replace, [survived]
+
+    def crash(*paths):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(*paths)
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        models.load("perceiver-digits", num_classes=3, self_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(models.InputError):
+        models.load(tmp_path)
 
 
 @pytest.mark.parametrize(
