@@ -19,8 +19,20 @@ FUSED = BACKENDS[-1]
 PRECISIONS = [(b, t) for b in BACKENDS for t in (torch.float32, torch.bfloat16) if (b, t) != ("eager", torch.bfloat16)]
 
 
+def plain_attention(q, k, v, key_mask, sdpa):
+    mask = None if key_mask is None else key_mask[:, None, None]
+    if sdpa:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        out = (scores if mask is None else scores.masked_fill(~mask, -1e30)).softmax(-1) @ v
+    return out.transpose(1, 2).flatten(2)
+
+
 class PlainCross(nn.Module):
     """The same attention as a user would write it, with the same names."""
+
+    sdpa = False
 
     def __init__(self, query_channels, input_channels, qk, v, out, heads):
         super().__init__()
@@ -34,13 +46,12 @@ class PlainCross(nn.Module):
             inputs = torch.cat([inputs, position.expand(len(inputs), -1, -1)], -1)
         a, b = self.query_norm(latents.expand(len(inputs), -1, -1)), self.input_norm(inputs)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(a), self.key(b), self.value(b)))
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, None, None], -1e30)
-        return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.output(plain_attention(q, k, v, key_mask, self.sdpa))
 
 
 class PlainSelf(nn.Module):
+    sdpa = False
+
     def __init__(self, channels, qk, v, out, heads):
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(channels)
@@ -50,10 +61,7 @@ class PlainSelf(nn.Module):
     def forward(self, z, key_mask=None):
         z = self.norm(z)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(z), self.key(z), self.value(z)))
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, None, None], -1e30)
-        return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.output(plain_attention(q, k, v, key_mask, self.sdpa))
 
 
 def randomise(module):
@@ -71,38 +79,54 @@ CROSS = {
 }
 
 
-def run(module, arguments, options):
+DRAWS = 4
+
+
+def run(module, arguments, options, draw=0):
     """(output, gradients of parameters and floating arguments)."""
     arguments = [a.detach().clone().requires_grad_() for a in arguments]
     output = module(*arguments, **options)
     wanted = [*module.parameters(), *arguments]
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2 + draw)
     cotangent = torch.randn(output.shape, generator=generator).to(output.dtype)
     return [output.detach(), *torch.autograd.grad(output, wanted, cotangent)]
 
 
 def check(module, plain, arguments, options, dtype=torch.float32):
-    """Output and all gradients of `module` against `plain` in float64: three times the worst of `plain` in `dtype`."""
+    """Output and each gradient of `module` against `plain` in float64: in float32 four times the error of `plain` in float32.
+
+    The largest error over a few draws of the arguments and, in float32, over the two ways to write plain attention, since
+    of a tensor of few elements one error alone is luck. In bfloat16, where the gradient of the absorbed queries is rounded,
+    three times the largest of plain's relative errors over all tensors.
+    """
 
     def to(dtype):
         return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
 
     module = module.to(dtype)  # rounded first: everybody starts from the same numbers
     plain.to(dtype).load_state_dict(module.state_dict())
-    arguments, options = [a.to(dtype) for a in arguments], to(dtype)
-    exact = run(copy.deepcopy(plain).double(), [a.double() for a in arguments], to(torch.float64))
-    eager, ours = run(plain, arguments, options), run(module, arguments, options)
-    names = ["output", *(n for n, _ in module.named_parameters()), *("arguments" for _ in arguments)]
-    scales = {name: float(b.abs().max()) for name, b in zip(names, exact, strict=True)}
-    # Exactly zero, because every score of a row moves alike; it is rounded as the sums for key.weight are.
-    scales["key.bias"] = scales["key.weight"]
-
-    def worst(results):
-        errors = {n: max_error(a, b) / scales[n] for n, a, b in zip(names, results, exact, strict=True)}
-        return max((error, name) for name, error in errors.items())
-
-    (error, name), (allowed, _) = worst(ours), worst(eager)
-    assert error <= 3 * allowed, f"{name}: relative error {error:.2e}, plain PyTorch's worst in {dtype} is {allowed:.2e}"
+    plains = [plain, copy.deepcopy(plain)] if dtype == torch.float32 else [plain]
+    plains[-1].sdpa = dtype == torch.float32
+    exact_module = copy.deepcopy(plain).double()
+    names = ["output", *(n for n, _ in module.named_parameters()), *(f"argument {i}" for i in range(len(arguments)))]
+    ours, allowed = (dict.fromkeys(names, 0.0) for _ in range(2))
+    for draw in range(DRAWS):
+        drawn = [(a if draw == 0 else torch.randn(a.shape)).to(dtype) for a in arguments]
+        rounded = to(dtype)
+        widened = {k: v.double() if v.is_floating_point() else v for k, v in rounded.items()}
+        exact = dict(zip(names, run(exact_module, [a.double() for a in drawn], widened, draw), strict=True))
+        scales = {name: float(b.abs().max()) for name, b in exact.items()}
+        # Exactly zero, because every score of a row moves alike; it is rounded as the sums for key.weight are.
+        scales["key.bias"] = scales["key.weight"]
+        for errors, model in ((ours, module), *((allowed, plain) for plain in plains)):
+            for name, value in zip(names, run(model, drawn, rounded, draw), strict=True):
+                errors[name] = max(errors[name], max_error(value, exact[name]) / scales[name])
+    if dtype == torch.bfloat16:
+        allowed = dict.fromkeys(names, 3 * max(allowed.values()))
+    else:
+        allowed = {name: 4 * error for name, error in allowed.items()}
+    over = {name: (ours[name], allowed[name]) for name in names if not ours[name] <= allowed[name]}
+    assert not over, f"relative errors, ours and what plain PyTorch's in {dtype} allows: {over}"
 
 
 @pytest.mark.parametrize("backend, dtype", PRECISIONS)
