@@ -82,6 +82,13 @@ FLOW_DECODER = _attention("flow-decoder", 182528, 2048, 512)
 TOKENS = _attention("tokens", 1568, 1568, 64, heads=12, batch=2)
 FEW_QUERIES = _attention("bottleneck-reads-tokens", 4, 1568, 64, heads=12, batch=2)
 FEW_KEYS = _attention("tokens-read-bottleneck", 1568, 4, 64, heads=12, batch=2)
+# Of 4 s: 784 patches and a CLS token of the video, 200 and one of the sound.
+FEW = [
+    p._replace(name=f"{p.name}-{tokens}", **{side: tokens})
+    for p, side in ((FEW_QUERIES, "keys"), (FEW_KEYS, "queries"))
+    for tokens in (785, 201)
+]
+ONE_QUERY, TWO_QUERIES = (FEW_QUERIES._replace(name=f"queries-{n}", queries=n) for n in (1, 2))
 BIASED = _attention("biased", 512, 512, 64, heads=8, bias=True)
 ATTENTION_TINY = _attention("tiny", 8, 32, 16)
 
@@ -115,10 +122,12 @@ PRESETS = {
     "paper": _cases(("forward", "step", "step-dx", "backward", "backward-dx"), IMAGENET)
     + _cases(("forward", "step"), IMAGENET, dtype="bfloat16")
     + _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
-    + _cases(("forward", "step"), FEW_QUERIES, FEW_KEYS, IMAGENET_SPLIT, AUDIOSET, CONV, BYTES, STARCRAFT, CLASSIFY)
+    + _cases(("step",), FEW_QUERIES, FEW_KEYS)
+    + _cases(("forward", "step"), IMAGENET_SPLIT, AUDIOSET, CONV, BYTES, STARCRAFT, CLASSIFY)
     + _cases(("forward", "step"), SELF_IMAGENET, SELF_LANGUAGE, CROSS_BYTES, MLM, TOKENS, BIASED)
     + _cases(("forward", "step"), CROSS_IMAGENET, LEARNED, MODELNET)
     + _cases(("forward",), KINETICS)
+    + _cases(("forward", "backward"), FEW_QUERIES, FEW_KEYS, *FEW, ONE_QUERY, TWO_QUERIES)
     # Time and memory against M.
     + _cases(("forward",), *(IMAGENET._replace(name=f"keys-{m}", keys=m) for m in (1024, 4096, 16384, 65536))),
     "gpu": _gpu_cases(),

@@ -13,7 +13,8 @@ void define_schemas(Library& m) {
   m.def(
       "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, Tensor? seed, float scale, "
       "float dropout_p) -> (Tensor, Tensor)");
-  // wanted: 1 dq, 2 dk and dv, 4 dbias (of bias's own shape).
+  // wanted: 1 dq, 2 dk and dv, 4 dbias (of bias's own shape; not for one that is broadcast over M, whose gradient is
+  // that of lse).
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? key_mask, Tensor? bias, Tensor? seed, float scale, float dropout_p, int wanted) "

@@ -179,8 +179,8 @@ def _attach_emulator_fakes(attach_fakes):
 
 
 def fix_triton_interpreter() -> None:
-    """Makes Triton's interpreter compute bfloat16 rightly (widen to float32, compute, round to nearest even), and dots as a
-    GPU sums them.
+    """Makes Triton's interpreter compute bfloat16 rightly (widen to float32, compute, round to nearest even), and dots of
+    16-bit operands as tensor cores sum them.
 
     Its own bfloat16 is stored as raw 16-bit integers, so dots and arithmetic give garbage and casts truncate (3.6 to 3.9).
     Idempotent; does nothing where Triton is missing.

@@ -41,8 +41,8 @@ struct Attention {
   LoadKeys* load_keys;
   int64_t key_space;
 
-  Strided bias;                                       // (B,H,N,M) with stride 0 where broadcast, or no data
-  bool bias_per_query = false, bias_per_key = false;  // N, M are not broadcast
+  Strided bias;                 // (B,H,N,M) with stride 0 where broadcast, or no data
+  bool bias_per_query = false;  // N is not broadcast
   bool dropout = false;
   uint64_t seed = 0;
   uint32_t drop_below = 0;

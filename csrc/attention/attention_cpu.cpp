@@ -126,15 +126,15 @@ void attention_backward(Attention& a) {
   const int64_t state_size = wants_queries ? round_up(kernels.backward_state(a, cut.rows), 16) : 0;
   const int64_t key_state_size = merge_keys ? key_state_floats(a) : 0;
   const int64_t space_size = round_up(kernels.backward_space(a, cut.rows), 16);
-  const int64_t row_copies = a.bias_per_query ? 1 : cut.row_parts, key_copies = a.bias_per_key ? 1 : cut.key_parts;
+  const int64_t bias_copies = a.bias_per_query ? 1 : cut.row_parts;
   const bool sum_bias = a.dbias.data != nullptr && !a.dbias_direct;
-  const int64_t bias_floats = sum_bias ? row_copies * key_copies * a.dbias_size : 0;
+  const int64_t bias_floats = sum_bias ? bias_copies * a.dbias_size : 0;
   const Space states((keep_states ? parts : workers) * state_size), key_states(targets * key_state_size);
-  const Space space(workers * space_size), bias_copies(bias_floats);
+  const Space space(workers * space_size), bias_space(bias_floats);
   const Strided dbias = a.dbias;
   if (sum_bias) {
-    std::fill_n(bias_copies.at(0), bias_floats, 0.0f);
-    a.dbias.data = reinterpret_cast<char*>(bias_copies.at(0));
+    std::fill_n(bias_space.at(0), bias_floats, 0.0f);
+    a.dbias.data = reinterpret_cast<char*>(bias_space.at(0));
     a.dbias.dtype = DType::kFloat32;
   }
 
@@ -144,7 +144,7 @@ void attention_backward(Attention& a) {
       const int64_t member_heads = a.heads / heads;
       Part part{group / heads + member / member_heads, group % heads + member % member_heads};
       cut.set(part, a, row_part, key_part);
-      part.dbias_copy = (row_copies > 1 ? row_part * key_copies : 0) + (key_copies > 1 ? key_part : 0);
+      part.dbias_copy = bias_copies > 1 ? row_part : 0;
       return part;
     };
     const bool first = member == 0, last = member == members - 1;
@@ -172,7 +172,7 @@ void attention_backward(Attention& a) {
         kernels.finish_keys(a, part, first_state, cut.row_parts, key_state_size, space.at(worker * space_size));
       });
   }
-  if (sum_bias) kernels.finish_bias(dbias.data, dbias.dtype, bias_copies.at(0), row_copies * key_copies, a.dbias_size);
+  if (sum_bias) kernels.finish_bias(dbias.data, dbias.dtype, bias_space.at(0), bias_copies, a.dbias_size);
 }
 
 namespace {
@@ -211,7 +211,6 @@ PlainAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const
                       "; it must be ", text({full[0], full[1], full[2], full[3]}), " with any of them 1");
     a.bias = strided(*bias, true);
     a.bias_per_query = bias->size(2) == a.queries;
-    a.bias_per_key = bias->size(3) == a.keys;
   }
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p is ", dropout_p, "; it must be in [0, 1)");
   if (dropout_p > 0.0) {
@@ -273,6 +272,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
     a.dk = strided(dk), a.dv = strided(dv);
   }
   if (wants_bias) {
+    STD_TORCH_CHECK(bias->size(3) == a.keys, "bias has shape ", text_of_shape(*bias),
+                    "; dbias may be wanted where its last size is ", a.keys);
     torch::stable::zero_(dbias);
     a.dbias = strided(dbias, true);
     a.dbias_size = dbias.numel();

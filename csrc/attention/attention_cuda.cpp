@@ -166,7 +166,7 @@ void plan(Pass& p, Dtype dtype, Mode mode) {
     p.shared_bytes = std::max(p.shared_bytes, 16 * p.warps * (columns + 1) * 4);
     pieces = p.items = 1;
     const int64_t full[4] = {p.batch, p.heads, p.row_tiles, p.column_tiles};
-    for (int i = 0; i < 4; ++i) (p.bias_sizes[i] == 1 ? p.items : pieces) *= full[i];
+    for (int i = 0; i < 4; ++i) (i < 3 && p.bias_sizes[i] == 1 ? p.items : pieces) *= full[i];
   }
   // The registers of a multiprocessor hold 8 warps of these kernels.
   const int fit = std::max(1, std::min(8 / p.warps, kRoom / p.shared_bytes));
@@ -274,6 +274,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_in, const
     return want ? empty(t, t.sizes(), t.scalar_type()) : empty(t, {0}, t.scalar_type());
   };
   const bool want_bias = wanted & 4 && bias;
+  STD_TORCH_CHECK(!want_bias || bias->size(3) == k.size(2), "bias has size ", bias->size(3),
+                  " in dimension 3; dbias may be wanted where it is ", k.size(2));
   Tensor dq = gradient(wanted & 1, q), dk = gradient(wanted & 2, k), dv = gradient(wanted & 2, v);
   Tensor dbias = bias ? gradient(want_bias, *bias) : empty(q, {0}, q.scalar_type());
 

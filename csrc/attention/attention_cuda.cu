@@ -132,7 +132,7 @@ __device__ __forceinline__ void store_rows(Out* out, const float (&d)[Blocks][4]
   }
 }
 
-// The gradient of the bias: entries of `d`, summed over rows and columns where the bias has only one.
+// The gradient of the bias: entries of `d`, summed over the rows where the bias has only one.
 template <int Blocks>
 __device__ __forceinline__ void store_bias(unsigned char* shared, const float (&d)[Blocks][4], const Place& home,
                                            const Pass& p, int64_t split) {
@@ -145,20 +145,11 @@ __device__ __forceinline__ void store_bias(unsigned char* shared, const float (&
     for (int i = 0; i < 4; ++i) tile[entry_row({0, 0, 0, 0}, i) * kWidth + entry_column({0, 0, 0, 0}, j, i)] = d[j][i];
   }
   __syncthreads();
-  const bool sum_rows = p.bias_sizes[2] == 1, sum_columns = p.bias_sizes[3] == 1;
-  if (sum_rows) {
+  if (p.bias_sizes[2] == 1) {
     for (int c = threadIdx.x; c < kColumns; c += blockDim.x) {
       float total = 0.0f;
       for (int r = 0; r < rows_here; ++r) total += tile[r * kWidth + c];
       tile[c] = total;
-    }
-    __syncthreads();
-  }
-  if (sum_columns) {
-    for (int r = threadIdx.x; r < (sum_rows ? 1 : rows_here); r += blockDim.x) {
-      float total = 0.0f;
-      for (int c = 0; c < kColumns; ++c) total += tile[r * kWidth + c];
-      tile[r * kWidth] = total;
     }
     __syncthreads();
   }
@@ -191,7 +182,7 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
   int first_value = 0;
   int64_t split;
   if constexpr (mode == Mode::bias) {
-    home.column = p.bias_sizes[3] == 1 ? 0 : static_cast<int>(digit(p.column_tiles)) * kColumns;
+    home.column = static_cast<int>(digit(p.column_tiles)) * kColumns;
     home.row = p.bias_sizes[2] == 1 ? 0 : static_cast<int>(digit(p.row_tiles)) * rows_here;
     home.head = digit(p.bias_sizes[1]);
     home.batch = digit(p.bias_sizes[0]);
@@ -213,7 +204,6 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
         item /= count;
         return d;
       };
-      if (p.bias_sizes[3] == 1) at.column = static_cast<int>(next(p.column_tiles)) * kColumns;
       if (p.bias_sizes[2] == 1) at.row = static_cast<int>(next(p.row_tiles)) * rows_here;
       if (p.bias_sizes[1] == 1) at.head = next(p.heads);
       if (p.bias_sizes[0] == 1) at.batch = item;
@@ -411,10 +401,9 @@ __global__ void delta_kernel(const Matrix dout, const T* out, const float* dlse,
 
 template <class T, Mode mode, int Blocks>
 int start(const Pass& p, void* stream) {
-  const int64_t blocks = mode == Mode::bias
-                             ? p.splits * p.bias_sizes[0] * p.bias_sizes[1] * (p.bias_sizes[2] == 1 ? 1 : p.row_tiles) *
-                                   (p.bias_sizes[3] == 1 ? 1 : p.column_tiles)
-                             : p.splits * p.batch * p.heads * p.row_tiles * p.value_tiles;
+  const int64_t blocks = mode == Mode::bias ? p.splits * p.bias_sizes[0] * p.bias_sizes[1] *
+                                                  (p.bias_sizes[2] == 1 ? 1 : p.row_tiles) * p.column_tiles
+                                            : p.splits * p.batch * p.heads * p.row_tiles * p.value_tiles;
   return launch(attention_kernel<T, mode, Blocks>, dim3(static_cast<unsigned>(blocks)), dim3(32 * p.warps),
                 p.shared_bytes, stream, p);
 }

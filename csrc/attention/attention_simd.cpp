@@ -239,8 +239,7 @@ void finish_few_forward(const Attention& a, const Part& part, float* states, int
              s.ld, rows, a.v_dim);
 }
 
-// --- Forward against few keys: queries in lanes, read and written where they are
-// --------------------------------------
+// --- Forward against few keys: queries in lanes ---------------------------------------------------------------------
 
 bool few_keys(const Attention& a) {
   return a.keys <= kFew && !few_queries(a) && a.bias.data == nullptr && !a.dropout && !a.one_key_gradient;
@@ -298,8 +297,7 @@ void forward_few_keys(const Attention& a, const Part& part, float* space) {
   }
 }
 
-// --- Forward, the general form
-// ----------------------------------------------------------------------------------------
+// --- Forward, the general form --------------------------------------------------------------------------------------
 
 int64_t forward_state(const Attention& a, int64_t rows) {
   return few_queries(a) ? few_state(a) : few_keys(a) ? 0 : panels(rows) * panel_state(a);
@@ -503,20 +501,17 @@ void add_bias_gradient(const Attention& a, const Part& part, const KeyBlock& blo
     return;
   }
   float* to = reinterpret_cast<float*>(base) + part.dbias_copy * a.dbias_size;
-  if (a.bias_per_query && a.bias_per_key) {
+  if (a.bias_per_query) {
     store_tile(space, 1, kBlockKeys, ds, ld, block.count, lanes);  // (lanes, kBlockKeys)
     for (int64_t l = 0; l < lanes; ++l) {
       float* line = to + l * a.dbias.stride[2] + block.begin * a.dbias.stride[3];
       for (int64_t i = 0; i < block.count; ++i) line[block.offset[i] * a.dbias.stride[3]] += space[l * kBlockKeys + i];
     }
-  } else if (a.bias_per_query) {
-    for (int64_t l = 0; l < lanes; ++l)
-      for (int64_t i = 0; i < block.count; ++i) to[l * a.dbias.stride[2]] += ds[i * ld + l];
   } else {
     for (int64_t i = 0; i < block.count; ++i) {
       Vec line{};
       for (int64_t l = 0; l < lanes; l += kWidth) line += load(ds + i * ld + l);
-      to[a.bias_per_key ? (block.begin + block.offset[i]) * a.dbias.stride[3] : 0] += sum(line);
+      to[(block.begin + block.offset[i]) * a.dbias.stride[3]] += sum(line);
     }
   }
 }

@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..modules import MultimodalEncoder
-from ..modules.bottleneck import EncoderBlock, check_key_mask, check_modalities, shape_or_type
+from ..modules.bottleneck import EncoderBlock, check_mask, check_modalities, shape_or_type
+from ..ops._shared.arguments import check_integer
 from . import official
 from .registry import load_weights, save_pretrained
 
@@ -60,11 +61,10 @@ class ModalityConfig:
                 raise ValueError(f"{where}{name} is {value!r}; {self.tokeniser!r} needs {count} positive integers")
         if any(size < patch for size, patch in zip(self.shape[sampling:], self.patch, strict=True)):
             raise ValueError(f"{where}shape is {self.shape}; it must be at least the patch {self.patch}")
-        if not isinstance(self.channels, int) or self.channels < 1:
-            raise ValueError(f"{where}channels is {self.channels!r}; it must be an integer of 1 or more")
+        check_integer(f"{where}channels", self.channels)
         frames = self.sampled_frames
-        if sampling and (not isinstance(frames, int) or frames < 1):
-            raise ValueError(f"{where}sampled_frames is {frames!r}; it must be an integer of 1 or more")
+        if sampling:
+            check_integer(f"{where}sampled_frames", frames)
         if not sampling and frames is not None:
             raise ValueError(f"{where}sampled_frames is {frames!r}; only 'temporal_sampling' takes it")
 
@@ -132,10 +132,8 @@ class MBTConfig:
         object.__setattr__(self, "modalities", modalities)
         for name in ("num_classes", "channels", "num_layers", "num_heads", "mlp_channels", "num_bottlenecks", "pre_logits"):
             value = getattr(self, name)
-            if value is None and name == "pre_logits":
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of 1 or more")
+            if value is not None or name != "pre_logits":
+                check_integer(name, value)
         if not isinstance(self.fusion_layer, int):
             raise ValueError(f"fusion_layer is {self.fusion_layer!r}; it must be an integer")
         if self.classifier not in CLASSIFIERS:
@@ -309,7 +307,7 @@ class MBT(nn.Module):
             batch = next(iter(tokens.values()), x).shape[0]
             if x.shape[0] != batch:
                 raise ValueError(f"inputs[{name!r}] has batch {x.shape[0]}; it must be that of the other modalities, {batch}")
-            check_key_mask(name, masks.get(name), x.shape[:2])
+            check_mask(name, masks.get(name), x)
             if token:
                 x = torch.cat([self.cls[name].expand(x.shape[0], -1, -1), x], 1)
             tokens[name] = x + self.positions[name]

@@ -16,7 +16,7 @@ from torch import nn
 from ..modules import FourierPositions, LatentCrossAttention, LatentSelfAttention
 from ..modules.backend import check_backend
 from ..modules.positions import check_grid, position_channels
-from ..ops._shared.arguments import check_number
+from ..ops._shared.arguments import check_integer, check_number
 from . import official
 from .registry import load_weights, save_pretrained
 
@@ -56,8 +56,7 @@ class PerceiverConfig:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of {least} or more")
+            check_integer(name, value, least)
         check_grid(self.input_shape, self.num_bands, self.max_resolution, "input_shape")
         for heads, *channels in (
             ("cross_heads", "cross_qk_channels", "cross_v_channels"),

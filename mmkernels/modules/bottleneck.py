@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..ops._shared.arguments import check_key_mask
 from .backend import WithBackend, eager_attention
 
 ROWS = ("all", "cls")
@@ -519,20 +520,15 @@ def _checked(modalities, channels, tokens, key_masks, rows):
         for name, mask in key_masks.items():
             if name not in tokens:
                 raise ValueError(f"key_masks has {name!r}; allowed are the modalities of the tokens: {_listed(tokens)}")
-            check_key_mask(name, mask, tokens[name].shape[:2])
+            check_mask(name, mask, tokens[name])
             masks[name] = mask
     return tokens, masks
 
 
-def check_key_mask(name, mask, shape):
-    """Raises unless `mask`, that of the modality `name`, is None or a bool tensor of `shape`."""
-    if mask is None:
-        return
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise TypeError(f"key_masks[{name!r}] is a {kind}; it must be a bool tensor, True where a token counts")
-    if mask.shape != shape:
-        raise ValueError(f"key_masks[{name!r}] has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
+def check_mask(name, mask, tokens):
+    """Raises unless `mask`, that of the modality `name`, is None or a bool tensor for the `tokens` (B, T, D)."""
+    if mask is not None:
+        check_key_mask(mask, *tokens.shape[:2], tokens.device, f"key_masks[{name!r}]")
 
 
 def check_modalities(argument, modalities, values):

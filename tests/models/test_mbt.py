@@ -793,5 +793,5 @@ def test_wrong_inputs():
             model(wrong)
     with pytest.raises(ValueError, match="key_masks has 'steps'; allowed are 'rgb'"):
         model({"rgb": rgb}, key_masks={"steps": None})
-    with pytest.raises(ValueError, match=r"key_masks\['rgb'\] has shape \(2, 3\); it must be \(2, 30\)"):
+    with pytest.raises(ValueError, match=r"key_masks\['rgb'\] has shape \(2, 3\); it must be \(B, M\) = \(2, 30\)"):
         model({"rgb": rgb}, key_masks={"rgb": torch.ones(2, 3, dtype=torch.bool)})

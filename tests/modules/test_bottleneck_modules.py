@@ -540,7 +540,7 @@ def layer(**options):
         (lambda: layer()({"a": X}, key_masks={"b": None}), "key_masks has 'b'; allowed are the modalities of the tokens: 'a'"),
         (
             lambda: layer()({"a": X}, key_masks={"a": torch.ones(2, 3, dtype=torch.bool)}),
-            r"key_masks\['a'\] has shape \(2, 3\); it must be \(2, 4\)",
+            r"key_masks\['a'\] has shape \(2, 3\); it must be \(B, M\) = \(2, 4\)",
         ),
     ],
 )

@@ -466,6 +466,7 @@ def test_auto_leaves_to_the_library_what_it_does_faster(on, generator):
     mask = torch.ones(2, 50, dtype=torch.bool)
     for changed in (dict(key_mask=mask), dict(bias=torch.zeros(1, 1, 1, 50)), dict(dropout_p=0.1), dict(return_lse=True)):
         assert mmkernels.explain("attention", **one, **changed).backend == "cpp"
+    assert mmkernels.explain("attention", **(one | {"k": one["k"].clone().requires_grad_()})).backend == "cpp"
     assert mmkernels.explain("attention", **make(generator, (2, 2, 1, 50), (16, 8))).backend == "cpp"
     assert mmkernels.explain("attention", **make(generator, (2, 2, 1, 0), (16, 16))).backend == "cpp"
     assert mmkernels.explain("attention", **make(generator, (2, 2, 3, 50), (16, 16))).backend == "cpp"

@@ -3,7 +3,7 @@
 import torch
 
 
-def check_tensor(name: str, tensor, dimensions: tuple, other: str, device: torch.device) -> None:
+def check_tensor(name: str, tensor, dimensions: tuple | str, other: str, device: torch.device) -> None:
     """Raises unless `tensor` is dense, of a float dtype, of the given named dimensions, and on `device`, that of `other`."""
     check_dense(name, tensor)
     if tensor.dim() != len(dimensions):
@@ -45,6 +45,12 @@ def check_number(name: str, value, allowed: str = "a finite number", holds=lambd
     if not (float("-inf") < value < float("inf") and holds(value)):
         raise ValueError(f"{name} is {value}; it must be {allowed}")
     return float(value)
+
+
+def check_integer(name: str, value, least: int = 1) -> None:
+    """Raises ValueError unless `value` is an integer, no bool, of `least` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of {least} or more")
 
 
 def _shown(value) -> str:

@@ -103,23 +103,24 @@ def _sdpa(q, k, v, key_mask, scale):
 
 def _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend):
     problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], dropout_p > 0.0)
-    order = _backends.preference(q.dtype)
-    if _library_wins(q, k, problem):
-        order = ("sdpa", *order)
+    order = preference(problem, q.shape[2], k.shape[2], (q, k, v))
     return _backends.choose("attention", backend, order, lambda name: _refusals(name, problem, key_mask, bias, return_lse))
 
 
-def _library_wins(q, k, problem):
-    """Where torch's own kernel is the faster one, if it can do what is asked.
+def preference(problem: Problem, queries: int, keys: int, tensors: tuple) -> tuple:
+    """The order of `auto`: torch's own kernel first where it is the faster one, if it can do what is asked.
 
-    CPU, measured: one or two queries leave the lanes of our vectors empty. GPU, by design: the shapes that
-    FlashAttention was made for; ours are for the ones it refuses.
+    CPU, measured: one or two queries, unless one of `tensors` wants a gradient, since its backward takes half as long again
+    as ours. GPU, by design: the shapes that FlashAttention was made for; ours are for the ones it refuses.
     """
-    if problem.head_dim != problem.value_dim or k.shape[2] == 0:
-        return False
+    order = _backends.preference(problem.dtype)
+    if problem.head_dim != problem.value_dim or keys == 0:
+        return order
     if problem.device.type == "cpu":
-        return q.shape[2] <= 2
-    return problem.dtype != torch.float32 and problem.head_dim <= 256 and problem.head_dim % 8 == 0
+        library = queries <= 2 and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    else:
+        library = problem.dtype != torch.float32 and problem.head_dim <= 256 and problem.head_dim % 8 == 0
+    return ("sdpa", *order) if library else order
 
 
 def _refusals(name, problem, key_mask, bias, return_lse):
@@ -143,9 +144,11 @@ def _refusals(name, problem, key_mask, bias, return_lse):
 
 def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
     """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, scale, dropout_p, dropout_seed)."""
-    for name, tensor, dimensions in (("q", q, "BHND"), ("k", k, "BHMD"), ("v", v, "BHME")):
-        check_tensor(name, tensor, tuple(dimensions), "q", getattr(q, "device", None))
-    if (dtype := autocast_dtype(q.device)) is not None:
+    device = getattr(q, "device", None)
+    check_tensor("q", q, "BHND", "q", device)
+    check_tensor("k", k, "BHMD", "q", device)
+    check_tensor("v", v, "BHME", "q", device)
+    if (dtype := autocast_dtype(device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:

@@ -476,10 +476,8 @@ def bias_kernel(
     bias_batches,
     bias_heads,
     bias_queries,
-    bias_keys,
     walk_heads,  # how much of each dimension one tile of the bias walks: all where it is broadcast, else 1
     walk_queries,
-    walk_keys,
     walk,  # steps in all
     split_steps,
     scale,  # in base 2 times log2(e), rounded once
@@ -494,7 +492,6 @@ def bias_kernel(
     E_STEPS: tl.constexpr,
     E2: tl.constexpr,
     SUM_N: tl.constexpr,
-    SUM_M: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -504,21 +501,21 @@ def bias_kernel(
     """dbias = sum of dS over what the bias was broadcast over: a tile of dbias walks those (b, h, n, m) in order."""
     BASE2: tl.constexpr = q.dtype.element_ty != tl.float32
     pid = tl.program_id(0)
-    key_tiles, query_tiles = tl.cdiv(bias_keys, BLOCK_M), tl.cdiv(bias_queries, BLOCK_N)
+    key_tiles, query_tiles = tl.cdiv(keys, BLOCK_M), tl.cdiv(bias_queries, BLOCK_N)
     m_tile, pid = pid % key_tiles, pid // key_tiles
     n_tile, pid = pid % query_tiles, pid // query_tiles
     own_head, pid = pid % bias_heads, pid // bias_heads
     own_batch, split = pid % bias_batches, (pid // bias_batches).to(tl.int64)
+    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_inside = m < keys
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     begin = (split * split_steps).to(tl.int32)
     for step in range(begin, tl.minimum(begin + split_steps, walk)):
-        m = (m_tile + step % walk_keys) * BLOCK_M + tl.arange(0, BLOCK_M)
-        rest = step // walk_keys
-        n = (n_tile + rest % walk_queries) * BLOCK_N + tl.arange(0, BLOCK_N)
-        rest = rest // walk_queries
+        n = (n_tile + step % walk_queries) * BLOCK_N + tl.arange(0, BLOCK_N)
+        rest = step // walk_queries
         head = (own_head + rest % walk_heads).to(tl.int64)
         batch = (own_batch + rest // walk_heads).to(tl.int64)
-        n_inside, m_inside = n < queries, m < keys
+        n_inside = n < queries
         visible = m_inside
         if HAS_MASK:
             visible = _visible(key_mask + batch * mask_strides[0], mask_strides[1], m, m_inside, HAS_MASK)
@@ -564,16 +561,13 @@ def bias_kernel(
             dweights *= tl.where(dropout_keep(low[:, None], high[:, None], m[None, :], threshold), keep_scale, 0.0)
         acc += weights * (dweights - row_delta[:, None])
 
-    own_n, own_m = n_tile * BLOCK_N + tl.arange(0, BLOCK_N), m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    own_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if SUM_N:
         acc = tl.sum(acc, 0, keep_dims=True)
         own_n = tl.zeros([1], tl.int32)
-    if SUM_M:
-        acc = tl.sum(acc, 1, keep_dims=True)
-        own_m = tl.zeros([1], tl.int32)
     row = ((split * bias_batches + own_batch) * bias_heads + own_head) * bias_queries + own_n
-    inside = (own_n < bias_queries)[:, None] & (own_m < bias_keys)[None, :]
-    tl.store(dbias + row[:, None] * bias_keys + own_m[None, :], acc.to(dbias.dtype.element_ty), mask=inside)
+    inside = (own_n < bias_queries)[:, None] & m_inside[None, :]
+    tl.store(dbias + row[:, None] * keys + m[None, :], acc.to(dbias.dtype.element_ty), mask=inside)
 
 
 # --- Tiles ----------------------------------------------------------------------------------------------------------------
@@ -819,13 +813,13 @@ def _one_side(p, own_keys, dout, statistics, da, da2):
 def _bias(p, dout, statistics, dbias):
     t = p.tiles("attention_backward_bias")
     own = dbias.shape
-    block = (1, 1, t.queries, t.keys)
-    full = (p.batch, p.heads, p.queries, p.keys)
-    tiles, walk = 1, []
-    for size, whole, width in zip(own, full, block, strict=True):
+    block = (1, 1, t.queries)
+    full = (p.batch, p.heads, p.queries)
+    tiles, walk = triton.cdiv(p.keys, t.keys), []
+    for size, whole, width in zip(own[:3], full, block, strict=True):
         tiles *= triton.cdiv(size, width)
         walk.append(triton.cdiv(whole, width) if size == 1 else 1)
-    all_steps = walk[0] * walk[1] * walk[2] * walk[3]
+    all_steps = walk[0] * walk[1] * walk[2]
     splits, steps = p.split(tiles, all_steps, t.num_warps)
     target = p.partial(splits, dbias)
     bias_kernel[(tiles * splits,)](
@@ -842,7 +836,7 @@ def _bias(p, dout, statistics, dbias):
         p.heads,
         p.queries,
         p.keys,
-        *own,
+        *own[:3],
         *walk[1:],
         all_steps,
         steps,
@@ -851,7 +845,6 @@ def _bias(p, dout, statistics, dbias):
         p.threshold,
         **p.columns(t),
         SUM_N=own[2] == 1,
-        SUM_M=own[3] == 1,
         BLOCK_N=t.queries,
         BLOCK_M=t.keys,
         **p.options(t),
@@ -870,6 +863,8 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dr
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     dq, dk, dv, dbias = gradient(q, 1), gradient(k, 2), gradient(v, 2), gradient(bias, 4)
+    if wanted & 4 and bias is not None and bias.shape[3] != p.keys:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; dbias may be wanted where its last size is {p.keys}")
     if p.empty:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
     with torch.cuda.device_of(q):
@@ -903,7 +898,7 @@ _REPORTED = {  # name: kernel, its tiles, constexprs, what has what kind of rows
         dict(OWN_KEYS=True, FIRST=True, SECOND=True),
         dict(a="D", a2="E", b="D", b2="E"),
     ),
-    "backward_bias": (bias_kernel, dict(SUM_N=False, SUM_M=False), dict(q="D", k="D", v="E", dout="E")),
+    "backward_bias": (bias_kernel, dict(SUM_N=False), dict(q="D", k="D", v="E", dout="E")),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from ... import _backends
 from .._shared.arguments import autocast_dtype, check_dense, check_key_mask, check_number
 from ..attention import attention
-from ..attention.api import MAX_HEAD_DIM
+from ..attention.api import MAX_HEAD_DIM, Problem, preference
 from . import reference
 
 MAX_MODALITIES = 8
@@ -24,9 +24,10 @@ def bottleneck_attention(
 ):
     """Self-attention of each modality over its own tokens and the bottleneck tokens, [x_m ; z], for all modalities at once.
 
-    The attention of a fusion layer of MBT (Nagrani et al. 2021, section 3.2). Tokens and bottleneck are read from and written
-    to separate buffers; neither is ever copied behind the other. The queries, keys and values of the bottleneck are made
-    with each modality's own weights, so `bottleneck_qkv` has one entry for every modality.
+    The attention of a fusion layer of MBT (Nagrani et al. 2021, section 3.2). Tokens and bottleneck come and go in separate
+    buffers. The queries, keys and values of the bottleneck are made with each modality's own weights, so `bottleneck_qkv`
+    has one entry for every modality. The kernel backends join the two buffers of each modality and call `ops.attention`
+    for one after the other: they have no kernel for all at once.
 
     Args:
         tokens_qkv: list of 1 to 8 tensors (B, T_m, 3, H, D): queries, keys and values of modality m, as one projection makes
@@ -49,11 +50,11 @@ def bottleneck_attention(
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
     tokens_qkv, bottleneck_qkv, masks, scale = _check(tokens_qkv, bottleneck_qkv, key_masks, scale, query_rows)
-    name = _choose(tokens_qkv[0], masks, backend)
     cls = query_rows == "cls"
+    name = _choose(tokens_qkv, bottleneck_qkv, masks, cls, backend)
     if name == "reference":
         return reference.bottleneck_attention(tokens_qkv, bottleneck_qkv, masks, scale, cls)
-    outputs = [_concatenated(name, *one, scale, cls) for one in zip(tokens_qkv, bottleneck_qkv, masks, strict=True)]
+    outputs = [_joined(name, *one, scale, cls) for one in zip(tokens_qkv, bottleneck_qkv, masks, strict=True)]
     return [out for out, _ in outputs], [out for _, out in outputs]
 
 
@@ -67,23 +68,31 @@ def explain_bottleneck_attention(
     backend="auto",
 ):
     """The `explain` of `bottleneck_attention`."""
-    tokens_qkv, _, masks, _ = _check(tokens_qkv, bottleneck_qkv, key_masks, scale, query_rows)
-    name = _choose(tokens_qkv[0], masks, backend)
+    tokens_qkv, bottleneck_qkv, masks, _ = _check(tokens_qkv, bottleneck_qkv, key_masks, scale, query_rows)
+    name = _choose(tokens_qkv, bottleneck_qkv, masks, query_rows == "cls", backend)
     reasons = {n: _refusals(n, tokens_qkv[0], masks) for n in _backends.NAMES}
     return _backends.Explanation("bottleneck_attention", name, "", reasons)
 
 
-def _concatenated(backend, tokens, bottleneck, mask, scale, cls):
+def _joined(backend, tokens, bottleneck, mask, scale, cls):
     length, rows = (1, 1) if cls else (tokens.shape[1], None)
-    if mask is not None:
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], bottleneck.shape[1])], 1)
-    q, k, v = torch.cat([tokens, bottleneck], 1).permute(2, 0, 3, 1, 4)  # (B, H, T + Z, D)
+    joined = tokens
+    if bottleneck.shape[1] > 0:
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], bottleneck.shape[1])], 1)
+        joined = torch.cat([tokens, bottleneck], 1)
+    q, k, v = joined.permute(2, 0, 3, 1, 4)  # (B, H, T + Z, D)
     out = attention(q[:, :, :rows], k, v, key_mask=mask, scale=scale, backend=backend).transpose(1, 2).flatten(2)
+    if joined is tokens:  # no rows, and yet a gradient, of no rows as well
+        return out, bottleneck[:, :, 0].flatten(2)
     return out[:, :length], out[:, length:]
 
 
-def _choose(tokens, masks, backend):
-    order = _backends.preference(tokens.dtype)
+def _choose(tokens_qkv, bottleneck_qkv, masks, cls, backend):
+    """One backend for all modalities: that of `ops.attention` for the one with the most tokens."""
+    tokens, keys = tokens_qkv[0], max(t.shape[1] for t in tokens_qkv) + bottleneck_qkv[0].shape[1]
+    problem = Problem(tokens.device, tokens.dtype, tokens.shape[4], tokens.shape[4], False)
+    order = preference(problem, 1 if cls else keys, keys, (*tokens_qkv, *bottleneck_qkv))
     return _backends.choose("bottleneck_attention", backend, order, lambda name: _refusals(name, tokens, masks))
 
 
