@@ -19,6 +19,17 @@ void define_schemas(Library& m) {
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? key_mask, Tensor? bias, Tensor? seed, float scale, float dropout_p, int wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  // Problems of unequal lengths in one launch, each with one or two segments of queries and of keys, which lie behind
+  // each other without being joined. attention/attention_list.h has the contract.
+  // -> for every problem one out (B,T,H,E) for each segment of its queries, in order; one lse float32 (B,H,N) a
+  // problem.
+  m.def(
+      "attention_list_fwd(Tensor[] tensors, int[] problems, Tensor[] key_masks, Tensor? seed, float scale, "
+      "float dropout_p) -> (Tensor[], Tensor[])");
+  // dout as out; dlse as lse, or an empty list. wanted: a flag for each of `tensors`. -> a gradient for each of them.
+  m.def(
+      "attention_list_bwd(Tensor[] dout, Tensor[] dlse, Tensor[] tensors, int[] problems, Tensor[] key_masks, "
+      "Tensor[] out, Tensor[] lse, Tensor? seed, float scale, float dropout_p, int[] wanted) -> Tensor[]");
   // q (B|1,R,C): absorbed queries, the rows of all heads one after another.  x (B,M,Cx)  position (M,C-Cx)
   // key_mask bool (B,M).  xhat = LayerNorm without affine over [x ; position] (eps < 0: no norm).
   // -> out (B,R,C) = softmax(scale q xhat^T) xhat and lse (B,R), both float32: what the backward subtracts from dP is a
