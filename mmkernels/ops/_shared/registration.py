@@ -43,8 +43,8 @@ def _define_triton_ops(family: str) -> bool:
 _define_triton_ops._dynamo_marked_constant = True
 
 
-def forward_backward(family: str, backend: str):
-    """The (forward, backward) ops of a family on a kernel backend."""
+def forward_backward(family: str, backend: str, op: str = ""):
+    """The ops `op`_fwd and `op`_bwd of a family on a kernel backend; `op` is the family's own name where it is empty."""
     if backend == "triton":
         _define_triton_ops(family)
         ops = torch.ops.mmkernels_triton
@@ -52,7 +52,8 @@ def forward_backward(family: str, backend: str):
         ops = torch.ops.mmkernels_emulator
     else:
         ops = torch.ops.mmkernels
-    return getattr(ops, f"{family}_fwd").default, getattr(ops, f"{family}_bwd").default
+    op = op or family
+    return getattr(ops, f"{op}_fwd").default, getattr(ops, f"{op}_bwd").default
 
 
 class _OnceDifferentiable(torch.autograd.Function):

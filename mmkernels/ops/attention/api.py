@@ -7,7 +7,7 @@ import torch
 from ... import _backends
 from .._shared import dropout
 from .._shared.arguments import autocast_dtype, check_dense, check_key_mask, check_number, check_tensor
-from . import autograd, reference
+from . import autograd, lists, reference
 
 MAX_HEAD_DIM = 1024
 
@@ -37,28 +37,36 @@ def attention(
 ):
     """softmax(scale q k^T + bias) v with masked keys left out, forward and backward without the N x M matrix.
 
+    Keys may come in two segments, one behind the other without being concatenated: k, v and key_mask are then pairs. And q may
+    be a list of up to 8 problems of any lengths, which run in one launch: k, v and key_mask are then lists of as many entries,
+    each a tensor or a pair. All problems share B, H, D and E.
+
     Args:
-        q: queries (B, H, N, D), float32, bfloat16 or float16 (`reference` takes every float dtype). Any strides.
-        k: keys (B, H, M, D); D from 1 to 1024, odd sizes included.
-        v: values (B, H, M, E); E may differ from D, 1 to 1024.
+        q: queries (B, H, N, D), float32, bfloat16 or float16 (`reference` takes every float dtype). Any strides. Or a list.
+        k: keys (B, H, M, D); D from 1 to 1024, odd sizes included. Or a pair of segments, (B, H, M1, D) and (B, H, M2, D).
+        v: values (B, H, M, E); E may differ from D, 1 to 1024. Or a pair.
         key_mask: bool (B, M), True where a key may be attended. What stands behind the mask never reaches the result,
-            NaN included; a row without any key gives zeros, zero gradients and an lse of -inf.
+            NaN included; a row without any key gives zeros, zero gradients and an lse of -inf. For two segments a pair of
+            masks, (B, M1) and (B, M2), either of which may be None.
         bias: added to the scaled scores, of q's dtype or float32, broadcastable to (B, H, N, M) with 4 dimensions; -inf
-            leaves a key out. Its gradient is reduced over the broadcast dimensions inside the kernel.
+            leaves a key out. Its gradient is reduced over the broadcast dimensions inside the kernel. Not with a list of
+            problems, nor with keys in two segments.
         scale: default D ** -0.5.
         dropout_p: probability in [0, 1) of dropping an attention weight. The mask depends on the seed and the position
-            (b, h, n, m) only: every backend drops the same elements.
+            (b, h, n, m) only, and on a problem's place in a list: every backend drops the same elements.
         dropout_seed: int64 tensor of one element on q's device; drawn from torch's generator when None.
         return_lse: also return the log-sum-exp of the scores, float32 (B, H, N), differentiable.
         backend: "auto", "reference", "sdpa", "cpp", "triton" or "cuda". A named backend runs or raises.
 
     Returns:
-        (B, H, N, E) of q's dtype, or (that, lse).
+        (B, H, N, E) of q's dtype, or (that, lse); for a list of problems lists of these.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
+    if isinstance(q, (list, tuple)) or isinstance(k, (list, tuple)):
+        return _attention_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, return_lse, backend)
     q, k, v, bias, scale, dropout_p, seed = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
     name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
     if dropout_p > 0.0 and seed is None:
@@ -89,6 +97,10 @@ def explain_attention(
     backend="auto",
 ):
     """The `explain` of `attention`."""
+    if isinstance(q, (list, tuple)) or isinstance(k, (list, tuple)):
+        problems, _, dropout_p, _, _ = _check_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
+        name, refusals = _choose_list(problems, dropout_p, return_lse, backend)
+        return _backends.Explanation("attention", name, "", {n: refusals(n) for n in _backends.NAMES})
     q, k, v, bias, scale, dropout_p, _ = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
     name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
     problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], dropout_p > 0.0)
@@ -123,6 +135,128 @@ def preference(problem: Problem, queries: int, keys: int, tensors: tuple) -> tup
     return ("sdpa", *order) if library else order
 
 
+# --- Lists of problems, and keys in two segments ----------------------------------------------------------------------------
+
+
+class _Entry(NamedTuple):
+    """One problem of a list; k, v and masks have an element for each segment of keys."""
+
+    q: torch.Tensor
+    k: tuple
+    v: tuple
+    masks: tuple
+
+
+def _attention_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, return_lse, backend):
+    entries, scale, dropout_p, seed, is_list = _check_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
+    name, _ = _choose_list(entries, dropout_p, return_lse, backend)
+    if name == "sdpa":
+        out = [_sdpa(one.q, torch.cat(one.k, 2), torch.cat(one.v, 2), None, scale) for one in entries]
+        return out if is_list else out[0]
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout.draw_seed(entries[0].q.device)
+    tensors, masks, problems = [], [], []
+
+    def place(segments):
+        tensors.extend(t.transpose(1, 2).unsqueeze(2) for t in segments)  # (B, T, 1, H, width)
+        return tuple((len(tensors) - len(segments) + i, 0) for i in range(len(segments)))
+
+    for one in entries:
+        given = [mask is not None for mask in one.masks]
+        numbers = tuple(len(masks) + sum(given[:i]) if is_given else -1 for i, is_given in enumerate(given))
+        masks.extend(mask for mask in one.masks if mask is not None)
+        problems.append(lists.ListedProblem(place([one.q]), place(one.k), place(one.v), numbers))
+    out, lse = lists.attention_list(name, tensors, problems, masks, seed, scale, dropout_p)
+    out = [one.transpose(1, 2) for one in out]
+    if not is_list:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _choose_list(entries, dropout_p, return_lse, backend):
+    """One backend for all problems, and what every backend has against them."""
+    first = entries[0]
+    problem = Problem(first.q.device, first.q.dtype, first.q.shape[-1], first.v[0].shape[-1], dropout_p > 0.0)
+    masked = next((mask for one in entries for mask in one.masks if mask is not None), None)
+
+    def refusals(name):
+        return _refusals(name, problem, masked, None, return_lse)
+
+    keys = max(sum(k.shape[2] for k in one.k) for one in entries)
+    order = list_preference(problem, keys)
+    return _backends.choose("attention", backend, order, refusals), refusals
+
+
+def list_preference(problem: Problem, keys: int) -> tuple:
+    """The order of `auto` for lists: torch's kernel, with copies that join the segments, only where it is so on a GPU."""
+    if problem.device.type == "cpu":
+        return _backends.preference(problem.dtype)
+    return preference(problem, keys, keys, ())
+
+
+def _check_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
+    """Validates, applies autocast. Returns (entries, scale, dropout_p, dropout_seed, whether q is a list)."""
+    is_list = isinstance(q, (list, tuple))
+    if not is_list:
+        entries = [_check_segments("", q, k, v, key_mask, scale, dropout_p, dropout_seed)]
+    else:
+        if not 1 <= len(q) <= lists.MAX_PROBLEMS:
+            raise ValueError(f"q has {len(q)} problems; it must have 1 to {lists.MAX_PROBLEMS}")
+        for name, value in (("k", k), ("v", v), ("key_mask", key_mask)):
+            if value is None and name == "key_mask":
+                continue
+            if not isinstance(value, (list, tuple)):
+                what = "it must be a list with an entry for each problem of q"
+                raise TypeError(f"{name} is a {type(value).__name__}; {what}{', or None' if name == 'key_mask' else ''}")
+            if len(value) != len(q):
+                raise ValueError(f"{name} has {len(value)} entries; it must have one for each of {len(q)} problems of q")
+        key_mask = [None] * len(q) if key_mask is None else key_mask
+        entries = [
+            _check_segments(f"[{i}]", *one, scale, dropout_p, dropout_seed)
+            for i, one in enumerate(zip(q, k, v, key_mask, strict=True))
+        ]
+    if bias is not None:
+        raise ValueError("bias is given; it must be None for a list of problems and for keys in two segments")
+    first = entries[0][0]
+    for i, (one, *_) in enumerate(entries):
+        for name, ours, theirs in (("q", one.q, first.q), ("v", one.v[0], first.v[0])):
+            if ours.device != theirs.device:
+                raise ValueError(f"{name}[{i}] is on {ours.device}; it must be on {theirs.device}, as {name}[0] is")
+            if ours.dtype != theirs.dtype:
+                raise TypeError(f"{name}[{i}] has dtype {ours.dtype}; it must be that of {name}[0], {theirs.dtype}")
+            if (*ours.shape[:2], ours.shape[3]) != (*theirs.shape[:2], theirs.shape[3]):
+                b, h, _, d = theirs.shape
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(ours.shape)}; it must be ({b}, {h}, any, {d}), as {name}[0] has"
+                )
+    _, scale, dropout_p, seed = entries[0]
+    return [one for one, *_ in entries], scale, dropout_p, seed, is_list
+
+
+def _check_segments(place, q, k, v, key_mask, scale, dropout_p, dropout_seed):
+    """(_Entry, scale, dropout_p, dropout_seed) of the problem that errors call q`place`, k`place`, ..."""
+    paired = isinstance(k, (list, tuple))
+    sides = {"k": k, "v": v, "key_mask": (None, None) if paired and key_mask is None else key_mask}
+    for name, value in sides.items():
+        if isinstance(value, (list, tuple)) != paired:
+            what = "a pair" if paired else "a tensor"
+            raise TypeError(f"{name}{place} is a {type(value).__name__}; it must be {what}, as k{place} is")
+        if paired and len(value) != 2:
+            raise ValueError(f"{name}{place} has {len(value)} segments; it must have 2")
+    segments = list(zip(*sides.values(), strict=True)) if paired else [(k, v, key_mask)]
+    checked = []
+    for i, (one_k, one_v, mask) in enumerate(segments):
+        names = tuple(f"{n}{place}" if n == "q" or not paired else f"{n}{place}[{i}]" for n in ("q", "k", "v", "key_mask"))
+        checked.append(_check(q, one_k, one_v, mask, None, scale, dropout_p, dropout_seed, names) + (mask,))
+    q, _, _, _, scale, dropout_p, seed, _ = checked[0]
+    ks, vs, masks = (tuple(one[i] for one in checked) for i in (1, 2, 7))
+    if vs[0].shape[3] != vs[-1].shape[3]:
+        raise ValueError(
+            f"v{place}[1] has shape {tuple(vs[1].shape)}; its head dim must be that of v{place}[0], {vs[0].shape[3]}"
+        )
+    return _Entry(q, ks, vs, masks), scale, dropout_p, seed
+
+
 def _refusals(name, problem, key_mask, bias, return_lse):
     reasons = _backends.platform_refusals(name, problem.device, problem.dtype)
     if name == "sdpa":
@@ -142,27 +276,32 @@ def _refusals(name, problem, key_mask, bias, return_lse):
     return reasons
 
 
-def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed):
-    """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, scale, dropout_p, dropout_seed)."""
+def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, names=("q", "k", "v", "key_mask")):
+    """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, scale, dropout_p, dropout_seed).
+
+    `names` is what errors call the first four."""
+    q_name, k_name, v_name, mask_name = names
     device = getattr(q, "device", None)
-    check_tensor("q", q, "BHND", "q", device)
-    check_tensor("k", k, "BHMD", "q", device)
-    check_tensor("v", v, "BHME", "q", device)
+    check_tensor(q_name, q, "BHND", q_name, device)
+    check_tensor(k_name, k, "BHMD", q_name, device)
+    check_tensor(v_name, v, "BHME", q_name, device)
     if (dtype := autocast_dtype(device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    for name, tensor in (("k", k), ("v", v)):
+    for name, tensor in ((k_name, k), (v_name, v)):
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be q's, {q.dtype}")
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {q_name}'s, {q.dtype}")
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
     if head_dim == 0:
-        raise ValueError(f"q has shape {tuple(q.shape)}; its head dim must be 1 or more")
+        raise ValueError(f"{q_name} has shape {tuple(q.shape)}; its head dim must be 1 or more")
     if k.shape[0] != batch or k.shape[1] != heads or k.shape[3] != head_dim:
-        raise ValueError(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be ({batch}, {heads}, M, {head_dim})")
+        wanted = f"with {q_name} {tuple(q.shape)} it must be ({batch}, {heads}, M, {head_dim})"
+        raise ValueError(f"{k_name} has shape {tuple(k.shape)}; {wanted}")
     if v.shape[0] != batch or v.shape[1] != heads or v.shape[2] != keys:
-        raise ValueError(f"v has shape {tuple(v.shape)}; with k {tuple(k.shape)} it must be ({batch}, {heads}, {keys}, E)")
+        wanted = f"with {k_name} {tuple(k.shape)} it must be ({batch}, {heads}, {keys}, E)"
+        raise ValueError(f"{v_name} has shape {tuple(v.shape)}; {wanted}")
     if key_mask is not None:
-        check_key_mask(key_mask, batch, keys, q.device)
+        check_key_mask(key_mask, batch, keys, q.device, mask_name)
     if bias is not None:
         check_dense("bias", bias)
         if bias.dtype != q.dtype and bias.dtype != torch.float32:

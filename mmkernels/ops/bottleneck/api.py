@@ -5,7 +5,8 @@ import torch
 from ... import _backends
 from .._shared.arguments import autocast_dtype, check_dense, check_key_mask, check_number
 from ..attention import attention
-from ..attention.api import MAX_HEAD_DIM, Problem, preference
+from ..attention.api import MAX_HEAD_DIM, Problem, list_preference
+from ..attention.lists import ListedProblem, attention_list
 from . import reference
 
 MAX_MODALITIES = 8
@@ -25,9 +26,8 @@ def bottleneck_attention(
     """Self-attention of each modality over its own tokens and the bottleneck tokens, [x_m ; z], for all modalities at once.
 
     The attention of a fusion layer of MBT (Nagrani et al. 2021, section 3.2). Tokens and bottleneck come and go in separate
-    buffers. The queries, keys and values of the bottleneck are made with each modality's own weights, so `bottleneck_qkv`
-    has one entry for every modality. The kernel backends join the two buffers of each modality and call `ops.attention`
-    for one after the other: they have no kernel for all at once.
+    buffers, which nobody joins, and one launch serves all modalities. The queries, keys and values of the bottleneck are made
+    with each modality's own weights, so `bottleneck_qkv` has one entry for every modality.
 
     Args:
         tokens_qkv: list of 1 to 8 tensors (B, T_m, 3, H, D): queries, keys and values of modality m, as one projection makes
@@ -51,10 +51,13 @@ def bottleneck_attention(
     """
     tokens_qkv, bottleneck_qkv, masks, scale = _check(tokens_qkv, bottleneck_qkv, key_masks, scale, query_rows)
     cls = query_rows == "cls"
-    name = _choose(tokens_qkv, bottleneck_qkv, masks, cls, backend)
+    name = _choose(tokens_qkv, bottleneck_qkv, masks, backend)
     if name == "reference":
         return reference.bottleneck_attention(tokens_qkv, bottleneck_qkv, masks, scale, cls)
-    outputs = [_joined(name, *one, scale, cls) for one in zip(tokens_qkv, bottleneck_qkv, masks, strict=True)]
+    if name == "sdpa":
+        outputs = [_joined(*one, scale, cls) for one in zip(tokens_qkv, bottleneck_qkv, strict=True)]
+    else:
+        outputs = _listed(name, tokens_qkv, bottleneck_qkv, masks, scale, cls)
     return [out for out, _ in outputs], [out for _, out in outputs]
 
 
@@ -69,30 +72,43 @@ def explain_bottleneck_attention(
 ):
     """The `explain` of `bottleneck_attention`."""
     tokens_qkv, bottleneck_qkv, masks, _ = _check(tokens_qkv, bottleneck_qkv, key_masks, scale, query_rows)
-    name = _choose(tokens_qkv, bottleneck_qkv, masks, query_rows == "cls", backend)
+    name = _choose(tokens_qkv, bottleneck_qkv, masks, backend)
     reasons = {n: _refusals(n, tokens_qkv[0], masks) for n in _backends.NAMES}
     return _backends.Explanation("bottleneck_attention", name, "", reasons)
 
 
-def _joined(backend, tokens, bottleneck, mask, scale, cls):
+def _listed(backend, tokens_qkv, bottleneck_qkv, masks, scale, cls):
+    """(out of the tokens, out of the bottleneck) of every modality, from the kernels that take them all at once."""
+    count, shared = len(tokens_qkv), bottleneck_qkv[0].shape[1] > 0
+    given, problems = [], []
+    for i, mask in enumerate(masks):
+        segments = (i, count + i) if shared else (i,)
+        q, k, v = (tuple((tensor, slot) for tensor in segments) for slot in range(3))
+        problems.append(ListedProblem(q[:1] if cls else q, k, v, (-1 if mask is None else len(given), -1), 1 if cls else -1))
+        given += [] if mask is None else [mask]
+    out, _ = attention_list(
+        backend, [*tokens_qkv, *bottleneck_qkv] if shared else tokens_qkv, problems, given, None, scale, 0.0
+    )
+    out = [one.flatten(2) for one in out]
+    if shared and not cls:
+        return list(zip(out[::2], out[1::2], strict=True))
+    # No rows of the bottleneck, and yet they have a gradient, of no rows as well.
+    return [(one, bottleneck[:, :0, 0].flatten(2)) for one, bottleneck in zip(out, bottleneck_qkv, strict=True)]
+
+
+def _joined(tokens, bottleneck, scale, cls):
+    """The same of one modality, by way of a concatenation."""
     length, rows = (1, 1) if cls else (tokens.shape[1], None)
-    joined = tokens
-    if bottleneck.shape[1] > 0:
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], bottleneck.shape[1])], 1)
-        joined = torch.cat([tokens, bottleneck], 1)
-    q, k, v = joined.permute(2, 0, 3, 1, 4)  # (B, H, T + Z, D)
-    out = attention(q[:, :, :rows], k, v, key_mask=mask, scale=scale, backend=backend).transpose(1, 2).flatten(2)
-    if joined is tokens:  # no rows, and yet a gradient, of no rows as well
-        return out, bottleneck[:, :, 0].flatten(2)
+    q, k, v = torch.cat([tokens, bottleneck], 1).permute(2, 0, 3, 1, 4)  # (B, H, T + Z, D)
+    out = attention(q[:, :, :rows], k, v, scale=scale, backend="sdpa").transpose(1, 2).flatten(2)
     return out[:, :length], out[:, length:]
 
 
-def _choose(tokens_qkv, bottleneck_qkv, masks, cls, backend):
+def _choose(tokens_qkv, bottleneck_qkv, masks, backend):
     """One backend for all modalities: that of `ops.attention` for the one with the most tokens."""
     tokens, keys = tokens_qkv[0], max(t.shape[1] for t in tokens_qkv) + bottleneck_qkv[0].shape[1]
     problem = Problem(tokens.device, tokens.dtype, tokens.shape[4], tokens.shape[4], False)
-    order = preference(problem, 1 if cls else keys, keys, (*tokens_qkv, *bottleneck_qkv))
+    order = list_preference(problem, keys)
     return _backends.choose("bottleneck_attention", backend, order, lambda name: _refusals(name, tokens, masks))
 
 
