@@ -1,5 +1,7 @@
-"""Lists of problems and keys in two segments, on every backend, against float64 with plain eager's error as the budget; and the
-registered ops underneath, which read from and write to packed projections."""
+"""Lists of problems and keys in two segments, on every backend, against float64 with plain eager's error as the budget.
+
+And the registered ops underneath, which read from and write to packed projections.
+"""
 
 import pytest
 import torch
@@ -287,10 +289,10 @@ def test_packed_projections(backend, generator, dtype):
         assert [tuple(o.shape) for o in out] == [(2, 3, 2, 16), (2, 4, 2, 16), (2, 35, 2, 16)]
         assert [tuple(s.shape) for s in lse] == [(2, 2, 7), (2, 2, 35)]
         gradients = torch.autograd.grad(sum((o.float() * 0.5 + o.float() ** 2).sum() for o in out), inputs)
-        outputs[kind if name == "reference" else "ours"] = [t.double() for t in (*out, *lse, *gradients)]
-    for ours, exact in zip(outputs["ours"], outputs[torch.float64], strict=True):
+        outputs[kind] = [t.double() for t in (*out, *lse, *gradients)]
+    for ours, exact in zip(outputs[dtype], outputs[torch.float64], strict=True):
         assert (ours - exact).abs().max() <= 8 * torch.finfo(dtype).eps * max(1.0, exact.abs().max())
-    rest = outputs["ours"][-4:]
+    rest = outputs[dtype][-4:]
     assert (rest[0][:, 3:, 0] == 0).all() and (rest[0][:, :3, 0] != 0).any()  # queries beyond the rows that count
 
 
