@@ -8,6 +8,7 @@
 // (`store_key_gradients`); attention reads k and v, latent normalises x and uses it as both.
 #pragma once
 #include <cmath>
+#include <vector>
 
 #include "common/cpu.h"
 #include "common/isa.h"
@@ -17,6 +18,32 @@ namespace mmk {
 constexpr int64_t kBlockKeys = 144;  // keys in cache at a time: a multiple of every tile height
 constexpr int64_t kChunkRows = 128;  // queries in cache at a time in the backward: a multiple of every panel
 constexpr int64_t kKeptRows = 1024;  // up to this many queries the backward packs them once and keeps them
+
+// Rows of one array, or of two: those of the second come behind the first `boundary`. An array without data is absent:
+// a gradient that nobody wants, a mask that hides nothing.
+struct Joined {
+  Strided part[2];
+  int64_t boundary = INT64_MAX;
+
+  Joined(Strided all = {}) { part[0] = all; }
+  Joined(Strided first, int64_t rows, Strided second) : boundary(rows) { part[0] = first, part[1] = second; }
+
+  bool given() const { return part[0].data != nullptr || part[1].data != nullptr; }
+  bool in_two(int64_t row, int64_t rows) const { return row < boundary && boundary < row + rows; }
+  const Strided& array_of(int64_t row) const { return part[row < boundary ? 0 : 1]; }
+  char* at(int64_t i, int64_t j, int64_t row) const {
+    return array_of(row).at(i, j, row < boundary ? row : row - boundary);
+  }
+};
+
+// Calls f(array, its row, done, count) for each array that holds some of the rows [row, row + rows): those from
+// row + done on, `count` of them.
+template <class F>
+void for_arrays(const Joined& joined, int64_t row, int64_t rows, F f) {
+  const int64_t first = joined.boundary - row < 0 ? 0 : joined.boundary - row < rows ? joined.boundary - row : rows;
+  if (first > 0) f(joined.part[0], row, int64_t{0}, first);
+  if (first < rows) f(joined.part[1], row + first - joined.boundary, first, rows - first);
+}
 
 struct KeyBlock {
   int64_t begin, end;          // keys [begin, end) of the problem
@@ -36,8 +63,8 @@ using StoreKeyGradients = void(const Attention&, int64_t batch, int64_t head, co
 struct Attention {
   int64_t batch, heads, queries, keys, qk_dim, v_dim;
   float scale;
-  Strided q;         // (B,H,N,D)
-  Strided key_mask;  // bool (B,M) in the last two dimensions, or no data
+  Joined q;         // (B,H,N,D)
+  Joined key_mask;  // bool (B,M) in the last two dimensions
   LoadKeys* load_keys;
   int64_t key_space;
 
@@ -48,13 +75,13 @@ struct Attention {
   uint32_t drop_below = 0;
   float keep_scale = 1.0f;
 
-  Strided out;  // (B,H,N,E)
-  float* lse;   // (B,H,N)
+  Joined out;  // (B,H,N,E)
+  float* lse;  // (B,H,N)
 
   // Backward only.
-  Strided dout;                                               // (B,H,N,E)
+  Joined dout;                                                // (B,H,N,E)
   const float* dlse = nullptr;                                // (B,H,N)
-  Strided dq;                                                 // (B,H,N,D) or no data
+  Joined dq;                                                  // (B,H,N,D)
   bool dq_shared = false;                                     // summed over the batch
   StoreKeyGradients* store_key_gradients = nullptr;           // null: not wanted
   bool one_key_gradient = false;                              // k and v are one array, dk and dv too
@@ -63,7 +90,7 @@ struct Attention {
   int64_t dbias_size = 0;
   bool dbias_direct = false;  // nothing is summed: every element is written once. Else it is float32
 
-  bool masked() const { return key_mask.data != nullptr; }
+  bool wants_queries() const { return dq.given(); }
 };
 
 // A piece of work for one thread.
@@ -102,15 +129,18 @@ inline int64_t key_state_floats(const Attention& a) {
 
 // The attention family's own problem: k and v in memory.
 struct PlainAttention : Attention {
-  Strided k, v, dk, dv;  // (B,H,M,D), (B,H,M,E)
+  Joined k, v, dk, dv;  // (B,H,M,D), (B,H,M,E)
 };
 
 // Sets the visible keys of a block; returns false when there are none.
 inline bool find_visible(const Attention& a, int64_t batch, KeyBlock& block) {
   block.count = 0;
-  for (int64_t m = block.begin; m < block.end; ++m)
-    if (!a.masked() || a.key_mask.data[batch * a.key_mask.stride[2] + m * a.key_mask.stride[3]] != 0)
-      block.offset[block.count++] = static_cast<int32_t>(m - block.begin);
+  for_arrays(a.key_mask, block.begin, block.end - block.begin,
+             [&](const Strided& mask, int64_t row, int64_t done, int64_t count) {
+               for (int64_t i = 0; i < count; ++i)
+                 if (mask.data == nullptr || mask.data[batch * mask.stride[2] + (row + i) * mask.stride[3]] != 0)
+                   block.offset[block.count++] = static_cast<int32_t>(done + i);
+             });
   return block.count > 0;
 }
 
@@ -124,8 +154,8 @@ void for_stretches(const KeyBlock& block, F f) {
   }
 }
 
-// Plans the parts for torch's threads and runs them (attention_cpu.cpp).
-void attention_forward(const Attention&);
-void attention_backward(Attention&);
+// Plans the parts of several problems for torch's threads and runs them together (attention_cpu.cpp).
+void attention_forward(const std::vector<const Attention*>&);
+void attention_backward(const std::vector<Attention*>&);
 
 }  // namespace mmk

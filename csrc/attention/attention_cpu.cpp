@@ -3,8 +3,11 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "attention/attention.h"
+#include "attention/attention_list.h"
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/waves.h"
@@ -46,9 +49,7 @@ struct Cut {
   }
 };
 
-int64_t threads_for(const Attention& a) {
-  return mmk::threads_for(2.0 * a.batch * a.heads * a.queries * a.keys * (a.qk_dim + a.v_dim));
-}
+double operations(const Attention& a) { return 2.0 * a.batch * a.heads * a.queries * a.keys * (a.qk_dim + a.v_dim); }
 
 // Row parts of at most `most_rows`, and as many as threads need, but none below kChunkRows for that. Where there are
 // more keys than rows, threads share the keys instead: every part of the rows would load all of them.
@@ -56,6 +57,72 @@ int64_t plan_row_parts(const Attention& a, int64_t problems, int64_t threads, in
   const int64_t for_threads = a.keys > a.queries ? 1 : std::min(ceil_div(threads, problems), a.queries / kChunkRows);
   return at_least_one(std::max(ceil_div(a.queries, most_rows), for_threads));
 }
+
+// One problem of a pass. Its targets are groups of (batch, head) x row parts, its parts targets x key parts. Members of
+// a group add to the same gradient: they go one after another, groups side by side.
+struct Plan {
+  const Attention* a;
+  int64_t heads, groups, members;  // heads that have groups of their own, groups, members of each
+  Cut cut;
+  int64_t state_size, space_size;
+  bool keep_states;  // those of all parts until a later phase; else a thread has one at a time
+  Space states, key_states, bias;
+  int64_t key_state_size = 0, bias_copies = 0;
+  Strided dbias;  // where the sum of the copies goes
+
+  int64_t targets() const { return groups * cut.row_parts; }
+  int64_t parts() const { return targets() * cut.key_parts; }
+  int64_t part_scores() const { return std::min(cut.rows, a->queries) * std::min(cut.keys, a->keys); }
+
+  Part part_at(int64_t member, int64_t target, int64_t key_part) const {
+    const int64_t group = target / cut.row_parts, row_part = target % cut.row_parts, member_heads = a->heads / heads;
+    Part part{group / heads + member / member_heads, group % heads + member % member_heads};
+    cut.set(part, *a, row_part, key_part);
+    part.dbias_copy = bias_copies > 1 ? row_part : 0;
+    return part;
+  }
+};
+
+// The problems of a pass over the same threads. Long parts come first, so that threads end together.
+class Pool {
+ public:
+  explicit Pool(std::vector<Plan> plans) : plans_(std::move(plans)) {
+    std::stable_sort(plans_.begin(), plans_.end(),
+                     [](const Plan& a, const Plan& b) { return a.part_scores() > b.part_scores(); });
+    double all_operations = 0.0;
+    int64_t parts = 0, space_size = 0;
+    for (const Plan& plan : plans_) {
+      all_operations += operations(*plan.a);
+      parts += plan.parts();
+      space_size = std::max(space_size, plan.space_size);
+      if (!plan.keep_states) state_size_ = std::max(state_size_, plan.state_size);
+    }
+    workers_ = std::min(threads_for(all_operations), parts);
+    worker_size_ = state_size_ + space_size;
+    memory_ = Space(workers_ * worker_size_);
+  }
+
+  const std::vector<Plan>& plans() const { return plans_; }
+  float* state(int64_t worker) const { return memory_.at(worker * worker_size_); }
+  float* space(int64_t worker) const { return state(worker) + state_size_; }
+
+  // Calls f(plan, i, worker) for i below count(plan), of all plans.
+  template <class Count, class F>
+  void run(Count count, F f) const {
+    int64_t total = 0;
+    for (const Plan& plan : plans_) total += count(plan);
+    for_parts(total, workers_, [&](int64_t i, int64_t worker) {
+      const Plan* plan = plans_.data();
+      for (int64_t n; i >= (n = count(*plan)); ++plan) i -= n;
+      f(*plan, i, worker);
+    });
+  }
+
+ private:
+  std::vector<Plan> plans_;
+  int64_t workers_, worker_size_, state_size_ = 0;
+  Space memory_;
+};
 
 }  // namespace
 
@@ -68,116 +135,138 @@ const AttentionKernels& attention_kernels() {
   return base::attention_kernels;
 }
 
-void attention_forward(const Attention& a) {
-  const int64_t problems = a.batch * a.heads, threads = threads_for(a);
-  if (problems * a.queries == 0) return;
+void attention_forward(const std::vector<const Attention*>& problems) {
   const AttentionKernels& kernels = attention_kernels();
-  // Against few keys a row's own traffic is the cost: parts that stay in the first cache levels.
-  const int64_t row_parts = plan_row_parts(a, problems, threads, a.keys <= 32 ? kChunkRows : 512);
-  const int64_t key_parts = split_keys(problems * row_parts, ceil_div(a.keys, kBlockKeys), threads);
-  const Cut cut(a, kernels.lanes, row_parts, key_parts);
-  const int64_t targets = problems * cut.row_parts, parts = targets * cut.key_parts;
-  const int64_t workers = std::min(threads, parts);
-  const bool merge = cut.key_parts > 1;
-  const int64_t state_size = round_up(kernels.forward_state(a, cut.rows), 16);
-  const int64_t space_size = round_up(kernels.forward_space(a, cut.rows), 16);
-  const Space states((merge ? parts : workers) * state_size), space(workers * space_size);
-  auto part_at = [&](int64_t target, int64_t key_part) {
-    const int64_t problem = target / cut.row_parts;
-    Part part{problem / a.heads, problem % a.heads};
-    cut.set(part, a, target % cut.row_parts, key_part);
-    return part;
-  };
-  for_parts(parts, workers, [&](int64_t i, int64_t worker) {
-    const Part part = part_at(i / cut.key_parts, i % cut.key_parts);
-    float* state = states.at((merge ? i : worker) * state_size);
-    kernels.forward(a, part, state, space.at(worker * space_size));
-    if (!merge) kernels.finish_forward(a, part, state, 1, 0);
-  });
-  if (!merge) return;
-  for_parts(targets, workers, [&](int64_t target, int64_t) {
-    kernels.finish_forward(a, part_at(target, 0), states.at(target * cut.key_parts * state_size), cut.key_parts,
-                           state_size);
-  });
+  std::vector<Plan> plans;
+  for (const Attention* a : problems) {
+    const int64_t groups = a->batch * a->heads, threads = threads_for(operations(*a));
+    if (groups * a->queries == 0) continue;
+    // Against few keys a row's own traffic is the cost: parts that stay in the first cache levels.
+    const int64_t row_parts = plan_row_parts(*a, groups, threads, a->keys <= 32 ? kChunkRows : 512);
+    const int64_t key_parts = split_keys(groups * row_parts, ceil_div(a->keys, kBlockKeys), threads);
+    Plan plan{a, a->heads, groups, 1, Cut(*a, kernels.lanes, row_parts, key_parts)};
+    plan.state_size = round_up(kernels.forward_state(*a, plan.cut.rows), 16);
+    plan.space_size = round_up(kernels.forward_space(*a, plan.cut.rows), 16);
+    plan.keep_states = plan.cut.key_parts > 1;
+    if (plan.keep_states) plan.states = Space(plan.parts() * plan.state_size);
+    plans.push_back(plan);
+  }
+  const Pool pool(std::move(plans));
+  pool.run([](const Plan& plan) { return plan.parts(); },
+           [&](const Plan& plan, int64_t i, int64_t worker) {
+             const Part part = plan.part_at(0, i / plan.cut.key_parts, i % plan.cut.key_parts);
+             float* state = plan.keep_states ? plan.states.at(i * plan.state_size) : pool.state(worker);
+             kernels.forward(*plan.a, part, state, pool.space(worker));
+             if (!plan.keep_states) kernels.finish_forward(*plan.a, part, state, 1, 0);
+           });
+  pool.run([](const Plan& plan) { return plan.keep_states ? plan.targets() : 0; },
+           [&](const Plan& plan, int64_t target, int64_t) {
+             float* states = plan.states.at(target * plan.cut.key_parts * plan.state_size);
+             kernels.finish_forward(*plan.a, plan.part_at(0, target, 0), states, plan.cut.key_parts, plan.state_size);
+           });
 }
 
-void attention_backward(Attention& a) {
-  const bool wants_keys = a.store_key_gradients != nullptr, wants_queries = a.dq.data != nullptr;
-  const bool batch_in_turn = a.summed_over_batch || a.dq_shared;
-  // Problems of one group add to the same gradient: they go one after another, groups side by side.
-  const int64_t batches = batch_in_turn ? 1 : a.batch, heads = a.summed_over_heads ? 1 : a.heads;
-  const int64_t groups = batches * heads, members = groups == 0 ? 0 : a.batch * a.heads / groups;
-  if (members == 0) return;
+void attention_backward(const std::vector<Attention*>& problems) {
   const AttentionKernels& kernels = attention_kernels();
-  const int64_t threads = threads_for(a), blocks = ceil_div(a.keys, kBlockKeys);
-  int64_t row_parts = 1, key_parts = 1;
-  if (!wants_keys) {
-    row_parts = plan_row_parts(a, groups, threads, kKeptRows);
-    key_parts = split_keys(groups * row_parts, blocks, threads);
-  } else if (a.queries > a.keys && !a.one_key_gradient) {
-    row_parts = split_keys(groups, ceil_div(a.queries, kChunkRows), threads);
-  } else {
-    key_parts = split_keys(groups, blocks, threads);
+  std::vector<Plan> plans;
+  int64_t most_members = 0;
+  for (Attention* a : problems) {
+    const bool wants_keys = a->store_key_gradients != nullptr;
+    const bool batch_in_turn = a->summed_over_batch || a->dq_shared;
+    const int64_t batches = batch_in_turn ? 1 : a->batch, heads = a->summed_over_heads ? 1 : a->heads;
+    const int64_t groups = batches * heads, members = groups == 0 ? 0 : a->batch * a->heads / groups;
+    if (members == 0) continue;
+    const int64_t threads = threads_for(operations(*a)), blocks = ceil_div(a->keys, kBlockKeys);
+    int64_t row_parts = 1, key_parts = 1;
+    if (!wants_keys) {
+      row_parts = plan_row_parts(*a, groups, threads, kKeptRows);
+      key_parts = split_keys(groups * row_parts, blocks, threads);
+    } else if (a->queries > a->keys && !a->one_key_gradient) {
+      row_parts = split_keys(groups, ceil_div(a->queries, kChunkRows), threads);
+    } else {
+      key_parts = split_keys(groups, blocks, threads);
+    }
+    Plan plan{a, heads, groups, members, Cut(*a, kernels.lanes, row_parts, key_parts)};
+    plan.state_size = a->wants_queries() ? round_up(kernels.backward_state(*a, plan.cut.rows), 16) : 0;
+    plan.space_size = round_up(kernels.backward_space(*a, plan.cut.rows), 16);
+    plan.keep_states = plan.cut.key_parts > 1 || a->dq_shared;
+    if (plan.keep_states) plan.states = Space(plan.parts() * plan.state_size);
+    if (wants_keys && plan.cut.row_parts > 1) {
+      plan.key_state_size = key_state_floats(*a);
+      plan.key_states = Space(plan.targets() * plan.key_state_size);
+    }
+    if (a->dbias.data != nullptr && !a->dbias_direct) {
+      plan.bias_copies = a->bias_per_query ? 1 : plan.cut.row_parts;
+      plan.bias = Space(plan.bias_copies * a->dbias_size);
+      std::fill_n(plan.bias.at(0), plan.bias_copies * a->dbias_size, 0.0f);
+      plan.dbias = a->dbias;
+      a->dbias.data = reinterpret_cast<char*>(plan.bias.at(0));
+      a->dbias.dtype = DType::kFloat32;
+    }
+    most_members = std::max(most_members, members);
+    plans.push_back(plan);
   }
-  const Cut cut(a, kernels.lanes, row_parts, key_parts);
-  const int64_t targets = groups * cut.row_parts, parts = targets * cut.key_parts;
-  const int64_t workers = std::min(threads, parts);
-  const bool keep_states = cut.key_parts > 1 || a.dq_shared, merge_keys = wants_keys && cut.row_parts > 1;
-  const int64_t state_size = wants_queries ? round_up(kernels.backward_state(a, cut.rows), 16) : 0;
-  const int64_t key_state_size = merge_keys ? key_state_floats(a) : 0;
-  const int64_t space_size = round_up(kernels.backward_space(a, cut.rows), 16);
-  const int64_t bias_copies = a.bias_per_query ? 1 : cut.row_parts;
-  const bool sum_bias = a.dbias.data != nullptr && !a.dbias_direct;
-  const int64_t bias_floats = sum_bias ? bias_copies * a.dbias_size : 0;
-  const Space states((keep_states ? parts : workers) * state_size), key_states(targets * key_state_size);
-  const Space space(workers * space_size), bias_space(bias_floats);
-  const Strided dbias = a.dbias;
-  if (sum_bias) {
-    std::fill_n(bias_space.at(0), bias_floats, 0.0f);
-    a.dbias.data = reinterpret_cast<char*>(bias_space.at(0));
-    a.dbias.dtype = DType::kFloat32;
-  }
-
-  for (int64_t member = 0; member < members; ++member) {
-    auto part_at = [&](int64_t target, int64_t key_part) {
-      const int64_t group = target / cut.row_parts, row_part = target % cut.row_parts;
-      const int64_t member_heads = a.heads / heads;
-      Part part{group / heads + member / member_heads, group % heads + member % member_heads};
-      cut.set(part, a, row_part, key_part);
-      part.dbias_copy = bias_copies > 1 ? row_part : 0;
-      return part;
+  const Pool pool(std::move(plans));
+  for (int64_t member = 0; member < most_members; ++member) {
+    // A gradient of the queries that examples share is finished after the last one.
+    auto finishes_queries = [&](const Plan& plan) {
+      return member < plan.members && plan.a->wants_queries() && (!plan.a->dq_shared || member == plan.members - 1);
     };
-    const bool first = member == 0, last = member == members - 1;
-    for_parts(parts, workers, [&](int64_t i, int64_t worker) {
-      const Part part = part_at(i / cut.key_parts, i % cut.key_parts);
-      float* state = states.at((keep_states ? i : worker) * state_size);
-      float* key_state = merge_keys ? key_states.at(i * key_state_size) : nullptr;
-      if (first || !a.dq_shared) std::fill_n(state, state_size, 0.0f);
-      std::fill_n(key_state, key_state_size, 0.0f);
-      kernels.backward(a, part, state, key_state, space.at(worker * space_size));
-      if (wants_queries && !keep_states) kernels.finish_queries(a, part, state, 1, 0);
-    });
-    if (wants_queries && keep_states && (last || !a.dq_shared))
-      for_parts(targets, workers, [&](int64_t target, int64_t) {
-        float* first_state = states.at(target * cut.key_parts * state_size);
-        kernels.finish_queries(a, part_at(target, 0), first_state, cut.key_parts, state_size);
-      });
-    if (merge_keys)
-      for_parts(groups * blocks, workers, [&](int64_t i, int64_t worker) {
-        const int64_t target = i / blocks * cut.row_parts;
-        Part part = part_at(target, 0);
-        part.key_begin = i % blocks * kBlockKeys;
-        part.key_end = std::min(part.key_begin + kBlockKeys, a.keys);
-        float* first_state = key_states.at(target * key_state_size);
-        kernels.finish_keys(a, part, first_state, cut.row_parts, key_state_size, space.at(worker * space_size));
-      });
+    pool.run([&](const Plan& plan) { return member < plan.members ? plan.parts() : 0; },
+             [&](const Plan& plan, int64_t i, int64_t worker) {
+               const Part part = plan.part_at(member, i / plan.cut.key_parts, i % plan.cut.key_parts);
+               float* state = plan.keep_states ? plan.states.at(i * plan.state_size) : pool.state(worker);
+               float* key_state = plan.key_state_size > 0 ? plan.key_states.at(i * plan.key_state_size) : nullptr;
+               if (member == 0 || !plan.a->dq_shared) std::fill_n(state, plan.state_size, 0.0f);
+               std::fill_n(key_state, plan.key_state_size, 0.0f);
+               kernels.backward(*plan.a, part, state, key_state, pool.space(worker));
+               if (plan.a->wants_queries() && !plan.keep_states) kernels.finish_queries(*plan.a, part, state, 1, 0);
+             });
+    pool.run([&](const Plan& plan) { return plan.keep_states && finishes_queries(plan) ? plan.targets() : 0; },
+             [&](const Plan& plan, int64_t target, int64_t) {
+               float* states = plan.states.at(target * plan.cut.key_parts * plan.state_size);
+               const Part part = plan.part_at(member, target, 0);
+               kernels.finish_queries(*plan.a, part, states, plan.cut.key_parts, plan.state_size);
+             });
+    auto key_blocks = [&](const Plan& plan) {
+      return member < plan.members && plan.key_state_size > 0 ? ceil_div(plan.a->keys, kBlockKeys) : 0;
+    };
+    pool.run([&](const Plan& plan) { return plan.groups * key_blocks(plan); },
+             [&](const Plan& plan, int64_t i, int64_t worker) {
+               const int64_t blocks = key_blocks(plan), target = i / blocks * plan.cut.row_parts;
+               Part part = plan.part_at(member, target, 0);
+               part.key_begin = i % blocks * kBlockKeys;
+               part.key_end = std::min(part.key_begin + kBlockKeys, plan.a->keys);
+               float* states = plan.key_states.at(target * plan.key_state_size);
+               kernels.finish_keys(*plan.a, part, states, plan.cut.row_parts, plan.key_state_size, pool.space(worker));
+             });
   }
-  if (sum_bias) kernels.finish_bias(dbias.data, dbias.dtype, bias_space.at(0), bias_copies, a.dbias_size);
+  for (const Plan& plan : pool.plans())
+    if (plan.bias_copies > 0)
+      kernels.finish_bias(plan.dbias.data, plan.dbias.dtype, plan.bias.at(0), plan.bias_copies, plan.a->dbias_size);
 }
 
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+
+// What depends on the lengths, once those are known.
+void set_dropout(Attention& a, const OptionalTensor& seed, double dropout_p) {
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p is ", dropout_p, "; it must be in [0, 1)");
+  if (dropout_p == 0.0) return;
+  STD_TORCH_CHECK(seed.has_value(), "seed is None; with dropout_p > 0 it must be an int64 tensor of one element");
+  check_dtype(*seed, "seed", ScalarType::Long);
+  check_shape(*seed, "seed", {1});
+  a.dropout = true;
+  a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  a.drop_below = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 4294967295.0));
+  a.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+}
+
+void set_keys_in_memory(Attention& a) {
+  a.load_keys = attention_kernels().load_keys;
+  a.key_space = kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim));
+}
 
 PlainAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
                         const OptionalTensor& bias, const OptionalTensor& seed, double scale, double dropout_p) {
@@ -212,19 +301,8 @@ PlainAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const
     a.bias = strided(*bias, true);
     a.bias_per_query = bias->size(2) == a.queries;
   }
-  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p is ", dropout_p, "; it must be in [0, 1)");
-  if (dropout_p > 0.0) {
-    STD_TORCH_CHECK(seed.has_value(), "seed is None; with dropout_p > 0 it must be an int64 tensor of one element");
-    check_dtype(*seed, "seed", ScalarType::Long);
-    check_shape(*seed, "seed", {1});
-    a.dropout = true;
-    a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    a.drop_below = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 4294967295.0));
-    a.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
-  }
-  const AttentionKernels& kernels = attention_kernels();
-  a.load_keys = kernels.load_keys;
-  a.key_space = kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim));
+  set_dropout(a, seed, dropout_p);
+  set_keys_in_memory(a);
   return a;
 }
 
@@ -235,7 +313,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.queries}, ScalarType::Float);
   a.out = strided(out);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  attention_forward(a);
+  attention_forward({&a});
   return {out, lse};
 }
 
@@ -281,8 +359,141 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
     a.summed_over_heads = bias->size(1) < a.heads;
     a.dbias_direct = dbias.numel() == a.batch * a.heads * a.queries * a.keys;
   }
-  attention_backward(a);
+  attention_backward({&a});
   return {dq, dk, dv, dbias};
+}
+
+// --- Lists of problems ---------------------------------------------------------------------------------------------
+
+using Tensors = std::vector<Tensor>;
+
+// A slot of (B,T,S,H,W) as (B,H,T,W).
+Strided slot_of(const Tensor& t, int64_t slot) {
+  Strided s{static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype_of(t)};
+  if (s.data != nullptr) s.data += slot * t.stride(2) * s.item_bytes();
+  s.stride[0] = t.stride(0), s.stride[1] = t.stride(3), s.stride[2] = t.stride(1), s.stride[3] = t.stride(4);
+  return s;
+}
+
+// The rows of one or two segments; of gradients, `wanted` says which.
+Joined join(const Segment (&segments)[2], const Tensors& tensors, const std::vector<int64_t>* wanted = nullptr) {
+  Joined joined;
+  for (int64_t i = 0; i < 2; ++i)
+    if (segments[i].present() && (wanted == nullptr || (*wanted)[segments[i].tensor] != 0))
+      joined.part[i] = slot_of(tensors[segments[i].tensor], segments[i].slot);
+  joined.boundary = segments[0].rows;
+  return joined;
+}
+
+// The next tensors (B,T,H,E) of a list, for each segment of queries.
+Joined join_rows(const Segment (&queries)[2], const Tensors& tensors, int64_t& next) {
+  Joined joined;
+  for (int64_t i = 0; i < 2; ++i) {
+    if (!queries[i].present()) continue;
+    const Strided s = strided(tensors[next++]);
+    joined.part[i] = {s.data, s.dtype, {s.stride[0], s.stride[2], s.stride[1], s.stride[3]}};
+  }
+  joined.boundary = queries[0].rows;
+  return joined;
+}
+
+std::vector<PlainAttention> describe(const AttentionList& list, const Tensors& tensors, const Tensors& key_masks,
+                                     const OptionalTensor& seed, double scale, double dropout_p) {
+  const ScalarType dtype = check_first(tensors[0], "tensors[0]", 5);
+  for (const Tensor& t : tensors) check_dtype(t, "one of tensors", dtype);
+  for (const Tensor& mask : key_masks) check_dtype(mask, "one of key_masks", ScalarType::Bool);
+  std::vector<PlainAttention> problems;
+  for (const ListedProblem& listed : list.problems) {
+    PlainAttention& a = problems.emplace_back();
+    a.batch = list.batch, a.heads = list.heads, a.qk_dim = list.qk_dim, a.v_dim = list.v_dim;
+    a.queries = listed.queries(), a.keys = listed.keys();
+    a.scale = static_cast<float>(scale);
+    a.q = join(listed.q, tensors), a.k = join(listed.k, tensors), a.v = join(listed.v, tensors);
+    for (int64_t i = 0; i < 2; ++i)
+      if (listed.mask[i] >= 0) a.key_mask.part[i] = strided(key_masks[listed.mask[i]]);
+    a.key_mask.boundary = listed.k[0].rows;
+    set_dropout(a, seed, dropout_p);
+    a.seed += static_cast<uint64_t>(problems.size() - 1) * kSeedStep;
+    set_keys_in_memory(a);
+  }
+  return problems;
+}
+
+std::tuple<Tensors, Tensors> list_forward(Tensors tensors, std::vector<int64_t> problems, Tensors key_masks,
+                                          OptionalTensor seed, double scale, double dropout_p) {
+  const AttentionList list = read_list(tensors, problems, key_masks);
+  std::vector<PlainAttention> described = describe(list, tensors, key_masks, seed, scale, dropout_p);
+  Tensors outs, lses;
+  std::vector<const Attention*> attentions;
+  for (size_t p = 0; p < described.size(); ++p) {
+    PlainAttention& a = described[p];
+    int64_t next = static_cast<int64_t>(outs.size());
+    for (const Segment& segment : list.problems[p].q)
+      if (segment.present())
+        outs.push_back(torch::stable::new_empty(tensors[0], {a.batch, segment.rows, a.heads, a.v_dim}));
+    a.out = join_rows(list.problems[p].q, outs, next);
+    lses.push_back(torch::stable::new_empty(tensors[0], {a.batch, a.heads, a.queries}, ScalarType::Float));
+    a.lse = static_cast<float*>(lses.back().mutable_data_ptr());
+    attentions.push_back(&a);
+  }
+  attention_forward(attentions);
+  return {outs, lses};
+}
+
+Tensors list_backward(Tensors dout, Tensors dlse, Tensors tensors, std::vector<int64_t> problems, Tensors key_masks,
+                      Tensors out, Tensors lse, OptionalTensor seed, double scale, double dropout_p,
+                      std::vector<int64_t> wanted) {
+  const AttentionList list = read_list(tensors, problems, key_masks);
+  std::vector<PlainAttention> described = describe(list, tensors, key_masks, seed, scale, dropout_p);
+  int64_t segments = 0;
+  for (const ListedProblem& listed : list.problems) segments += listed.q[1].present() ? 2 : 1;
+  auto check_count = [](size_t given, const char* name, size_t right) {
+    STD_TORCH_CHECK(given == right, name, " has ", given, " elements; it must have ", right);
+  };
+  check_count(dout.size(), "dout", segments);
+  check_count(out.size(), "out", segments);
+  check_count(lse.size(), "lse", described.size());
+  if (!dlse.empty()) check_count(dlse.size(), "dlse", described.size());
+  check_count(wanted.size(), "wanted", tensors.size());
+
+  Tensors gradients;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    gradients.push_back(wanted[i] != 0 ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0}));
+    if (wanted[i] != 0 && !list.covered[i]) torch::stable::zero_(gradients[i]);
+  }
+  std::vector<Attention*> attentions;
+  int64_t next = 0;
+  for (size_t p = 0; p < described.size(); ++p) {
+    const ListedProblem& listed = list.problems[p];
+    PlainAttention& a = described[p];
+    int64_t at = next;
+    for (const Segment& segment : listed.q) {
+      if (!segment.present()) continue;
+      for (const auto& [list_of, name] : {std::pair{&dout, "one of dout"}, {&out, "one of out"}}) {
+        check_dtype((*list_of)[at], name, tensors[0].scalar_type());
+        check_shape((*list_of)[at], name, {a.batch, segment.rows, a.heads, a.v_dim});
+      }
+      ++at;
+    }
+    at = next;
+    a.dout = join_rows(listed.q, dout, at);
+    a.out = join_rows(listed.q, out, next);
+    for (const auto& [list_of, name] : {std::pair{&lse, "one of lse"}, {&dlse, "one of dlse"}}) {
+      if (list_of->empty()) continue;
+      check_dtype((*list_of)[p], name, ScalarType::Float);
+      check_shape((*list_of)[p], name, {a.batch, a.heads, a.queries});
+      (*list_of)[p] = torch::stable::contiguous((*list_of)[p]);
+    }
+    a.lse = const_cast<float*>(floats(lse[p]));
+    if (!dlse.empty()) a.dlse = floats(dlse[p]);
+    a.dq = join(listed.q, gradients, &wanted);
+    a.dk = join(listed.k, gradients, &wanted), a.dv = join(listed.v, gradients, &wanted);
+    if (a.dk.given() || a.dv.given()) a.store_key_gradients = attention_kernels().store_key_gradients;
+    if (a.dq.given() || a.store_key_gradients != nullptr) attentions.push_back(&a);
+  }
+  attention_backward(attentions);
+  return gradients;
 }
 
 }  // namespace
@@ -291,4 +502,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&mmk::forward));
   m.impl("attention_bwd", TORCH_BOX(&mmk::backward));
+  m.impl("attention_list_fwd", TORCH_BOX(&mmk::list_forward));
+  m.impl("attention_list_bwd", TORCH_BOX(&mmk::list_backward));
 }

@@ -28,8 +28,60 @@ struct Carver {
 };
 
 // Can rows be read and written by vectors where they are?
-bool in_place(const Strided& s, int64_t columns) {
-  return s.dtype == DType::kFloat32 && s.stride[3] == 1 && columns % kWidth == 0;
+bool in_place(const Joined& joined, int64_t row, int64_t rows, int64_t columns) {
+  const Strided& s = joined.array_of(row);
+  return s.data != nullptr && s.dtype == DType::kFloat32 && s.stride[3] == 1 && columns % kWidth == 0 &&
+         !joined.in_two(row, rows);
+}
+
+// Rows from the column `column` on as (rows, ld), with zeros up to the next vector.
+void load_rows(const Joined& from, const Part& part, int64_t row, int64_t rows, int64_t columns, float* tile,
+               int64_t ld, float scale = 1.0f, int64_t column = 0) {
+  for_arrays(from, row, rows, [&](const Strided& s, int64_t first, int64_t done, int64_t count) {
+    load_tile(tile + done * ld, ld, s.at(part.batch, part.head, first, column), s.dtype, s.stride[2], s.stride[3],
+              count, columns, scale);
+  });
+}
+
+void store_rows(const Joined& to, const Part& part, int64_t row, int64_t rows, int64_t columns, const float* tile,
+                int64_t ld, int64_t column = 0) {
+  for_arrays(to, row, rows, [&](const Strided& s, int64_t first, int64_t done, int64_t count) {
+    if (s.data == nullptr) return;
+    store_tile(s.at(part.batch, part.head, first, column), s.dtype, s.stride[2], s.stride[3], tile + done * ld, ld,
+               count, columns);
+  });
+}
+
+// Up to a panel of rows as lanes, (columns, kPanel), with zeros up to the next vector. Rows of two arrays would not
+// start at whole vectors there: they are put together first, a square at a time.
+void load_panel(const Joined& from, const Part& part, int64_t row, int64_t rows, int64_t columns, float* tile,
+                float scale = 1.0f) {
+  if (!from.in_two(row, rows)) {
+    const Strided& s = from.array_of(row);
+    return load_tile(tile, kPanel, from.at(part.batch, part.head, row), s.dtype, s.stride[3], s.stride[2], columns,
+                     rows, scale);
+  }
+  float square[kPanel * kPanel];
+  for (int64_t c = 0; c < columns; c += kPanel) {
+    const int64_t width = smaller(kPanel, columns - c);
+    load_rows(from, part, row, rows, width, square, kPanel, scale, c);
+    load_tile(tile + c * kPanel, kPanel, square, 1, kPanel, width, rows, 1.0f);
+  }
+}
+
+void store_panel(const Joined& to, const Part& part, int64_t row, int64_t rows, int64_t columns, const float* tile) {
+  if (!to.in_two(row, rows)) {
+    const Strided& s = to.array_of(row);
+    if (s.data == nullptr) return;
+    return store_tile(to.at(part.batch, part.head, row), s.dtype, s.stride[3], s.stride[2], tile, kPanel, columns,
+                      rows);
+  }
+  float square[kPanel * kPanel];
+  for (int64_t c = 0; c < columns; c += kPanel) {
+    const int64_t width = smaller(kPanel, columns - c);
+    store_tile(square, 1, kPanel, tile + c * kPanel, kPanel, width, rows);
+    store_rows(to, part, row, rows, width, square, kPanel, c);
+  }
 }
 
 struct Rows {
@@ -39,10 +91,10 @@ struct Rows {
 
 // Rows of a tensor as float32 with zeros up to the next vector: in place, or copied to `space`, padded_row(columns)
 // each.
-Rows rows_at(const Strided& s, const Part& part, int64_t row, int64_t rows, int64_t columns, float* space) {
-  char* from = s.at(part.batch, part.head, row);
-  if (in_place(s, columns)) return {reinterpret_cast<float*>(from), s.stride[2]};
-  load_tile(space, padded_row(columns), from, s.dtype, s.stride[2], s.stride[3], rows, columns);
+Rows rows_at(const Joined& from, const Part& part, int64_t row, int64_t rows, int64_t columns, float* space) {
+  if (in_place(from, row, rows, columns))
+    return {reinterpret_cast<float*>(from.at(part.batch, part.head, row)), from.array_of(row).stride[2]};
+  load_rows(from, part, row, rows, columns, space, padded_row(columns));
   return {space, padded_row(columns)};
 }
 
@@ -176,8 +228,7 @@ void few_forward(const Attention& a, const Part& part, float* state, float* spac
   float* bias = carver.take(kFew * kFewRow);
   float* key_space = carver.take(a.key_space);
   FewState s(a, state);
-  load_tile(q, q_ld, a.q.at(part.batch, part.head, part.row_begin), a.q.dtype, a.q.stride[2], a.q.stride[3], rows,
-            a.qk_dim, a.scale);
+  load_rows(a.q, part, part.row_begin, rows, a.qk_dim, q, q_ld, a.scale);
   clear(state, few_state(a));
   for (int64_t n = 0; n < rows; ++n) s.maximum[n] = -kInfinity;
   KeyBlock block;
@@ -235,8 +286,7 @@ void finish_few_forward(const Attention& a, const Part& part, float* states, int
     for (int64_t e = 0; e < a.v_dim; e += kWidth) store(out + e, load(out + e) * inverse);
     lse[n] = total == 0.0f ? -kInfinity : top + std::log(total);
   }
-  store_tile(a.out.at(part.batch, part.head, part.row_begin), a.out.dtype, a.out.stride[2], a.out.stride[3], s.out,
-             s.ld, rows, a.v_dim);
+  store_rows(a.out, part, part.row_begin, rows, a.v_dim, s.out, s.ld);
 }
 
 // --- Forward against few keys: queries in lanes ---------------------------------------------------------------------
@@ -251,15 +301,15 @@ void scale_keys(const Attention& a, const KeyBlock& block, float* to) {
 }
 
 // Rows (rows, columns) = A^T B, where A is (depth, kChunkRow), into a tensor.
-void store_product(const Strided& to, const Part& part, int64_t row, int64_t rows, int64_t columns, const float* a,
+void store_product(const Joined& to, const Part& part, int64_t row, int64_t rows, int64_t columns, const float* a,
                    const float* b, int64_t b_row, int64_t depth, float* space) {
-  const bool direct = depth > 0 && in_place(to, columns);
+  const bool direct = depth > 0 && in_place(to, row, rows, columns);
   float* c = direct ? reinterpret_cast<float*>(to.at(part.batch, part.head, row)) : space;
-  const int64_t c_row = direct ? to.stride[2] : padded_row(columns);
+  const int64_t c_row = direct ? to.array_of(row).stride[2] : padded_row(columns);
   gemm<true>({a, kChunkRow, b, b_row, kPanel, c, c_row, kPanel}, rows, columns, depth, false);
   if (direct) return;
   if (depth == 0) clear(space, rows * c_row);
-  store_tile(to.at(part.batch, part.head, row), to.dtype, to.stride[2], to.stride[3], space, c_row, rows, columns);
+  store_rows(to, part, row, rows, columns, space, c_row);
 }
 
 void forward_few_keys(const Attention& a, const Part& part, float* space) {
@@ -321,8 +371,7 @@ void forward(const Attention& a, const Part& part, float* state, float* space) {
   float* bias = carver.take(kBlockKeys * kPanel);
   float* key_space = carver.take(a.key_space);
   for (int64_t row = 0; row < rows; row += kPanel) {
-    load_tile(q + row * a.qk_dim, kPanel, a.q.at(part.batch, part.head, part.row_begin + row), a.q.dtype, a.q.stride[3],
-              a.q.stride[2], a.qk_dim, smaller(kPanel, rows - row), a.scale);
+    load_panel(a.q, part, part.row_begin + row, smaller(kPanel, rows - row), a.qk_dim, q + row * a.qk_dim, a.scale);
     float* s = state + row / kPanel * panel_state(a) + a.v_dim * kPanel;
     for (int lane = 0; lane < kPanel; ++lane) s[lane] = -kInfinity, s[kPanel + lane] = 0.0f;
   }
@@ -389,8 +438,7 @@ void finish_forward(const Attention& a, const Part& part, float* states, int64_t
       for (int64_t i = 0; i < smaller(kWidth, lanes - l); ++i)
         lse[i] = sum[i] == 0.0f ? -kInfinity : top[i] + std::log(static_cast<float>(sum[i]));
     }
-    store_tile(a.out.at(part.batch, part.head, part.row_begin + row), a.out.dtype, a.out.stride[3], a.out.stride[2], s,
-               kPanel, a.v_dim, lanes);
+    store_panel(a.out, part, part.row_begin + row, lanes, a.v_dim, s);
   }
 }
 
@@ -436,19 +484,14 @@ int64_t backward_space(const Attention& a, int64_t rows) {
 }
 
 void pack_chunk(const Attention& a, const Part& part, int64_t row, int64_t rows, const Chunk& chunk) {
-  const char* q = a.q.at(part.batch, part.head, row);
-  const char* dout = a.dout.at(part.batch, part.head, row);
   for (int64_t r = 0; r < rows; r += kPanel) {
     const int64_t lanes = smaller(kPanel, rows - r);
-    load_tile(chunk.q + r * a.qk_dim, kPanel, q + r * a.q.stride[2] * a.q.item_bytes(), a.q.dtype, a.q.stride[3],
-              a.q.stride[2], a.qk_dim, lanes, a.scale);
-    load_tile(chunk.dout + r * a.v_dim, kPanel, dout + r * a.dout.stride[2] * a.dout.item_bytes(), a.dout.dtype,
-              a.dout.stride[3], a.dout.stride[2], a.v_dim, lanes);
+    load_panel(a.q, part, row + r, lanes, a.qk_dim, chunk.q + r * a.qk_dim, a.scale);
+    load_panel(a.dout, part, row + r, lanes, a.v_dim, chunk.dout + r * a.v_dim);
   }
   if (a.store_key_gradients == nullptr) return;
-  load_tile(chunk.q_rows, padded_row(a.qk_dim), q, a.q.dtype, a.q.stride[2], a.q.stride[3], rows, a.qk_dim, a.scale);
-  load_tile(chunk.dout_rows, padded_row(a.v_dim), dout, a.dout.dtype, a.dout.stride[2], a.dout.stride[3], rows,
-            a.v_dim);
+  load_rows(a.q, part, row, rows, a.qk_dim, chunk.q_rows, padded_row(a.qk_dim), a.scale);
+  load_rows(a.dout, part, row, rows, a.v_dim, chunk.dout_rows, padded_row(a.v_dim));
 }
 
 // lse of every row (+inf where it has no key, so that its weights are 0) and delta = dout . out - dlse.
@@ -531,10 +574,8 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
   float* dk = carver.take(kBlockKeys * (k_ld + v_ld));
   float* dv = a.one_key_gradient ? dk : dk + kBlockKeys * k_ld;
   float* key_space = carver.take(a.key_space);
-  load_tile(q, k_ld, a.q.at(part.batch, part.head, part.row_begin), a.q.dtype, a.q.stride[2], a.q.stride[3], rows,
-            a.qk_dim, a.scale);
-  load_tile(dout, v_ld, a.dout.at(part.batch, part.head, part.row_begin), a.dout.dtype, a.dout.stride[2],
-            a.dout.stride[3], rows, a.v_dim);
+  load_rows(a.q, part, part.row_begin, rows, a.qk_dim, q, k_ld, a.scale);
+  load_rows(a.dout, part, part.row_begin, rows, a.v_dim, dout, v_ld);
   row_statistics(a, part, lse, delta, two_rows);
   KeyBlock block;
   for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
@@ -554,7 +595,7 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
           store(dscores + i, weight * (load(dscores + i) * keep - delta[n]));
         }
       }
-      if (a.dq.data != nullptr)
+      if (a.wants_queries())
         gemm<false>({dscores, kFewRow, block.k, block.k_row, kPanel, state, k_ld, kPanel}, rows, a.qk_dim, block.count,
                     true);
       if (a.store_key_gradients && rows == 0) clear(dk, kBlockKeys * (k_ld + v_ld));
@@ -606,7 +647,7 @@ void backward_few_keys(const Attention& a, const Part& part, float* key_state, f
                   true);
       gemm<false>({dscores, kChunkRow, q.data, q.stride, kPanel, dk, k_ld, kPanel}, block.count, a.qk_dim, rows, true);
     }
-    if (a.dq.data != nullptr)
+    if (a.wants_queries())
       store_product(a.dq, part, row, rows, a.qk_dim, dscores, block.k, block.k_row, block.count, row_space);
   }
   if (a.store_key_gradients && key_state == nullptr)
@@ -670,7 +711,7 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
         if (a.dbias.data != nullptr)
           add_bias_gradient(a, part, block, part.row_begin + row, lanes, dscores + r, kChunkRow, transposed);
       }
-      if (a.dq.data != nullptr)
+      if (a.wants_queries())
         gemm<true>(
             {block.k, block.k_row, dscores, kChunkRow, kPanel, state + begin * a.qk_dim, kPanel, kPanel * a.qk_dim},
             a.qk_dim, chunk_rows, block.count, true);
@@ -699,15 +740,13 @@ void finish_queries(const Attention& a, const Part& part, float* states, int64_t
     const int64_t ld = padded_row(a.qk_dim);
     for (int64_t c = 1; c < count; ++c) add(states, states + c * stride, kFew * ld);
     for (int64_t i = 0; i < kFew * ld; ++i) states[i] *= a.scale;
-    return store_tile(a.dq.at(part.batch, part.head, part.row_begin), a.dq.dtype, a.dq.stride[2], a.dq.stride[3],
-                      states, ld, rows, a.qk_dim);
+    return store_rows(a.dq, part, part.row_begin, rows, a.qk_dim, states, ld);
   }
   for (int64_t row = 0; row < rows; row += kPanel) {
     float* s = states + row * a.qk_dim;
     for (int64_t c = 1; c < count; ++c) add(s, s + c * stride, a.qk_dim * kPanel);
     for (int64_t i = 0; i < a.qk_dim * kPanel; ++i) s[i] *= a.scale;
-    store_tile(a.dq.at(part.batch, part.head, part.row_begin + row), a.dq.dtype, a.dq.stride[3], a.dq.stride[2], s,
-               kPanel, a.qk_dim, smaller(kPanel, rows - row));
+    store_panel(a.dq, part, part.row_begin + row, smaller(kPanel, rows - row), a.qk_dim, s);
   }
 }
 
@@ -731,18 +770,18 @@ void finish_bias(char* to, DType dtype, float* copies, int64_t count, int64_t si
 // --- The attention family's keys -----------------------------------------------------------------------------------
 
 // Points at the keys where they are good to read in place, else copies the visible ones.
-void load_matrix(const Attention& a, const Strided& source, int64_t columns, int64_t batch, int64_t head,
+void load_matrix(const Attention& a, const Joined& source, int64_t columns, int64_t batch, int64_t head,
                  const KeyBlock& block, float* copy, const float** data, int64_t* row) {
-  if (in_place(source, columns) && !a.masked() && a.queries <= 2 * kPanel) {
+  const int64_t keys = block.end - block.begin;
+  if (block.count == keys && a.queries <= 2 * kPanel && in_place(source, block.begin, keys, columns)) {
     *data = reinterpret_cast<const float*>(source.at(batch, head, block.begin));
-    *row = source.stride[2];
+    *row = source.array_of(block.begin).stride[2];
     return;
   }
   *data = copy;
   *row = padded_row(columns);
   for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
-    load_tile(copy + i * *row, *row, source.at(batch, head, block.begin + offset), source.dtype, source.stride[2],
-              source.stride[3], length, columns);
+    load_rows(source, {batch, head}, block.begin + offset, length, columns, copy + i * *row, *row);
   });
 }
 
@@ -752,17 +791,23 @@ void load_keys(const Attention& a, int64_t batch, int64_t head, KeyBlock& block,
   load_matrix(a, p.v, a.v_dim, batch, head, block, space + kBlockKeys * padded_row(a.qk_dim), &block.v, &block.v_row);
 }
 
+// Their columns lie side by side.
+void clear_rows(const Joined& to, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t columns) {
+  for (int64_t row = begin; row < end; ++row)
+    if (to.array_of(row).data != nullptr)
+      std::memset(to.at(batch, head, row), 0, columns * to.array_of(row).item_bytes());
+}
+
 void store_key_gradients(const Attention& a, int64_t batch, int64_t head, const KeyBlock& block, const float*,
                          float* dk, float* dv) {
   const auto& p = static_cast<const PlainAttention&>(a);
   for (int which = 0; which < 2; ++which) {
-    const Strided& to = which == 0 ? p.dk : p.dv;
+    const Joined& to = which == 0 ? p.dk : p.dv;
     const float* from = which == 0 ? dk : dv;
     const int64_t columns = which == 0 ? a.qk_dim : a.v_dim, ld = padded_row(columns);
-    if (block.count < block.end - block.begin)
-      std::memset(to.at(batch, head, block.begin), 0, (block.end - block.begin) * columns * to.item_bytes());
+    if (block.count < block.end - block.begin) clear_rows(to, batch, head, block.begin, block.end, columns);
     for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
-      store_tile(to.at(batch, head, block.begin + offset), to.dtype, columns, 1, from + i * ld, ld, length, columns);
+      store_rows(to, {batch, head}, block.begin + offset, length, columns, from + i * ld, ld);
     });
   }
 }

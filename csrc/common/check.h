@@ -79,15 +79,17 @@ inline const float* floats(const Tensor& t) { return static_cast<const float*>(t
 // Uninitialised float32 memory from torch's allocator, which accounts for it; aligned to cache lines.
 class Space {
  public:
+  Space() = default;
   explicit Space(int64_t floats) {
-    if (floats > 0) tensor_ = torch::stable::empty({floats}, ScalarType::Float);
-    at_ = floats > 0 ? static_cast<float*>(tensor_->mutable_data_ptr()) : nullptr;
+    if (floats <= 0) return;
+    tensor_ = torch::stable::empty({floats}, ScalarType::Float);
+    at_ = static_cast<float*>(tensor_->mutable_data_ptr());
   }
   float* at(int64_t i) const { return at_ + i; }
 
  private:
   std::optional<Tensor> tensor_;
-  float* at_;
+  float* at_ = nullptr;
 };
 
 }  // namespace mmk

@@ -78,8 +78,9 @@ LatentAttention describe(const Tensor& q, const Tensor& x, const OptionalTensor&
   LatentAttention a = describe_input(dtype, x, position, key_mask, q.size(1), scale, eps);
   STD_TORCH_CHECK((q.size(0) == 1 || q.size(0) == a.batch) && q.size(2) == a.qk_dim, "q has shape ", text_of_shape(q),
                   "; it must be ", text({a.batch, a.queries, a.qk_dim}), " or the same with a batch of 1");
-  a.q = with_one_head(strided(q));
-  if (q.size(0) == 1) a.q.stride[0] = 0;
+  Strided rows = with_one_head(strided(q));
+  if (q.size(0) == 1) rows.stride[0] = 0;
+  a.q = rows;
   return a;
 }
 
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor x, OptionalTensor position, 
   Tensor lse = torch::stable::new_empty(q, {a.batch, a.queries}, ScalarType::Float);
   a.out = with_one_head(strided(out));
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  attention_forward(a);
+  attention_forward({&a});
   return {out, lse};
 }
 
@@ -121,9 +122,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
   Tensor dq = gradient(q, wanted & 1), dx = gradient(x, wanted & 2);
   Tensor dposition = position.has_value() ? gradient(*position, wants_position) : torch::stable::new_empty(q, {0});
   if (wanted & 1) {
-    a.dq = with_one_head(strided(dq));
+    Strided rows = with_one_head(strided(dq));
     a.dq_shared = q.size(0) == 1 && a.batch != 1;
-    if (a.dq_shared) a.dq.stride[0] = 0;
+    if (a.dq_shared) rows.stride[0] = 0;
+    a.dq = rows;
   }
   if (wanted & 2) a.dx = strided(dx);
   Tensor position_sums = dposition;
@@ -136,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
     a.add_dposition = a.summed_over_batch = sum_position;
   }
   if ((wanted & 2) || wants_position) a.store_key_gradients = latent_kernels().store_key_gradients;
-  attention_backward(a);
+  attention_backward({&a});
   if (sum_position) torch::stable::copy_(dposition, position_sums);
   if (a.dq_shared && a.batch == 0) torch::stable::zero_(dq);
   return {dq, dx, dposition};
@@ -190,8 +192,9 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
   float* worker_space = core + core_size;
   a.lse = worker_space + threads * space_size;
   p.core = core, p.lse = a.lse;
-  a.q = {reinterpret_cast<char*>(p.absorbed), DType::kFloat32, {q_batch == 1 ? 0 : a.queries * wide, 0, wide, 1}};
-  a.out = {reinterpret_cast<char*>(core), DType::kFloat32, {a.queries * wide, 0, wide, 1}};
+  const int64_t example = a.queries * wide;
+  a.q = Strided{reinterpret_cast<char*>(p.absorbed), DType::kFloat32, {q_batch == 1 ? 0 : example, 0, wide, 1}};
+  a.out = Strided{reinterpret_cast<char*>(core), DType::kFloat32, {example, 0, wide, 1}};
 
   auto for_chunks = [&](int64_t batch, auto kernel) {
     for_parts(batch * p.heads * chunks, threads, [&](int64_t i, int64_t worker) {
@@ -200,7 +203,7 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
     });
   };
   for_chunks(q_batch, kernels.absorb);
-  attention_forward(a);
+  attention_forward({&a});
   for_chunks(p.batch, kernels.project);
   return out;
 }
