@@ -9,6 +9,7 @@ import torch
 
 from mmkernels import testing
 from mmkernels.ops import attention, latent_attention
+from mmkernels.ops.attention import lists
 from mmkernels.ops.latent import reference
 
 WANTED = ("q", "x", "w_k", "w_v", "norm_weight", "norm_bias", "b_v", "position")
@@ -69,8 +70,76 @@ AWKWARD = [
 ]
 
 
+def check_joined(generator, problems, dims=(16, 16), dtype=torch.float32, masked=False, dropout_p=0.0, rows=-1):
+    """A list has the bits of one call for each of its problems, whose segments are joined in memory.
+
+    `problems`: the lengths of the segments of queries and of keys. `rows` of the first segment's queries count.
+    """
+    tensors, masks, places = [], [], []
+    for queries, keys in problems:
+        start, first_mask = len(tensors), len(masks)
+        tensors += [torch.randn(2, n, 2, 2, dims[0], generator=generator).to(dtype) for n in queries]  # slot 0 is not read
+        for width in dims:
+            tensors += [torch.randn(2, 2, 1, n, width, generator=generator).to(dtype).transpose(1, 3) for n in keys]
+        if masked:  # the second segment only where there is one
+            masks.append(torch.rand(2, keys[-1], generator=generator) < 0.6)
+        mask = {1: (first_mask,), 2: (-1, first_mask)}[len(keys)] if masked else (-1, -1)
+        numbers = iter(range(start, len(tensors)))
+        q, k, v = (tuple((next(numbers), slot) for _ in side) for side, slot in ((queries, 1), (keys, 0), (keys, 0)))
+        places.append(lists.ListedProblem(q, k, v, mask, rows))
+    seed = 2**63 - 5  # the second problem's wraps
+    options = (torch.tensor([seed]), 0.3, dropout_p)
+    out, lse = torch.ops.mmkernels.attention_list_fwd(tensors, lists.encode(places), masks, *options)
+    dout = [torch.randn(o.shape, generator=generator).to(dtype) for o in out]
+    dlse = [torch.randn(s.shape, generator=generator) for s in lse]
+    wanted = [1] * len(tensors)
+    found = torch.ops.mmkernels.attention_list_bwd(
+        dout, dlse, tensors, lists.encode(places), masks, out, lse, *options, wanted
+    )
+    outs, douts = iter(out), iter(dout)
+    for i, ((queries, _), place) in enumerate(zip(problems, places, strict=True)):
+        q, k, v = (torch.cat([tensors[t][:, :, s] for t, s in side], 1).transpose(1, 2) for side in place[:3])
+        if rows >= 0:
+            q = torch.cat([q[:, :, :rows], q[:, :, queries[0] :]], 2)
+        own_seed = (seed + i * lists._SEED_STEP + 2**63) % 2**64 - 2**63
+        own = (lists.joined_mask(place, tensors, masks), None, torch.tensor([own_seed]), *options[1:])
+        expected_out, expected_lse = torch.ops.mmkernels.attention_fwd(q, k, v, *own)
+        ours, grad = (torch.cat([next(each) for _ in queries], 1).transpose(1, 2) for each in (outs, douts))
+        assert torch.equal(ours, expected_out) and torch.equal(lse[i], expected_lse)
+        expected = torch.ops.mmkernels.attention_bwd(grad, dlse[i], q, k, v, ours, lse[i], *own, 3)
+        for side, gradient in zip(place[:3], expected, strict=False):
+            parts = [found[t][:, :, s] for t, s in side]
+            if side is place.q:
+                assert all((found[t][:, :, 0] == 0).all() for t, _ in side)
+                if rows >= 0:
+                    assert (parts[0][:, rows:] == 0).all()
+                    parts[0] = parts[0][:, :rows]
+            assert torch.equal(torch.cat(parts, 1).transpose(1, 2), gradient)
+
+
+# Lengths of a first segment around the edges of panels, chunks and blocks.
+EDGES = (0, 1, 7, 15, 31, 32, 33, 127, 128, 143, 144, 145, 300)
+
+
+def awkward_lists():
+    """Boundaries at every edge of queries, of keys and of both, in the forms for many and for few queries and keys."""
+    generator = torch.Generator().manual_seed(9)
+    for first in EDGES:
+        lengths = [(first, second) for second in (1, 6, 40)]
+        check_joined(generator, [(n, n) for n in lengths])
+        check_joined(generator, [(n, (25, 20)) for n in lengths], (40, 19), dropout_p=0.3)
+        check_joined(generator, [((20,), n) for n in lengths], (64, 32), masked=True)
+        check_joined(generator, [((1, 2), n) for n in lengths], (32, 64), masked=True, dropout_p=0.3)
+        check_joined(generator, [((4,), n) for n in lengths], (64, 64))
+        check_joined(generator, [(n, (3, 4)) for n in lengths], (64, 16))
+        check_joined(generator, [(n, (2, 1)) for n in lengths], (17, 48), masked=True)
+        for dtype in (torch.bfloat16, torch.float16):
+            check_joined(generator, [(n, n) for n in lengths], (33, 16), dtype, rows=min(first, 17))
+
+
 def awkward_sizes():
     """Run as a script, once for every instruction set."""
+    awkward_lists()
     generator = torch.Generator().manual_seed(7)
     for sizes in AWKWARD:
         check_attention(generator, sizes)
@@ -115,6 +184,70 @@ def test_thread_counts(threads, generator, count):
         assert torch.isfinite(first.output).all()
     check_latent(generator, 1, 150, 900, 13, 20)
     check_latent(generator, 3, 40, 500, 13, 20, shared_queries=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_list_over_threads(threads, generator, count):
+    """Problems that cut rows, keys or neither, long and short, in one pool."""
+    threads(count)
+    problems = [((700, 5), (700, 5)), ((1,), (900, 5)), ((3, 2), (4,)), ((1000, 30), (40, 7)), ((300,), (5, 2))]
+    check_joined(generator, problems, (24, 40))
+    check_joined(generator, problems[::-1], (64, 64), masked=True, dropout_p=0.1)
+
+
+def test_list_gradients_that_nobody_wants(generator):
+    """Gradients of some segments only; of none; and the bits do not depend on what else is wanted."""
+    sizes = ((40, 3), (5, 3), (150, 3), (9, 1))
+    tensors = [torch.randn(2, n, slots, 2, 16, generator=generator) for n, slots in sizes]
+    problems = [
+        lists.ListedProblem(((0, 0), (1, 0)), ((0, 1), (1, 1)), ((0, 2), (1, 2))),
+        lists.ListedProblem(((3, 0),), ((2, 1),), ((2, 2),)),
+    ]
+    inputs = (tensors, lists.encode(problems), [])
+    out, lse = torch.ops.mmkernels.attention_list_fwd(*inputs, None, 0.25, 0.0)
+
+    def gradients(wanted):
+        dout = [torch.ones(1).expand_as(o) for o in out]
+        return torch.ops.mmkernels.attention_list_bwd(dout, [], *inputs, out, lse, None, 0.25, 0.0, wanted)
+
+    everything = gradients([1] * 4)
+    assert (everything[2][:, :, 0] == 0).all()
+    for number in range(16):
+        wanted = [number >> i & 1 for i in range(4)]
+        for want, some, whole in zip(wanted, gradients(wanted), everything, strict=True):
+            assert torch.equal(some, whole) if want else some.shape == (0,)
+
+
+WRONG_LISTS = {
+    "integers": (dict(problems=[-1]), "problems has 1 integers"),
+    "no tensors": (dict(tensors=[]), "tensors is empty"),
+    "dimensions": (dict(tensors=[torch.zeros(2, 5, 3, 8)]), r"tensors\[0\] has 4 dimensions"),
+    "dtype": (dict(tensors=[torch.zeros(2, 5, 3, 2, 8).double()]), "has dtype Double; it must be float32"),
+    "tensor": (dict(problems=[-1, 0, 0, -1, -1, 1, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "names tensor 1; there are 1"),
+    "slot": (dict(problems=[-1, 0, 3, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "names slot 3"),
+    "twice": (dict(problems=[-1, 0, 1, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "twice"),
+    "rows": (dict(problems=[6, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "wants 6 rows of queries; there are 5"),
+    "mask": (dict(problems=[-1, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, 0, -1]), "names mask 0; there are 0"),
+    "seed": (dict(dropout_p=0.5), "seed is None"),
+    "dout": (dict(dout=[torch.zeros(2, 4, 2, 8)]), "one of dout has shape"),
+    "few dout": (dict(dout=[]), "dout has 0 elements; it must have 1"),
+    "dlse": (dict(dlse=[torch.zeros(2, 2, 4)]), "one of dlse has shape"),
+    "out": (dict(out=[torch.zeros(2, 5, 2, 8).half()]), "one of out has dtype Half"),
+    "lse": (dict(lse=[]), "lse has 0 elements; it must have 1"),
+    "wanted": (dict(wanted=[1, 1]), "wanted has 2 elements; it must have 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LISTS)
+def test_wrong_lists(case):
+    """Whatever is indexed is checked in the op itself."""
+    changes, message = WRONG_LISTS[case]
+    one = [-1, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]
+    given = dict(dout=[torch.zeros(2, 5, 2, 8)], dlse=[], tensors=[torch.zeros(2, 5, 3, 2, 8)], problems=one, key_masks=[])
+    given |= dict(out=[torch.zeros(2, 5, 2, 8)], lse=[torch.zeros(2, 2, 5)], seed=None, scale=1.0, dropout_p=0.0, wanted=[1])
+    torch.ops.mmkernels.attention_list_bwd(**given)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mmkernels.attention_list_bwd(**given | changes)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 300, 700), (2, 2, 1, 700), (1, 2, 300, 1), (1, 1, 1, 700), (1, 1, 1, 1)], ids=str)
