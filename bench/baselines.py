@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.testing import eager_attention, eager_latent_attention
 
+from . import fusion
 from .registry import Inputs, Problem
 
 SDPA = F.scaled_dot_product_attention
@@ -215,7 +216,11 @@ def in_float32(function):
 
 def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> list:
     """Every candidate for a problem, ours first; `reason` says why one cannot run here."""
-    cuda = inputs.cotangent.is_cuda
+    cuda = inputs.device.type == "cuda"
+    if isinstance(problem, fusion.Fusion):
+        return (
+            _network_candidates(problem, with_compile) if problem.network else _bottleneck(problem, inputs, cuda, with_compile)
+        )
     listed = [*_ours(problem, inputs, cuda)]
     function = eager(problem.op)
     listed.append(Candidate("eager", "baseline", function))
@@ -277,6 +282,77 @@ def _perceiver(problem):
         reason = f"its head dims of keys and values are equal, here they are {problem.head_dim} and {problem.value_dim}"
     note = "computes two identity projections more"
     return Candidate("perceiver-pytorch", "baseline", perceiver_pytorch_attention, reason, note)
+
+
+# --- Several modalities ---------------------------------------------------------------------------------------------------
+
+
+def _compiled(function):
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def _bottleneck(problem, inputs, cuda, with_compile):
+    """Bottleneck attention: what a user writes joins the rows of each modality, or of all, and takes the result apart."""
+    arguments = fusion.pairs(inputs.tensors)
+    explanation = mmkernels.explain(problem.op, *arguments, **inputs.options)
+    listed = []
+    for name in sorted(("cuda", "triton") if cuda else ("cpp",), key=lambda n: n != explanation.backend):
+        note = "what auto takes" if name == explanation.backend else ""
+        reason = "; ".join(explanation.refusals[name])
+        listed.append(Candidate(f"mmkernels {name}", "mmkernels", fusion.op_function(name), reason, note))
+    listed.append(Candidate("eager", "baseline", fusion.one_by_one(eager_attention)))
+    listed.append(Candidate("sdpa", "baseline", fusion.one_by_one(SDPA)))
+    if with_compile:
+        listed.append(Candidate("torch.compile", "baseline", _compiled(fusion.one_by_one(SDPA)), note="of sdpa"))
+    if cuda:
+        for name in ("flash", "cudnn", "efficient"):
+            kernel = _sdpa_backend(f"{name}_attention".upper())
+            listed.append(Candidate(f"sdpa {name}", "baseline", fusion.one_by_one(kernel)))
+    all_rows = "" if problem.query_rows == "all" else "it has one length of queries for all rows of a sequence"
+    missing = "it has kernels for GPUs only" if not cuda else "" if _xformers() else "xformers is not installed"
+    function = fusion.all_at_once(_xformers_parts)
+    listed.append(Candidate("xformers", "baseline", function, all_rows or missing, "block-diagonal mask"))
+    if with_compile:
+        backward = "" if cuda else "FlexAttention has no backward on a CPU"
+        function = fusion.all_at_once(_flex_parts)
+        listed.append(Candidate("flex", "baseline", function, all_rows, "block mask", backward))
+    return listed
+
+
+def _xformers_parts(q, k, v, lengths):
+    ops = _xformers()
+    batch = q.shape[0]
+    mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(list(lengths) * batch)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1)[None] for t in (q, k, v))
+    return ops.memory_efficient_attention(q, k, v, attn_bias=mask).unflatten(1, (batch, -1))[0].transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def _block_mask(lengths, device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    part = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    rows = sum(lengths)
+    return create_block_mask(lambda b, h, n, m: part[n] == part[m], None, None, rows, rows, device=str(device))
+
+
+def _flex_parts(q, k, v, lengths):
+    return _flex()(q, k, v, block_mask=_block_mask(lengths, q.device))
+
+
+def _network_candidates(problem, with_compile):
+    """A layer or a model: the fused one, and its plain twin (concatenation and SDPA)."""
+    listed = [Candidate("mmkernels", "mmkernels", fusion.network_function(problem, "auto"))]
+    if problem.op == "mbt":
+        function = fusion.network_function(problem, "auto", prune=False)
+        listed.append(Candidate("mmkernels, all rows", "mmkernels", function, note="of the last layer, not the CLS row alone"))
+    listed.append(Candidate("eager", "baseline", fusion.network_function(problem, "eager")))
+    if with_compile:
+        function = fusion.network_function(problem, "eager", compiler=_compiled)
+        listed.append(Candidate("torch.compile", "baseline", function))
+        function = fusion.network_function(problem, "auto", compiler=_compiled)
+        listed.append(Candidate("mmkernels compiled", "mmkernels", function, note="torch.compile of the fused one"))
+    return listed
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc):
 
 
 def candidate_names(problem, device):
-    small = problem._replace(batch=1, queries=2, keys=3)
+    small = problem.small()
     inputs = registry.make_inputs(small, device)
     return [c.name for c in baselines.candidates(small, inputs, with_compile=False)]
 

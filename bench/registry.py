@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from . import fusion
+from .fusion import Fusion
+
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
 
 
@@ -39,9 +42,13 @@ class Problem(NamedTuple):
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
+    def small(self):
+        """A tiny one with the same candidates."""
+        return self._replace(batch=1, queries=2, keys=3)
+
 
 class Case(NamedTuple):
-    problem: Problem
+    problem: Problem | Fusion
     pass_: str  # forward: without gradients. backward: alone. step: both. -dx: the input wants a gradient too
 
     @property
@@ -101,12 +108,19 @@ def _on_gpu(problem, batch):
     return problem._replace(dtype="bfloat16", batch=batch * (problem.batch if problem.batch > 2 else 1))
 
 
+_MODALITIES = (fusion.FRAMES_32, fusion.FRAMES_8, fusion.SECONDS_4)
+
+
 def _gpu_cases():
     """Ordered by value: a visit that is cut short has the first ones."""
     three, five = ("forward", "step", "backward"), ("forward", "step", "backward", "step-dx", "backward-dx")
     first = [_on_gpu(p, 8) for p in (IMAGENET, LEARNED, KINETICS)] + [_on_gpu(p, 1) for p in (IMAGENET, LEARNED, KINETICS)]
     cases = _cases(("forward",), *first) + _cases(five[1:], *first)
     cases += _cases(three, *(_on_gpu(p, 8) for p in (SELF_IMAGENET, CROSS_IMAGENET, TOKENS, FEW_QUERIES, FEW_KEYS)))
+    cases += _cases(three, *(_on_gpu(p, 8) for p in (*_MODALITIES, fusion.CLS)))
+    cases += _cases(
+        ("forward", "step"), *(_on_gpu(p, 8) for p in (fusion.LAYER_32, fusion.LAYER_8, fusion.LAYER, fusion.MODEL))
+    )
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
     cases += _cases(five, *(_on_gpu(p, 8) for p in (IMAGENET_SPLIT, AUDIOSET, CONV)))
     cases += _cases(three, *(_on_gpu(p, 8) for p in (BYTES, CROSS_BYTES, BIASED, MLM, SELF_FLOW, SELF_LANGUAGE)))
@@ -118,7 +132,8 @@ def _gpu_cases():
 PRESETS = {
     "quick": _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
     + _cases(("forward", "step"), CONV, FEW_QUERIES, FEW_KEYS)
-    + _cases(("forward",), BYTES, SELF_LANGUAGE),
+    + _cases(("forward",), BYTES, SELF_LANGUAGE)
+    + _cases(("forward", "step"), fusion.SECONDS_4._replace(batch=1)),
     "paper": _cases(("forward", "step", "step-dx", "backward", "backward-dx"), IMAGENET)
     + _cases(("forward", "step"), IMAGENET, dtype="bfloat16")
     + _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
@@ -128,6 +143,8 @@ PRESETS = {
     + _cases(("forward", "step"), CROSS_IMAGENET, LEARNED, MODELNET)
     + _cases(("forward",), KINETICS)
     + _cases(("forward", "backward"), FEW_QUERIES, FEW_KEYS, *FEW, ONE_QUERY, TWO_QUERIES)
+    + _cases(("forward", "step", "backward"), fusion.SECONDS_4, fusion.FRAMES_8, fusion.CLS)
+    + _cases(("forward", "step"), fusion.FRAMES_32, fusion.LAYER, fusion.LAYER_8, fusion.MODEL)
     # Time and memory against M.
     + _cases(("forward",), *(IMAGENET._replace(name=f"keys-{m}", keys=m) for m in (1024, 4096, 16384, 65536))),
     "gpu": _gpu_cases(),
@@ -156,7 +173,11 @@ def select(preset: str, op: str | None = None, case: str | None = None) -> list:
 class Inputs(NamedTuple):
     tensors: dict  # arguments of the op by name
     options: dict  # arguments that are no tensors
-    cotangent: torch.Tensor  # of the output
+    cotangent: torch.Tensor | list  # of the output, or of each of several
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
 
 
 def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs:
@@ -168,6 +189,9 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs
         values = torch.randn(shape, generator=generator, device=device)
         return (values * scale + shift).to(dtype)
 
+    if isinstance(problem, Fusion):
+        tensors, options, shapes = fusion.make_tensors(problem, normal)
+        return Inputs(tensors, options, [normal(*shape) for shape in shapes])
     b, n, m, h, d, e = problem[2:8]
     options, tensors = {}, {}
     if problem.op == "attention":
@@ -194,6 +218,8 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs
 
 def wanted(problem: Problem, pass_: str) -> tuple:
     """The arguments whose gradients a pass computes."""
+    if isinstance(problem, Fusion):
+        return fusion.wanted(problem, pass_)
     if pass_ == "forward":
         return ()
     if problem.op == "attention":

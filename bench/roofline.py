@@ -15,6 +15,7 @@ import torch
 from mmkernels.ops._shared.waves import MERGE, START, split_keys
 from mmkernels.ops.latent import plan
 
+from . import fusion
 from .registry import Problem, wanted
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -27,6 +28,8 @@ class Counts(NamedTuple):
 
 def counts(problem: Problem, pass_: str) -> Counts:
     """Of one pass. `backward` recomputes the scores, as every fused kernel does; `step` is forward and backward."""
+    if isinstance(problem, fusion.Fusion):
+        return Counts(*fusion.counts(problem, pass_))
     b, n, m, h, d, e = problem[2:8]
     item = problem.torch_dtype.itemsize
     if problem.op == "attention":
@@ -158,15 +161,25 @@ def predict(
         return Prediction(seconds, floor, backward.bound, forward.splits, min(forward.filled, backward.filled))
     counted, kind = counts(problem, pass_), "forward" if pass_ == "forward" else "backward"
     ceilings = Ceilings(gpu.flops[problem.dtype] * gpu.product_share, gpu.bandwidth * gpu.copy_share)
-    # latent_attention stacks the rows of all heads: they share the keys.
-    groups, stacked = problem.batch * problem.heads, problem.queries
-    if problem.op == "latent_attention":
-        groups, stacked = problem.batch, problem.queries * problem.heads
-    tiles, blocks, slots = groups * -(-stacked // rows), -(-problem.keys // block), gpu.multiprocessors * resident
-    splits = split_keys(tiles, blocks, slots)
-    steps = -(-blocks // splits)
-    makespan = -(-tiles * splits // slots) * (steps + START) + (MERGE * splits if splits > 1 else 0.0)
-    filled = tiles * blocks / slots / makespan
+    slots = gpu.multiprocessors * resident
+    if isinstance(problem, fusion.Fusion):
+        # One launch has the tiles of all modalities; the longest come first, so the last wave is that of the shortest.
+        groups, splits = problem.batch * problem.heads, 1
+        work = [(groups * -(-n // rows), -(-m // block)) for n, m in fusion.attended(problem)]
+        tiles = sum(count for count, _ in work)
+        mean = sum(count * (blocks + START) for count, blocks in work) / tiles
+        makespan = max(-(-tiles // slots) * mean, max(blocks for _, blocks in work) + START)
+        filled = sum(count * blocks for count, blocks in work) / slots / makespan
+    else:
+        # latent_attention stacks the rows of all heads: they share the keys.
+        groups, stacked = problem.batch * problem.heads, problem.queries
+        if problem.op == "latent_attention":
+            groups, stacked = problem.batch, problem.queries * problem.heads
+        tiles, blocks = groups * -(-stacked // rows), -(-problem.keys // block)
+        splits = split_keys(tiles, blocks, slots)
+        steps = -(-blocks // splits)
+        makespan = -(-tiles * splits // slots) * (steps + START) + (MERGE * splits if splits > 1 else 0.0)
+        filled = tiles * blocks / slots / makespan
     rate = ceilings.flops * LOOP_SHARE[kind]
     if problem.dtype != "float32":
         rate *= INSTRUCTION_SHARE[instruction]
@@ -203,6 +216,8 @@ def report(gpu: Gpu = H200) -> list:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in PRESETS["gpu"]:
+        if getattr(case.problem, "network", False):  # most of its work is the library's
+            continue
         counted = counts(case.problem, case.pass_)
         by_wgmma = case.problem.op == "latent_attention" and not case.pass_.endswith("dx")
         triton = predict(case.problem, case.pass_, gpu, "wgmma")

@@ -95,7 +95,7 @@ class Timer:
 
     def __init__(self, function, inputs: Inputs, pass_: str, names: tuple, flush):
         self.function, self.inputs, self.pass_, self.flush = function, inputs, pass_, flush
-        self.cuda = inputs.cotangent.is_cuda
+        self.cuda = inputs.device.type == "cuda"
         self.tensors = {n: t.detach().requires_grad_() if n in names else t for n, t in inputs.tensors.items()}
         self.leaves = [self.tensors[n] for n in names]
         self.inner = 1

@@ -7,6 +7,7 @@ import torch
 import mmkernels
 from mmkernels import testing
 
+from . import fusion
 from .baselines import Candidate
 from .registry import Inputs, Problem
 
@@ -22,6 +23,8 @@ class WrongResult(AssertionError):
 
 def exact(problem: Problem, inputs: Inputs, wanted: tuple) -> testing.Run:
     """Output and gradients in float64 from the op's reference, some queries at a time so that any M fits in memory."""
+    if isinstance(problem, fusion.Fusion):
+        return fusion.exact(problem, inputs, wanted)
     op = getattr(mmkernels.ops, problem.op)
     tensors = {n: t.double() if t.is_floating_point() else t for n, t in inputs.tensors.items()}
     leaves = {n: tensors[n].requires_grad_() for n in wanted}
@@ -57,7 +60,12 @@ def check(candidate: Candidate, actual: testing.Run, exact: testing.Run, plain: 
     Ours stay within the budget that the tests use (`mmkernels.testing.assert_within_budget`, set by eager in the same
     dtype, `plain`); other libraries, and ours where eager cannot run, have to compute the same function.
     """
-    named = {"output": (actual.output, exact.output, plain and plain.output)}
+    outputs = [None if run is None else run.output for run in (actual, exact, plain)]
+    if isinstance(actual.output, torch.Tensor):
+        named = {"output": tuple(outputs)}
+    else:
+        several = zip(*(out or [None] * len(exact.output) for out in outputs), strict=True)
+        named = {f"output {i}": triple for i, triple in enumerate(several)}
     for name, gradient in actual.gradients.items():
         named[f"gradient of {name}"] = (gradient, exact.gradients[name], plain and plain.gradients[name])
     typical = 0.0
@@ -68,7 +76,7 @@ def check(candidate: Candidate, actual: testing.Run, exact: testing.Run, plain: 
         errors[what] = relative_error(ours, right)
         if candidate.kind == "mmkernels" and plain is not None:
             try:
-                testing.assert_within_budget(ours, right, theirs, what, 2.0 if what == "output" else 3.0, typical)
+                testing.assert_within_budget(ours, right, theirs, what, 2.0 if what.startswith("output") else 3.0, typical)
             except AssertionError as error:
                 raise WrongResult(str(error)) from None
         elif not errors[what] <= SAME_FUNCTION[ours.dtype]:

@@ -89,22 +89,30 @@ def _largest(tensor) -> float:
 
 
 class Run(NamedTuple):
-    output: torch.Tensor
+    output: torch.Tensor | list
     gradients: dict  # argument name -> gradient
 
 
 def run(function, tensors: dict, wanted: tuple, cotangent=None, **options) -> Run:
-    """Calls `function(**tensors, **options)` and differentiates sum(output * cotangent) for the arguments in `wanted`."""
+    """Calls `function(**tensors, **options)` and differentiates sum(output * cotangent) for the arguments in `wanted`.
+
+    A function may return several outputs, as a list: then `cotangent` is a list as well.
+    """
     tensors = {n: t.detach().clone(memory_format=torch.preserve_format) if n in wanted else t for n, t in tensors.items()}
     for name in wanted:
         tensors[name].requires_grad_()
     output = function(**tensors, **options)
     if not wanted:
         return Run(output, {})
+    outputs = [output] if isinstance(output, torch.Tensor) else list(output)
     if cotangent is None:
-        cotangent = torch.ones((), dtype=output.dtype, device=output.device).expand_as(output)  # stride 0
-    gradients = torch.autograd.grad(output, [tensors[n] for n in wanted], cotangent.to(output.dtype))
-    return Run(output.detach(), dict(zip(wanted, gradients, strict=True)))
+        cotangents = [torch.ones((), dtype=o.dtype, device=o.device).expand_as(o) for o in outputs]  # stride 0
+    else:
+        given = [cotangent] if isinstance(cotangent, torch.Tensor) else cotangent
+        cotangents = [c.to(o.dtype) for o, c in zip(outputs, given, strict=True)]
+    gradients = torch.autograd.grad(outputs, [tensors[n] for n in wanted], cotangents)
+    outputs = [o.detach() for o in outputs]
+    return Run(outputs[0] if isinstance(output, torch.Tensor) else outputs, dict(zip(wanted, gradients, strict=True)))
 
 
 def check_op(op, eager, tensors: dict, wanted: tuple, backend: str, cotangent=None, factor=2.0, grad_factor=3.0, **options):

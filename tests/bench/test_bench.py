@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from bench import baselines, build, cli, memory, plots, registry, roofline, run, tune, verify, visit
+from bench import baselines, build, cli, fusion, memory, plots, registry, roofline, run, tune, verify, visit
 from mmkernels import _tuning
 
 CPU = torch.device("cpu")
@@ -31,13 +31,16 @@ def test_ids_are_unique_and_passes_known(preset):
     ids = [case.id for case in cases]
     assert len(set(ids)) == len(ids)
     assert {case.pass_ for case in cases} <= set(registry.PASSES)
-    assert {case.problem.op for case in cases} == {"latent_attention", "attention"}
+    networks = {"fusion_layer", "mbt"} if preset != "quick" else set()
+    assert {case.problem.op for case in cases} == {"latent_attention", "attention", "bottleneck_attention", *networks}
 
 
 def test_select_names_what_is_wrong():
     with pytest.raises(ValueError, match="preset is 'fast'; allowed are 'quick', 'paper', 'gpu'"):
         registry.select("fast")
-    with pytest.raises(ValueError, match="op is 'norm'; preset 'quick' has cases of 'attention', 'latent_attention'"):
+    with pytest.raises(
+        ValueError, match="op is 'norm'; preset 'quick' has cases of 'attention', 'bottleneck_attention', 'latent"
+    ):
         registry.select("quick", op="norm")
     with pytest.raises(ValueError, match="case is 'nothing'; it matches none of"):
         registry.select("quick", case="nothing")
@@ -60,6 +63,41 @@ def test_every_candidate_computes_the_same(problem, pass_):
             assert set(errors) == {"output", *(f"gradient of {name}" for name in names)}
             checked += 1
     assert checked >= (3 if problem.op == "attention" else 6)
+
+
+MODALITIES = fusion.SECONDS_4._replace(tokens=(20, 9), heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        MODALITIES,
+        MODALITIES._replace(query_rows="cls"),
+        MODALITIES._replace(op="fusion_layer"),
+        fusion.MODEL._replace(tokens=(197, 9), heads=2, head_dim=8),
+    ],
+    ids=lambda p: f"{p.op}-{p.query_rows}",
+)
+@pytest.mark.parametrize("pass_", ["forward", "step"])
+def test_every_candidate_computes_the_same_over_modalities(problem, pass_):
+    inputs, names = registry.make_inputs(problem, CPU), registry.wanted(problem, pass_)
+    exact = verify.exact(problem, inputs, names)
+    listed = {c.name: c for c in baselines.candidates(problem, inputs, with_compile=False) if not c.reason}
+    plain = verify.run(listed["eager"], inputs, names)
+    for candidate in listed.values():
+        errors = verify.check(candidate, verify.run(candidate, inputs, names), exact, plain)
+        assert {f"gradient of {name}" for name in names} < set(errors)
+    assert len(listed) >= 2
+    if names:  # a gradient that is zero everywhere would pass any check
+        assert all(gradient.any() for gradient in exact.gradients.values())
+
+
+def test_the_parts_of_one_sequence_do_not_see_each_other():
+    problem = MODALITIES._replace(heads=1, head_dim=16)
+    inputs = registry.make_inputs(problem, CPU)
+    flex = next(c for c in baselines.candidates(problem, inputs) if c.name == "flex")
+    with baselines.quiet():
+        verify.check(flex, verify.run(flex, inputs, ()), verify.exact(problem, inputs, ()), None)
 
 
 def test_flex_attention_computes_the_same_and_says_what_it_cannot():
@@ -118,6 +156,15 @@ def test_counts_of_attention():
     assert operations == 4 * 2 * 12 * 1568 * 1568 * 64
     assert moved == 4 * 4 * 2 * 12 * 1568 * 64
     assert roofline.counts(registry.TOKENS, "backward").operations == operations * 5 // 2
+
+
+def test_counts_of_mbt():
+    """The published sizes of MBT-B with clips of 4 s, 192.4 GFLOP an example without the tokenisers."""
+    model = fusion.MODEL
+    assert abs(roofline.counts(model, "forward").operations / 192.4e9 - 1) < 0.01
+    layer = roofline.counts(fusion.LAYER, "forward").operations
+    op = roofline.counts(fusion.SECONDS_4, "forward").operations
+    assert op == 4 * 2 * 768 * (790**2 + 206**2) and layer == op + 2 * 24 * 996 * 768**2
 
 
 def test_prediction_follows_the_problem():
