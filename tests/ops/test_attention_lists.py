@@ -310,17 +310,33 @@ def test_opcheck(backend, generator):
 
 
 def test_compiles_whole_and_once_for_every_length(backend, generator):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    """fullgraph=True, forward and backward, the same bits as eager; new lengths and batch sizes compile nothing."""
+    compilations = []
+
+    def counting(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
     torch._dynamo.reset()
-    compiled = torch.compile(op, fullgraph=True, backend=counter, dynamic=True)
-    for queries, keys in ((9, 33), (11, 35), (20, 64)):
-        tensors = make(generator, ((queries, (keys, 7)), (5, (keys + 1,))))
-        ours = testing.run(compiled, tensors, tuple(tensors), backend=backend)
-        plain = testing.run(op, tensors, tuple(tensors), backend=backend)
-        torch.testing.assert_close(ours.output, plain.output)
-        for name in tensors:
-            torch.testing.assert_close(ours.gradients[name], plain.gradients[name])
-    assert counter.frame_count == 1
+    compiled = torch.compile(lambda t: op(**t, backend=backend), fullgraph=True, dynamic=True, backend="aot_eager")
+    counted = torch.compile(lambda t: op(**t, backend=backend), fullgraph=True, dynamic=True, backend=counting)
+    for batch, queries, keys in ((2, 9, 33), (4, 17, 50), (2, 33, 41)):
+        tensors = make(generator, ((queries, (keys, 7)), (5, (keys + 1,))), batch, heads=3)
+        expected, actual = (
+            testing.run(function, tensors, tuple(tensors)) for function in (plain_of(backend), joined_of(compiled))
+        )
+        assert torch.equal(actual.output, expected.output)
+        assert all(torch.equal(actual.gradients[name], expected.gradients[name]) for name in tensors)
+        counted({n: t.requires_grad_() for n, t in tensors.items()})
+    assert len(compilations) == 1
+
+
+def plain_of(backend):
+    return lambda **tensors: op(**tensors, backend=backend)
+
+
+def joined_of(compiled):
+    return lambda **tensors: compiled(tensors)
 
 
 def test_autocast_casts_all_problems(backend, generator, tensor_device):
@@ -331,9 +347,9 @@ def test_autocast_casts_all_problems(backend, generator, tensor_device):
 
 
 def test_vmap_and_second_derivatives_are_refused(backend, generator):
-    tensors = make(generator)
+    tensors = {n: t.requires_grad_() for n, t in make(generator).items()}
     with pytest.raises(RuntimeError, match="no vmap rule"):
-        torch.vmap(lambda q: op(**{**tensors, "q0": q}, backend=backend))(torch.stack([tensors["q0"].requires_grad_()] * 2))
+        torch.vmap(lambda q: op(**{**tensors, "q0": q}, backend=backend))(torch.stack([tensors["q0"]] * 2))
     q = tensors["q0"].detach().requires_grad_()
     (first,) = torch.autograd.grad((op(**{**tensors, "q0": q}, backend=backend) ** 2).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):

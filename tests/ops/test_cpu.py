@@ -250,6 +250,134 @@ def test_wrong_lists(case):
         torch.ops.mmkernels.attention_list_bwd(**given | changes)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_list_over_threads(threads, generator, count):
+    """Problems that cut rows, keys or neither, long and short, in one pool."""
+    threads(count)
+    problems = [((700, 5), (700, 5)), ((1,), (900, 5)), ((3, 2), (4,)), ((1000, 30), (40, 7)), ((300,), (5, 2))]
+    check_joined(generator, problems, (24, 40))
+    check_joined(generator, problems[::-1], (64, 64), masked=True, dropout_p=0.1)
+
+
+def test_list_gradients_that_nobody_wants(generator):
+    """Gradients of some segments only; of none; and the bits do not depend on what else is wanted."""
+    sizes = ((40, 3), (5, 3), (150, 3), (9, 1))
+    tensors = [torch.randn(2, n, slots, 2, 16, generator=generator) for n, slots in sizes]
+    problems = [
+        lists.ListedProblem(((0, 0), (1, 0)), ((0, 1), (1, 1)), ((0, 2), (1, 2))),
+        lists.ListedProblem(((3, 0),), ((2, 1),), ((2, 2),)),
+    ]
+    inputs = (tensors, lists.encode(problems), [])
+    out, lse = torch.ops.mmkernels.attention_list_fwd(*inputs, None, 0.25, 0.0)
+
+    def gradients(wanted):
+        dout = [torch.ones(1).expand_as(o) for o in out]
+        return torch.ops.mmkernels.attention_list_bwd(dout, [], *inputs, out, lse, None, 0.25, 0.0, wanted)
+
+    everything = gradients([1] * 4)
+    assert (everything[2][:, :, 0] == 0).all()
+    for number in range(16):
+        wanted = [number >> i & 1 for i in range(4)]
+        for want, some, whole in zip(wanted, gradients(wanted), everything, strict=True):
+            assert torch.equal(some, whole) if want else some.shape == (0,)
+
+
+WRONG_LISTS = {
+    "integers": (dict(problems=[-1]), "problems has 1 integers"),
+    "no tensors": (dict(tensors=[]), "tensors is empty"),
+    "dimensions": (dict(tensors=[torch.zeros(2, 5, 3, 8)]), r"tensors\[0\] has 4 dimensions"),
+    "dtype": (dict(tensors=[torch.zeros(2, 5, 3, 2, 8).double()]), "has dtype Double; it must be float32"),
+    "tensor": (dict(problems=[-1, 0, 0, -1, -1, 1, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "names tensor 1; there are 1"),
+    "slot": (dict(problems=[-1, 0, 3, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "names slot 3"),
+    "twice": (dict(problems=[-1, 0, 1, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "twice"),
+    "rows": (dict(problems=[6, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "wants 6 rows of queries; there are 5"),
+    "mask": (dict(problems=[-1, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, 0, -1]), "names mask 0; there are 0"),
+    "seed": (dict(dropout_p=0.5), "seed is None"),
+    "dout": (dict(dout=[torch.zeros(2, 4, 2, 8)]), "one of dout has shape"),
+    "few dout": (dict(dout=[]), "dout has 0 elements; it must have 1"),
+    "dlse": (dict(dlse=[torch.zeros(2, 2, 4)]), "one of dlse has shape"),
+    "out": (dict(out=[torch.zeros(2, 5, 2, 8).half()]), "one of out has dtype Half"),
+    "lse": (dict(lse=[]), "lse has 0 elements; it must have 1"),
+    "wanted": (dict(wanted=[1, 1]), "wanted has 2 elements; it must have 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LISTS)
+def test_wrong_lists(case):
+    """Whatever is indexed is checked in the op itself."""
+    changes, message = WRONG_LISTS[case]
+    one = [-1, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]
+    given = dict(dout=[torch.zeros(2, 5, 2, 8)], dlse=[], tensors=[torch.zeros(2, 5, 3, 2, 8)], problems=one, key_masks=[])
+    given |= dict(out=[torch.zeros(2, 5, 2, 8)], lse=[torch.zeros(2, 2, 5)], seed=None, scale=1.0, dropout_p=0.0, wanted=[1])
+    torch.ops.mmkernels.attention_list_bwd(**given)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mmkernels.attention_list_bwd(**given | changes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_list_over_threads(threads, generator, count):
+    """Problems that cut rows, keys or neither, long and short, in one pool."""
+    threads(count)
+    problems = [((700, 5), (700, 5)), ((1,), (900, 5)), ((3, 2), (4,)), ((1000, 30), (40, 7)), ((300,), (5, 2))]
+    check_joined(generator, problems, (24, 40))
+    check_joined(generator, problems[::-1], (64, 64), masked=True, dropout_p=0.1)
+
+
+def test_list_gradients_that_nobody_wants(generator):
+    """Gradients of some segments only; of none; and the bits do not depend on what else is wanted."""
+    sizes = ((40, 3), (5, 3), (150, 3), (9, 1))
+    tensors = [torch.randn(2, n, slots, 2, 16, generator=generator) for n, slots in sizes]
+    problems = [
+        lists.ListedProblem(((0, 0), (1, 0)), ((0, 1), (1, 1)), ((0, 2), (1, 2))),
+        lists.ListedProblem(((3, 0),), ((2, 1),), ((2, 2),)),
+    ]
+    inputs = (tensors, lists.encode(problems), [])
+    out, lse = torch.ops.mmkernels.attention_list_fwd(*inputs, None, 0.25, 0.0)
+
+    def gradients(wanted):
+        dout = [torch.ones(1).expand_as(o) for o in out]
+        return torch.ops.mmkernels.attention_list_bwd(dout, [], *inputs, out, lse, None, 0.25, 0.0, wanted)
+
+    everything = gradients([1] * 4)
+    assert (everything[2][:, :, 0] == 0).all()
+    for number in range(16):
+        wanted = [number >> i & 1 for i in range(4)]
+        for want, some, whole in zip(wanted, gradients(wanted), everything, strict=True):
+            assert torch.equal(some, whole) if want else some.shape == (0,)
+
+
+WRONG_LISTS = {
+    "integers": (dict(problems=[-1]), "problems has 1 integers"),
+    "no tensors": (dict(tensors=[]), "tensors is empty"),
+    "dimensions": (dict(tensors=[torch.zeros(2, 5, 3, 8)]), r"tensors\[0\] has 4 dimensions"),
+    "dtype": (dict(tensors=[torch.zeros(2, 5, 3, 2, 8).double()]), "has dtype Double; it must be float32"),
+    "tensor": (dict(problems=[-1, 0, 0, -1, -1, 1, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "names tensor 1; there are 1"),
+    "slot": (dict(problems=[-1, 0, 3, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "names slot 3"),
+    "twice": (dict(problems=[-1, 0, 1, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "twice"),
+    "rows": (dict(problems=[6, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]), "wants 6 rows of queries; there are 5"),
+    "mask": (dict(problems=[-1, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, 0, -1]), "names mask 0; there are 0"),
+    "seed": (dict(dropout_p=0.5), "seed is None"),
+    "dout": (dict(dout=[torch.zeros(2, 4, 2, 8)]), "one of dout has shape"),
+    "few dout": (dict(dout=[]), "dout has 0 elements; it must have 1"),
+    "dlse": (dict(dlse=[torch.zeros(2, 2, 4)]), "one of dlse has shape"),
+    "out": (dict(out=[torch.zeros(2, 5, 2, 8).half()]), "one of out has dtype Half"),
+    "lse": (dict(lse=[]), "lse has 0 elements; it must have 1"),
+    "wanted": (dict(wanted=[1, 1]), "wanted has 2 elements; it must have 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LISTS)
+def test_wrong_lists(case):
+    """Whatever is indexed is checked in the op itself."""
+    changes, message = WRONG_LISTS[case]
+    one = [-1, 0, 0, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1, -1, -1]
+    given = dict(dout=[torch.zeros(2, 5, 2, 8)], dlse=[], tensors=[torch.zeros(2, 5, 3, 2, 8)], problems=one, key_masks=[])
+    given |= dict(out=[torch.zeros(2, 5, 2, 8)], lse=[torch.zeros(2, 2, 5)], seed=None, scale=1.0, dropout_p=0.0, wanted=[1])
+    torch.ops.mmkernels.attention_list_bwd(**given)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mmkernels.attention_list_bwd(**given | changes)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 300, 700), (2, 2, 1, 700), (1, 2, 300, 1), (1, 1, 1, 700), (1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("queries, keys", [(300, 700), (700, 300)], ids=str)
 def test_bias_gradient_over_threads(threads, generator, shape, queries, keys):
