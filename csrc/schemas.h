@@ -44,6 +44,22 @@ void define_schemas(Library& m) {
   m.def(
       "latent_attention(Tensor q, Tensor x, Tensor w_k, Tensor w_v, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? b_v, Tensor? position, Tensor? key_mask, int num_heads, float scale, float eps) -> Tensor");
+  // x: one or two (B,T_i,C), one behind the other  residual (B,T,C)  residual_bias (C)  gain, bias (C) or (B,C); these
+  // three of x's dtype or float32. s = x + residual + residual_bias.
+  // -> out (B,T,C) = LayerNorm(s) and sum = s of x's dtype (without a residual (0)), mean and rstd float32 (B,T).
+  m.def(
+      "norm_fwd(Tensor[] x, Tensor? residual, Tensor? residual_bias, Tensor? gain, Tensor? bias, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  // rows: [sum], or x where there was no residual. wanted: 1 dx, 2 dgain, 4 dbias, 8 dresidual_bias, 16: bias is (B,C).
+  // -> dx (B,T,C), which is the gradient of the residual too; dgain and dbias as gain and bias, dresidual_bias (C), all
+  // three float32.
+  m.def(
+      "norm_bwd(Tensor dout, Tensor? dsum, Tensor[] rows, Tensor mean, Tensor rstd, Tensor? gain, int wanted) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  // x (...,C)  bias (C) of x's dtype or float32 -> gelu(x + bias), by tanh or by erf.
+  m.def("bias_gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor");
+  // wanted: 1 dx, 2 dbias, which is float32.
+  m.def("bias_gelu_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh, int wanted) -> (Tensor, Tensor)");
 }
 
 }  // namespace mmk

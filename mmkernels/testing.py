@@ -53,6 +53,26 @@ def eager_latent_attention(
     return attention(q, k, v, key_mask=key_mask, scale=scale).transpose(1, 2).flatten(2)
 
 
+def eager_film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-5):
+    """Concatenation, addition, LayerNorm, gain and bias, every step in the inputs' dtype."""
+    rows = torch.cat(tuple(x), 1) if isinstance(x, (list, tuple)) else x
+    if residual is not None:
+        rows = rows + (residual if residual_bias is None else residual + residual_bias.to(residual.dtype))
+
+    def of_rows(parameter):
+        return parameter.to(rows.dtype) if parameter.dim() == 1 else parameter.to(rows.dtype)[:, None]
+
+    out = torch.nn.functional.layer_norm(rows, rows.shape[-1:], eps=eps)
+    out = out if gain is None else out * of_rows(gain)
+    out = out if bias is None else out + of_rows(bias)
+    return out if residual is None else (out, rows)
+
+
+def eager_bias_gelu(x, bias=None, *, approximate="tanh"):
+    """Addition and GELU in the inputs' dtype."""
+    return torch.nn.functional.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
+
+
 # --- Error budgets ------------------------------------------------------------------------------------------------------
 
 

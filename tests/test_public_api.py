@@ -14,6 +14,7 @@ SIGNATURES = {
     ops.attention: "(q, k, v, *, key_mask=None, bias=None, scale=None, dropout_p=0.0, dropout_seed=None, return_lse=False, "
     "backend='auto')",
     ops.bottleneck_attention: "(tokens_qkv, bottleneck_qkv, *, key_masks=None, scale=None, query_rows='all', backend='auto')",
+    ops.film_layer_norm: "(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-05, backend='auto')",
     ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
     "position=None, key_mask=None, scale=None, backend='auto')",
     mmkernels.explain: "(op_name, *args, **kwargs)",
@@ -60,7 +61,7 @@ def test_signature(function):
     ("module", "names"),
     [
         (mmkernels, {"BackendError", "explain", "models", "modules", "ops", "testing", "train", "use_backend"}),
-        (ops, {"attention", "bottleneck_attention", "latent_attention"}),
+        (ops, {"attention", "bias_gelu", "bottleneck_attention", "film_layer_norm", "latent_attention"}),
         (
             modules,
             {

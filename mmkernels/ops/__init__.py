@@ -4,14 +4,16 @@ from .._backends import Explanation
 from .attention import attention, explain_attention
 from .bottleneck import bottleneck_attention, explain_bottleneck_attention
 from .latent import explain_latent_attention, latent_attention
+from .norm import explain_film_layer_norm, film_layer_norm
 
 EXPLAINERS = {
     "attention": explain_attention,
     "bottleneck_attention": explain_bottleneck_attention,
+    "film_layer_norm": explain_film_layer_norm,
     "latent_attention": explain_latent_attention,
 }
 
-__all__ = ["attention", "bottleneck_attention", "latent_attention"]
+__all__ = ["attention", "bottleneck_attention", "film_layer_norm", "latent_attention"]
 
 
 def explain(op_name: str, *args, **kwargs) -> Explanation:
