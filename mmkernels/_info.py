@@ -61,6 +61,7 @@ def backends(device: str) -> dict:
 
     problems = {
         "attention": (zeros(1, 1, 1, 8), zeros(1, 1, 2, 8), zeros(1, 1, 2, 8)),
+        "bias_gelu": (zeros(2, 8), zeros(8)),
         "bottleneck_attention": ([zeros(1, 2, 3, 1, 8)], [zeros(1, 1, 3, 1, 8)]),
         "film_layer_norm": (zeros(1, 2, 8), None, None),
         "latent_attention": (zeros(1, 1, 8), zeros(1, 2, 8), zeros(8, 8), zeros(8, 8)),

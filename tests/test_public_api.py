@@ -13,6 +13,7 @@ from mmkernels.models import mbt, perceiver
 SIGNATURES = {
     ops.attention: "(q, k, v, *, key_mask=None, bias=None, scale=None, dropout_p=0.0, dropout_seed=None, return_lse=False, "
     "backend='auto')",
+    ops.bias_gelu: "(x, bias=None, *, approximate='tanh', backend='auto')",
     ops.bottleneck_attention: "(tokens_qkv, bottleneck_qkv, *, key_masks=None, scale=None, query_rows='all', backend='auto')",
     ops.film_layer_norm: "(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-05, backend='auto')",
     ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
@@ -93,7 +94,8 @@ def test_unknown_names():
     with pytest.raises(AttributeError, match="no attribute 'latent_attention'"):
         mmkernels.latent_attention  # noqa: B018
     with pytest.raises(
-        ValueError, match="op_name is 'softmax'; allowed are 'attention', 'bottleneck_attention', 'latent_attention'"
+        ValueError,
+        match="op_name is 'softmax'; allowed are 'attention', 'bias_gelu', .*, 'film_layer_norm', 'latent_attention'",
     ):
         mmkernels.explain("softmax")
     with pytest.raises(ValueError, match="backend is 'magic'; allowed are 'auto', 'cuda'"):

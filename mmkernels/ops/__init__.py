@@ -1,6 +1,7 @@
 """The ops: one folder per family. Every function validates, chooses a backend and runs; see each family's README."""
 
 from .._backends import Explanation
+from .activation import bias_gelu, explain_bias_gelu
 from .attention import attention, explain_attention
 from .bottleneck import bottleneck_attention, explain_bottleneck_attention
 from .latent import explain_latent_attention, latent_attention
@@ -8,12 +9,13 @@ from .norm import explain_film_layer_norm, film_layer_norm
 
 EXPLAINERS = {
     "attention": explain_attention,
+    "bias_gelu": explain_bias_gelu,
     "bottleneck_attention": explain_bottleneck_attention,
     "film_layer_norm": explain_film_layer_norm,
     "latent_attention": explain_latent_attention,
 }
 
-__all__ = ["attention", "bottleneck_attention", "film_layer_norm", "latent_attention"]
+__all__ = ["attention", "bias_gelu", "bottleneck_attention", "film_layer_norm", "latent_attention"]
 
 
 def explain(op_name: str, *args, **kwargs) -> Explanation:

@@ -137,9 +137,7 @@ def test_gradient_through_one_result_alone(backend, generator, through):
         function = film_layer_norm if name else testing.eager_film_layer_norm
         results = function(**inputs, **({"backend": name} if name else {}))
         result = results[0 if through == "out" else 1]
-        return torch.autograd.grad(
-            result, list(inputs.values()), grad.to(dtype), allow_unused=True, materialize_grads=True
-        )
+        return torch.autograd.grad(result, list(inputs.values()), grad.to(dtype), allow_unused=True, materialize_grads=True)
 
     found, exact, plain = (
         gradients(backend, torch.float32),
