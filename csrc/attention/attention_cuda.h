@@ -12,7 +12,12 @@
 //   dv        keys     queries   k q          P    dout
 //   dk        keys     queries   k q  v dout  dS   q
 //   dbias     queries  keys      q k  dout v  dS   none: dS itself is summed
+//
+// A launch runs one pass of several problems, each in blocks of its own; they share all but lengths and addresses. A
+// matrix of a problem lies in one or two segments, whose rows follow each other without being joined. The plain ops are
+// one problem of one segment, which alone may have a bias.
 #pragma once
+#include <climits>
 #include <cstdint>
 
 namespace mmk::attention {
@@ -20,47 +25,70 @@ namespace mmk::attention {
 enum class Dtype : int { fp32, bf16, fp16 };
 enum class Mode : int { forward, backward, bias };
 
-struct Matrix {  // (B, H, rows, columns), columns with stride 1; strides in elements
+enum Side : int { kQueries, kKeys };
+// Of a matrix: q is the a of the queries and dout their b, k is the a of the keys and v their b.
+enum Role : int { kA, kB };
+
+constexpr int kMaxProblems = 8;
+constexpr int kOneSegment = INT_MAX;
+
+struct Segment {  // (B, H, rows, columns), columns with stride 1; strides in elements
   const void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
-  int copy_bytes = 0;    // see Rows in common/tile.cuh
-  bool is_keys = false;  // the key mask hides its rows
+};
+
+struct KeyMask {  // of a segment of keys
+  const uint8_t* data = nullptr;
+  int64_t batch = 0, key = 0;
+};
+
+struct Problem {
+  Segment matrix[2][2][2];  // of a side, in a role: its segments
+  Segment out[2];           // the result of this pass, for the delta kernel that of the forward; null where not wanted
+  KeyMask key_mask[2];      // null: every key counts
+  int length[2];            // of both sides
+  int boundary[2];          // of both sides: the rows of the first segment, or kOneSegment
+
+  uint64_t seed_offset;
+  float* lse;         // (B, H, N): written by forward, read by backward
+  const float* dlse;  // (B, H, N), or null
+  float* delta;       // (B, H, N): rowsum(dout out) - dlse
+  uint8_t* answered;  // (B, H, N): the query has a key; null where every one has
+
+  // Geometry, from `plan`.
+  int row_tiles, column_tiles, splits;
+  int64_t items, items_per_split;  // column tiles a piece of work walks (dbias: tiles that add up in one entry)
+  float* partial;                  // with splits (splits, B, H, rows, width); for dbias always, (splits, *bias's shape)
+  float* partial_lse;              // (splits, B, H, rows); null in backward
 };
 
 struct Pass {
-  Matrix rows_a, rows_b, columns_a, columns_b, values;
-  int64_t batch, heads;
-  int queries, keys;
-  int rows, columns;        // queries and keys in the order of this pass
-  int a_dim, b_dim, width;  // b_dim is 0 when W is P
-  bool rows_are_keys;
-  float scale;      // of the scores
-  float out_scale;  // of the result
+  int count;                      // of problems
+  int first_block[kMaxProblems];  // set at the launch
+  Problem problem[kMaxProblems];
 
-  const uint8_t* key_mask;
-  int64_t mask_batch, mask_key;
+  int64_t batch, heads;
+  int copy_bytes[2][2];  // of a side, in a role: the least of all segments; see Rows in common/tile.cuh
+  Side row_side;
+  Role values;              // of the columns
+  int a_dim, b_dim, width;  // b_dim is 0 when W is P
+  float scale;              // of the scores
+  float out_scale;          // of the result
+
   const void* bias;
   bool bias_is_fp32;
-  int64_t bias_strides[4];  // 0 where it is broadcast
-  const int64_t* seed;      // null: no dropout
+  int64_t bias_sizes[4], bias_strides[4];  // strides are 0 where it is broadcast
+  const int64_t* seed;                     // null: no dropout
   uint32_t drop_below;
   float keep_scale;
 
-  float* lse;          // (B, H, N): written by forward, read by backward
-  const float* delta;  // (B, H, N): rowsum(dout out) - dlse
-  void* out;           // (B, H, rows, width) of the inputs' dtype; used when there is one split
-  float* partial;      // (splits, B, H, rows, width) otherwise; (splits, *bias's shape) for dbias
-  float* partial_lse;  // (splits, B, H, rows)
-
-  // Geometry, from plan_pass.
-  int warps, row_tiles, column_tiles, value_tiles, tile_width;
+  // Geometry, from `plan`.
+  int warps, value_tiles, tile_width;
   int blocks_of_8;  // of the accumulator: which instantiation runs
-  int64_t items;    // column tiles a piece of work walks (dbias: tiles that add up in one entry)
-  int64_t splits, items_per_split;
   int shared_bytes;
   bool resident;  // the rows stay in shared memory; otherwise they are read again with every column tile
-  int64_t bias_sizes[4];
 };
+static_assert(sizeof(Pass) <= 4096);  // what a launch may pass to a kernel on every driver
 
 constexpr int kStages = 4;
 
@@ -81,14 +109,11 @@ constexpr int kColumnTile = column_tile(mode, BlocksOf8, ElementBytes);
 extern "C" {
 int mmk_attention_pass(mmk::attention::Dtype dtype, mmk::attention::Mode mode, const mmk::attention::Pass* pass,
                        void* stream);
-// out = sum over splits weighted by their log-sum-exps; rows = B H N.
-int mmk_attention_merge(mmk::attention::Dtype dtype, const float* partial, const float* partial_lse, int64_t splits,
-                        int64_t rows, int64_t width, void* out, float* lse, void* stream);
+// Puts the splits of every problem that has some together: forward weighted by their log-sum-exps, backward added.
+int mmk_attention_merge(mmk::attention::Dtype dtype, const mmk::attention::Pass* pass, void* stream);
 // out[i] = sum over splits of partial[split][i], in their order.
 int mmk_attention_sum(mmk::attention::Dtype dtype, const float* partial, int64_t splits, int64_t count, void* out,
                       void* stream);
-// delta = rowsum(dout out) - dlse; dlse may be null.
-int mmk_attention_delta(mmk::attention::Dtype dtype, const mmk::attention::Matrix* dout, const void* out,
-                        const float* dlse, int64_t batch, int64_t heads, int64_t rows, int64_t width, float* delta,
-                        void* stream);
+// delta and `answered` of every problem. `width` is that of dout and out.
+int mmk_attention_delta(mmk::attention::Dtype dtype, const mmk::attention::Pass* pass, void* stream);
 }
