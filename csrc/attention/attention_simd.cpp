@@ -474,13 +474,14 @@ int64_t backward_state(const Attention& a, int64_t rows) {
 int64_t backward_space(const Attention& a, int64_t rows) {
   const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
   if (few_queries_backward(a))
-    return kFew * (k_ld + v_ld + 3 * kFewRow) + 2 * kPanel + 2 * v_ld + kBlockKeys * (k_ld + v_ld) + a.key_space + 256;
+    return kFew * (k_ld + v_ld + 3 * kFewRow) + 2 * kPanel + 2 * kFew * v_ld + kBlockKeys * (k_ld + v_ld) +
+           a.key_space + 256;
   if (few_keys(a))
-    return kFew * (k_ld + 2 * kChunkRow) + 2 * panels(rows) * kPanel + 2 * v_ld + kChunkRows * (k_ld + v_ld) +
+    return kFew * (k_ld + 2 * kChunkRow) + 2 * panels(rows) * kPanel + 2 * kFew * v_ld + kChunkRows * (k_ld + v_ld) +
            kBlockKeys * (k_ld + v_ld) + a.key_space + 256;
   const int64_t kept = rows <= kKeptRows ? ceil_div(rows, kChunkRows) : 1;
   return kept * chunk_floats(a) + 2 * panels(rows) * kPanel + 2 * kBlockKeys * kChunkRow + 2 * kBlockKeys * kPanel +
-         2 * padded_row(a.v_dim) + kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim)) + a.key_space + 256;
+         2 * kFew * padded_row(a.v_dim) + kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim)) + a.key_space + 256;
 }
 
 void pack_chunk(const Attention& a, const Part& part, int64_t row, int64_t rows, const Chunk& chunk) {
@@ -498,15 +499,19 @@ void pack_chunk(const Attention& a, const Part& part, int64_t row, int64_t rows,
 void row_statistics(const Attention& a, const Part& part, float* lse, float* delta, float* space) {
   const int64_t rows = part.row_end - part.row_begin, ld = padded_row(a.v_dim);
   const int64_t first = (part.batch * a.heads + part.head) * a.queries + part.row_begin;
-  for (int64_t r = 0; r < panels(rows) * kPanel; ++r) {
-    lse[r] = kInfinity, delta[r] = 0.0f;
-    if (r >= rows || a.lse[first + r] == -kInfinity) continue;
-    lse[r] = a.lse[first + r];
-    const Rows dout = rows_at(a.dout, part, part.row_begin + r, 1, a.v_dim, space);
-    const Rows out = rows_at(a.out, part, part.row_begin + r, 1, a.v_dim, space + ld);
-    Vec product{};
-    for (int64_t e = 0; e < a.v_dim; e += kWidth) product += load(dout.data + e) * load(out.data + e);
-    delta[r] = sum(product) - (a.dlse == nullptr ? 0.0f : a.dlse[first + r]);
+  for (int64_t r = 0; r < panels(rows) * kPanel; ++r) lse[r] = kInfinity, delta[r] = 0.0f;
+  for (int64_t begin = 0; begin < rows; begin += kFew) {
+    const int64_t count = smaller(kFew, rows - begin);
+    const Rows dout = rows_at(a.dout, part, part.row_begin + begin, count, a.v_dim, space);
+    const Rows out = rows_at(a.out, part, part.row_begin + begin, count, a.v_dim, space + kFew * ld);
+    for (int64_t i = 0, r = begin; i < count; ++i, ++r) {
+      if (a.lse[first + r] == -kInfinity) continue;
+      lse[r] = a.lse[first + r];
+      Vec product{};
+      for (int64_t e = 0; e < a.v_dim; e += kWidth)
+        product += load(dout.data + i * dout.stride + e) * load(out.data + i * out.stride + e);
+      delta[r] = sum(product) - (a.dlse == nullptr ? 0.0f : a.dlse[first + r]);
+    }
   }
 }
 
@@ -570,13 +575,13 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
   float* bias = carver.take(kFew * kFewRow);
   float* lse = carver.take(kPanel);
   float* delta = carver.take(kPanel);
-  float* two_rows = carver.take(2 * v_ld);
+  float* row_pairs = carver.take(2 * kFew * v_ld);
   float* dk = carver.take(kBlockKeys * (k_ld + v_ld));
   float* dv = a.one_key_gradient ? dk : dk + kBlockKeys * k_ld;
   float* key_space = carver.take(a.key_space);
   load_rows(a.q, part, part.row_begin, rows, a.qk_dim, q, k_ld, a.scale);
   load_rows(a.dout, part, part.row_begin, rows, a.v_dim, dout, v_ld);
-  row_statistics(a, part, lse, delta, two_rows);
+  row_statistics(a, part, lse, delta, row_pairs);
   KeyBlock block;
   for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
     block.end = smaller(block.begin + kBlockKeys, part.key_end);
@@ -618,7 +623,7 @@ void backward_few_keys(const Attention& a, const Part& part, float* key_state, f
   float* dscores = carver.take(kFew * kChunkRow);
   float* lse = carver.take(all_rows);
   float* delta = carver.take(all_rows);
-  float* two_rows = carver.take(2 * v_ld);
+  float* row_pairs = carver.take(2 * kFew * v_ld);
   float* row_space = carver.take(kChunkRows * (k_ld + v_ld));
   float* own_key_state = carver.take(kBlockKeys * (k_ld + v_ld));
   float* key_space = carver.take(a.key_space);
@@ -629,7 +634,7 @@ void backward_few_keys(const Attention& a, const Part& part, float* key_state, f
   scale_keys(a, block, k);
   clear(dk, kFew * k_ld);
   clear(dv, kFew * v_ld);
-  row_statistics(a, part, lse, delta, two_rows);
+  row_statistics(a, part, lse, delta, row_pairs);
   for (int64_t row = part.row_begin; row < part.row_end; row += kChunkRows) {
     const int64_t rows = smaller(kChunkRows, part.row_end - row), first = row - part.row_begin;
     const Rows q = rows_at(a.q, part, row, rows, a.qk_dim, row_space);
@@ -668,10 +673,10 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
   float* dscores = carver.take(kBlockKeys * kChunkRow);
   float* bias = carver.take(kBlockKeys * kPanel);
   float* transposed = carver.take(kBlockKeys * kPanel);
-  float* two_rows = carver.take(2 * v_ld);
+  float* row_pairs = carver.take(2 * kFew * v_ld);
   float* own_key_state = carver.take(kBlockKeys * (k_ld + v_ld));
   float* key_space = carver.take(a.key_space);
-  row_statistics(a, part, lse, delta, two_rows);
+  row_statistics(a, part, lse, delta, row_pairs);
   bool packed = false;
   KeyBlock block;
   for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {

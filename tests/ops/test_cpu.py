@@ -490,6 +490,33 @@ def test_memory_does_not_grow_with_the_keys(mode, limit):
     assert float(run.stdout) < limit
 
 
+LIST_MEMORY = """
+import resource, torch
+from mmkernels.ops.attention import lists
+torch.set_num_threads(2)
+problem = lists.ListedProblem(((0, 0), (1, 0)), ((0, 1), (1, 1)), ((0, 2), (1, 2)), (-1, 0), rows=64)
+mask = torch.arange(2000)[None] % 3 > 0
+def step(tensors, mask):
+    args = tensors, lists.encode([problem]), [mask]
+    out, lse = torch.ops.mmkernels.attention_list_fwd(*args, None, 0.1, 0.0)
+    grads = torch.ops.mmkernels.attention_list_bwd(out, [], *args, out, lse, None, 0.1, 0.0, [1, 1])
+    return sum(t.nbytes for t in (*out, *lse, *grads))
+def tensors(rows, more):
+    return [torch.randn(1, n, 3, 2, 64) for n in (rows, more)]
+large = tensors(20000, 2000)
+step(tensors(300, 20), mask[:, :20])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+results = step(large, mask)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - results / 2**20)
+"""
+
+
+def test_lists_join_nothing_in_memory():
+    """Megabytes at the peak beyond a small problem's and the results: the keys joined would be 11."""
+    run = subprocess.run([sys.executable, "-c", LIST_MEMORY], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 6
+
+
 def test_the_reference_core_is_what_the_native_core_computes(generator):
     q, x = torch.randn(2, 40, 33, generator=generator), torch.randn(2, 300, 20, generator=generator)
     position, mask = torch.randn(300, 13, generator=generator), torch.rand(2, 300, generator=generator) < 0.5
