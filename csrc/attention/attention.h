@@ -26,7 +26,6 @@ struct Joined {
   int64_t boundary = INT64_MAX;
 
   Joined(Strided all = {}) { part[0] = all; }
-  Joined(Strided first, int64_t rows, Strided second) : boundary(rows) { part[0] = first, part[1] = second; }
 
   bool given() const { return part[0].data != nullptr || part[1].data != nullptr; }
   bool in_two(int64_t row, int64_t rows) const { return row < boundary && boundary < row + rows; }
