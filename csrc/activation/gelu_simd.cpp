@@ -19,7 +19,7 @@ struct ByTanh {
     const Vec sigmoid = 1.0f / (1.0f + e);
     // The slope of the sigmoid is below 1e-36 beyond 10, where its factors leave the range of float32; an infinity
     // gives NaN, as from any form of this.
-    const Vec far = y * 0.0f, near = (y * e) * (sigmoid * sigmoid) * (square * (3.0f * kCubic) + kLinear);
+    const Vec far = y * 0.0f, near = (e * sigmoid) * (y * sigmoid) * (square * (3.0f * kCubic) + kLinear);
     return sigmoid + (y * y > 100.0f ? far : near);
   }
 };

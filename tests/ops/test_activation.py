@@ -42,17 +42,17 @@ def test_without_bias(backend, generator, shape, approximate):
 @each_form
 def test_every_magnitude(backend, approximate):
     """Relative to |x|, and in the negative tail, where 1 + tanh and 1 + erf cancel, to the result."""
-    x = torch.cat([torch.linspace(-9.0, 9.0, 4001), torch.logspace(-30, 0, 500), -torch.logspace(-30, 0, 500)])
+    x = torch.cat([torch.linspace(-15.0, 15.0, 4001), torch.logspace(-30, 0, 500), -torch.logspace(-30, 0, 500)])
     if approximate == "tanh":
         inner = (2 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3)
         exact = x.double() * torch.sigmoid(2 * inner)
     else:
         exact = x.double() * torch.special.erfc(-x.double() * 0.5**0.5) * 0.5
     error = (bias_gelu(x, approximate=approximate, backend=backend).double() - exact).abs()
-    near = x > -3.0
-    assert (error[near] / x[near].double().abs().clamp(min=1e-37)).max() < 3e-7
-    if backend == "cpp":  # the exponential's argument, up to 87, is rounded to 2^-18
-        assert (error[~near] / exact[~near].abs().clamp(min=1e-36)).max() < 2e-5
+    size, near = x.double().abs(), x > -3.0
+    assert (error <= 3e-7 * size + 1e-37)[near].all()
+    if backend == "cpp":  # the exponential's argument, up to 87, is rounded to 2^-18; probabilities below 2^-126 become 0
+        assert (error <= 2e-5 * exact.abs() + 2.0**-126 * size)[~near].all()
 
 
 @each_form

@@ -124,3 +124,56 @@ def test_latent_inference(on, generator):
     for heads in (0, -1, 3):
         with pytest.raises(RuntimeError, match="num_heads"):
             op(*arguments[:9], heads, 0.3, 1e-5)
+
+
+def in_list(op, position):
+    """`op` with the tensor at `position` in a list of one."""
+    return lambda *args: op(*args[:position], [args[position]], *args[position + 1 :])
+
+
+@both
+def test_norm_forward(native, generator):
+    shapes = [(2, 5, 8), (2, 5, 8), (8,), (2, 8), (8,)]
+    inputs = [*(torch.randn(s, generator=generator) for s in shapes), 1e-5]
+
+    def legal(a):
+        x, residual, residual_bias, gain, bias = a[:5]
+        rows = x.dim() == residual.dim() == 3 and x.shape == residual.shape
+        return (
+            rows
+            and all(t.dtype == torch.float32 for t in a[:5])
+            and residual_bias.shape == x.shape[2:]
+            and gain.shape in (x.shape[2:], (x.shape[0], x.shape[2]))
+            and bias.shape in (x.shape[2:], (x.shape[0], x.shape[2]))
+        )
+
+    names = ("x", "residual", "residual_bias", "gain", "bias")
+    forward = forward_backward("norm", native)[0]
+    call_with_mutations(in_list(forward, 0), inputs, names, legal)
+    for wrong in ([], [inputs[0]] * 3, [inputs[0], inputs[0][:1]], [inputs[0], inputs[0].half()], [inputs[0][..., :0]]):
+        with pytest.raises(RuntimeError, match=r"x(\[1\])? has "):
+            forward(wrong, inputs[1], None, None, None, 1e-5)
+    with pytest.raises(RuntimeError, match="residual_bias is given"):
+        forward(inputs[:1], None, inputs[2], None, None, 1e-5)
+
+
+@both
+def test_norm_backward(native, generator):
+    forward, backward = forward_backward("norm", native)
+    x, gain = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 8, generator=generator)
+    out, total, mean, rstd = forward([x], x, None, gain, None, 1e-5)
+    inputs = [torch.ones_like(out), torch.ones_like(out), total, mean, rstd, gain, 15]
+    legal = lambda a: all(t.dtype == torch.float32 for t in a[:6]) and a[5].shape == (8,)  # noqa: E731
+    call_with_mutations(in_list(backward, 2), inputs, ("dout", "dsum", "rows", "mean", "rstd", "gain"), legal)
+
+
+@both
+def test_bias_gelu(native, generator):
+    forward, backward = forward_backward("activation", native, "bias_gelu")
+    x, bias = torch.randn(2, 5, 8, generator=generator), torch.randn(8, generator=generator)
+    legal = lambda a: all(t.dtype == torch.float32 for t in a[:2]) and a[1].shape == a[0].shape[-1:]  # noqa: E731
+    call_with_mutations(forward, [x, bias, True], ("x", "bias"), legal)
+    inputs = [torch.ones_like(x), x, bias, True, 3]
+    call_with_mutations(backward, inputs, ("dout", "x", "bias"), lambda a: False)
+    with pytest.raises(RuntimeError, match="x has shape"):
+        forward(torch.tensor(1.0), None, True)

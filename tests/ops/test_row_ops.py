@@ -1,0 +1,275 @@
+"""`film_layer_norm` and `bias_gelu` inside torch: registration, compilation, export, autocast, checkpoints, transforms;
+instruction sets and threads of the C++ kernels."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import mmkernels
+from mmkernels import testing
+from mmkernels.ops import bias_gelu, film_layer_norm
+from mmkernels.ops._shared.registration import forward_backward
+
+
+def norm_inputs(generator, batch=2, length=9, dtype=torch.float32):
+    shapes = {"x": (batch, length, 24), "x2": (batch, 3, 24), "residual": (batch, length + 3, 24), "residual_bias": (24,)}
+    shapes |= {"gain": (batch, 24), "bias": (24,)}
+    return {n: torch.randn(s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+def norm(x, x2, gain, bias, **options):
+    """One result that depends on out and on s."""
+    out, s = film_layer_norm((x, x2), gain, bias, **options)
+    return out * 2.0 + s
+
+
+def gelu_inputs(generator, batch=2, length=9, dtype=torch.float32):
+    shapes = {"x": (batch, length, 24), "bias": (24,)}
+    return {n: torch.randn(s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+OPS = {"norm": (norm, norm_inputs), "gelu": (bias_gelu, gelu_inputs)}
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def registered(op, backend):
+    return forward_backward("norm", backend) if op == "norm" else forward_backward("activation", backend, "bias_gelu")
+
+
+def arguments(op, tensors):
+    """Of the registered forward, with the place of its tensors by name."""
+    if op == "gelu":
+        return [tensors["x"], tensors["bias"], True]
+    return [[tensors["x"], tensors["x2"]], *(tensors[n] for n in ("residual", "residual_bias", "gain", "bias")), 1e-5]
+
+
+def gradient_arguments(op, tensors, results, incoming):
+    if op == "gelu":
+        return [incoming[0], tensors["x"], tensors["bias"], True, 3]
+    return [*incoming, [results[1]], *results[2:], tensors["gain"], 15]
+
+
+@each_op
+def test_opcheck(backend, generator, op):
+    tensors = {n: t.detach() for n, t in OPS[op][1](generator).items()}
+    forward, backward = registered(op, backend)
+    tensors["x"] = tensors["x"].mT.contiguous().mT
+    inputs = arguments(op, tensors)
+    results = forward(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    incoming = torch.ones(1).expand_as(results[0]), torch.randn(results[0].shape, generator=generator)
+    torch.library.opcheck(forward, inputs)
+    torch.library.opcheck(backward, gradient_arguments(op, tensors, results, incoming))
+    if op == "norm":  # x alone, its rows saved, nothing shared
+        inputs = [tensors["x"]], None, None, None, None, 1e-5
+        out, total, mean, rstd = forward(*inputs)
+        assert total.shape == (0,)
+        torch.library.opcheck(forward, inputs)
+        torch.library.opcheck(backward, (out, None, [tensors["x"]], mean, rstd, None, 1))
+        torch.library.opcheck(backward, (out, None, [tensors["x"]], mean, rstd, None, 4 + 16))
+
+
+@each_op
+def test_a_compiler_may_change_the_strides_of_anything(backend, generator, op):
+    tensors = {n: t.detach() for n, t in OPS[op][1](generator).items()}
+    forward, backward = registered(op, backend)
+    shape = (2, 12, 24) if op == "norm" else (2, 9, 24)
+    incoming = [torch.randn(shape, generator=generator) for _ in range(2)]
+
+    def reversed_dimensions(t):
+        order = list(reversed(range(t.dim())))
+        return t.permute(order).contiguous().permute(order)
+
+    def call(change):
+        moved = {n: change(t) for n, t in tensors.items()}
+        results = forward(*arguments(op, moved))
+        results = results if isinstance(results, tuple) else (results,)
+        gradients = backward(*gradient_arguments(op, moved, [change(t) for t in results], [change(t) for t in incoming]))
+        return *results, *gradients
+
+    for expected, actual in zip(call(lambda t: t), call(reversed_dimensions), strict=True):
+        assert torch.equal(expected, actual)
+
+
+@each_op
+def test_compiles_whole_and_once_for_every_length(backend, generator, op):
+    """fullgraph=True, forward and backward, the same bits as eager; new lengths and batch sizes compile nothing."""
+    function, make = OPS[op]
+    compilations = []
+
+    def counting(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: function(**t, backend=backend), fullgraph=True, dynamic=True, backend="aot_eager")
+    counted = torch.compile(lambda t: function(**t, backend=backend), fullgraph=True, dynamic=True, backend=counting)
+    for batch, length in ((2, 9), (3, 17), (2, 33)):
+        tensors = make(generator, batch, length)
+        expected, actual = function(**tensors, backend=backend), compiled(tensors)
+        assert torch.equal(actual, expected)
+        cotangent = torch.randn(expected.shape, generator=generator)
+        gradients = [torch.autograd.grad(o, list(tensors.values()), cotangent) for o in (actual, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        counted(tensors)
+    assert len(compilations) == 1
+
+
+@each_op
+def test_compiles_with_inductor(on, generator, op):
+    on("cpp")
+    function, make = OPS[op]
+    torch._dynamo.reset()
+    tensors = make(generator)
+
+    def model(tensors):
+        return function(**{n: t.sin() for n, t in tensors.items()}, backend="cpp").relu()
+
+    expected, actual = model(tensors), torch.compile(model, fullgraph=True)(tensors)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*[torch.autograd.grad(o.sum(), list(tensors.values())) for o in (actual, expected)])
+
+
+@each_op
+def test_exports_with_a_dynamic_batch(on, generator, op):
+    on("cpp")
+    function, make = OPS[op]
+    tensors = {n: t.detach() for n, t in make(generator).items()}
+
+    class Model(torch.nn.Module):
+        def forward(self, tensors):
+            return function(**tensors, backend="cpp")
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {n: {0: batch} if t.dim() > 1 else {} for n, t in tensors.items()}
+    program = torch.export.export(Model(), (tensors,), dynamic_shapes=(shapes,))
+    other = {n: t.detach() for n, t in make(generator, 5).items()}
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(other), function(**other, backend="cpp"))
+
+
+def test_autocast_normalises_in_float32(backend, generator, tensor_device):
+    """A float32 stream meets the 16-bit branch of a linear layer: both results are float32, as torch's add and norm give."""
+    tensors = norm_inputs(generator)
+    branch = tensors["residual"].detach().bfloat16().requires_grad_()
+    with torch.autocast(tensor_device.type, dtype=torch.bfloat16):
+        out = norm(**(tensors | {"residual": branch}), backend=backend)
+    wide = norm(**(tensors | {"residual": branch.float()}), backend=backend)
+    assert out.dtype == torch.float32 and torch.equal(out, wide)
+    inputs = list((tensors | {"residual": branch}).values())
+    for tensor, grad in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+        assert grad.dtype == tensor.dtype
+
+
+def test_autocast_leaves_the_activation_its_dtype(backend, generator, tensor_device):
+    tensors = gelu_inputs(generator)
+    half = tensors["x"].detach().bfloat16()
+    with torch.autocast(tensor_device.type, dtype=torch.bfloat16):
+        out = bias_gelu(half, tensors["bias"], backend=backend)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, bias_gelu(half, tensors["bias"], backend=backend))
+
+
+@each_op
+def test_activation_checkpoint(backend, generator, op):
+    function, make = OPS[op]
+    tensors = make(generator)
+    gradients = []
+    for wrapped in (False, True):
+        call = lambda t: function(**t, backend=backend)  # noqa: E731
+        out = checkpoint(call, tensors, use_reentrant=False) if wrapped else call(tensors)
+        gradients.append(torch.autograd.grad(out.square().sum(), list(tensors.values())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@each_op
+def test_vmap_is_refused_with_a_sentence(backend, generator, op):
+    function, make = OPS[op]
+    tensors = make(generator)
+    stacked = torch.stack([tensors["x"]] * 3)
+    with pytest.raises(RuntimeError, match="no vmap rule.* or use backend='reference'"):
+        torch.vmap(lambda x: function(**{**tensors, "x": x}, backend=backend))(stacked)
+    out = torch.vmap(lambda x: function(**{**tensors, "x": x}, backend="reference"))(stacked)
+    torch.testing.assert_close(out[1], function(**tensors, backend="reference"))
+
+
+@each_op
+def test_second_derivatives_are_refused_and_the_reference_has_them(backend, generator, op):
+    function, make = OPS[op]
+    tensors = make(generator)
+
+    def twice(name):
+        (first,) = torch.autograd.grad(function(**tensors, backend=name).square().sum(), tensors["x"], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), tensors["x"])
+
+    with pytest.raises(RuntimeError, match="no second derivative on this backend: use backend='reference'"):
+        twice(backend)
+    with mmkernels.use_backend("reference"):
+        assert twice("auto")[0].isfinite().all()
+
+
+@each_op
+def test_rows_further_apart_than_32_bits_reach(backend, generator, op):
+    """Examples and rows across 2^31 elements, in virtual memory of which only the rows are touched."""
+    function, make = OPS[op]
+    tensors = {n: t.detach() for n, t in make(generator).items()}
+    row = 2**28 + 64  # of nine
+    far = torch.empty(row * 18).as_strided((2, 9, 24), (9 * row, row, 1)).copy_(tensors["x"])
+    assert torch.equal(function(**{**tensors, "x": far}, backend=backend), function(**tensors, backend=backend))
+
+
+# --- The C++ kernels --------------------------------------------------------------------------------------------------------
+
+
+def stacked(function):
+    return lambda **arguments: torch.stack(function(**arguments))
+
+
+def awkward_rows():
+    """Run as a script, once for every instruction set: lengths around vectors and groups of four of them, all dtypes."""
+    generator = torch.Generator().manual_seed(7)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for channels in (1, 3, 16, 31, 64, 65, 145):
+            x, residual, grad, s_grad = (torch.randn(2, 35, channels, generator=generator).to(dtype) for _ in range(4))
+            gain, bias = torch.randn(2, channels, generator=generator), torch.randn(channels, generator=generator).to(dtype)
+            tensors = {"x": x, "residual": residual, "residual_bias": bias, "gain": gain.to(dtype), "bias": bias}
+
+            pair = stacked(film_layer_norm), stacked(testing.eager_film_layer_norm)
+            testing.check_op(*pair, tensors, tuple(tensors), "cpp", torch.stack([grad, s_grad]))
+            tensors = {"x": x * 5.0, "bias": bias}
+            for approximate in ("tanh", "none"):
+                options = dict(approximate=approximate)
+                testing.check_op(bias_gelu, testing.eager_bias_gelu, tensors, ("x", "bias"), "cpp", grad, **options)
+
+
+@pytest.mark.parametrize("isa", ["base", "v3", "v4"])
+def test_every_instruction_set(on, isa):
+    """A set that this processor lacks falls back to the widest it has, so this runs everywhere."""
+    on("cpp")
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_row_ops; test_row_ops.awkward_rows()"
+    run = subprocess.run(
+        [sys.executable, "-c", script, os.path.dirname(__file__)],
+        env={**os.environ, "MMKERNELS_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@each_op
+def test_the_number_of_threads_changes_no_bit(on, generator, op):
+    on("cpp")
+    function, make = OPS[op]
+    tensors, before, runs = make(generator, 3, 3000), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(testing.run(function, tensors, tuple(tensors), backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert torch.equal(runs[0].output, other.output)
+        assert all(torch.equal(runs[0].gradients[n], other.gradients[n]) for n in tensors)
