@@ -243,7 +243,7 @@ def test_merge_of_splits(generator, base2):
     weights = power(scores - top.clamp_min(-1e9)[..., None])
     parts = [t.float().contiguous() for t in (weights @ values, top, weights.sum(-1))]
     out, lse = torch.empty(5, 20), torch.empty(5)
-    shared.merge_splits(*parts, out, lse, base2=base2)
+    shared.merge_splits(*parts, [[out[None, None]]], [lse], base2=base2)
     natural = scores.transpose(0, 1).flatten(1) * (torch.tensor(2.0).log().double() if base2 else 1.0)
     torch.testing.assert_close(out, (natural.softmax(-1).nan_to_num(0.0) @ values.flatten(0, 1)).float())
     torch.testing.assert_close(lse, natural.logsumexp(-1).float())
@@ -252,7 +252,7 @@ def test_merge_of_splits(generator, base2):
 def test_sum_of_splits(generator):
     partial = torch.randn(4, 3, 50, generator=generator)
     out = torch.empty(3, 50, dtype=torch.bfloat16)
-    shared.sum_splits(partial, out)
+    shared.sum_splits(partial, [[out[None, None]]])
     assert torch.equal(out, (partial[0] + partial[1] + partial[2] + partial[3]).bfloat16())
 
 

@@ -5,6 +5,7 @@ are 64-bit wherever an index meets a stride.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -79,39 +80,124 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @triton.constexpr_function
-def unit_of(base):
-    """Elements in 16 bytes: what divides every stride of an `aligned` tensor."""
-    return 128 // base.dtype.element_ty.primitive_bitwidth
+def unit_of(dtype, width=0):
+    """Elements in 16 bytes, which divide every stride of an `aligned` tensor; those that also divide `width`, and so the
+    strides of a contiguous one."""
+    return math.gcd(128 // dtype.primitive_bitwidth, width)
+
+
+# --- Rows of several problems ---------------------------------------------------------------------------------------------
+#
+# One launch serves several attention problems, the rows of each in one or two segments: tensors (B, H, rows, width). What is
+# said of every problem comes as a table, a tuple with a tuple for each problem. The integers in it are 16 times what they
+# mean: Triton would compile a kernel again for every pattern of ones and of multiples of 16 in a tuple.
+
+BOUNDARY, LENGTH, BEFORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # columns of `lengths_table`
+
+
+def times_16(*integers) -> tuple:
+    """Integers as a table has them."""
+    return tuple(16 * i for i in integers)
+
+
+def segment_tables(operands) -> tuple:
+    """Pointers and strides of `operands`, the list of segments of each problem, for `problem_rows`."""
+    width = max(map(len, operands))
+    padded = [(*segments, *segments[-1:] * (width - len(segments))) for segments in operands]
+    return tuple(padded), tuple(times_16(*(s for t in segments for s in t.stride())) for segments in padded)
+
+
+def lengths_table(operands) -> tuple:
+    """Of each problem: rows of the first segment, of both, and of all pairs of the problems before it."""
+    table, before = [], 0
+    for segments in operands:
+        length = sum(t.shape[2] for t in segments)
+        table.append(times_16(segments[0].shape[2], length, before))
+        before += segments[0].shape[0] * segments[0].shape[1] * length
+    return tuple(table)
 
 
 @triton.jit
-def pair_base(base, strides, batch, head):
-    """The first row of a (b, h) of an `aligned` (B, H, length, width) tensor."""
-    UNIT: tl.constexpr = unit_of(base)  # dividing and multiplying again tells the compiler of the alignment
-    return base + batch * (strides[0] // UNIT * UNIT) + head * (strides[1] // UNIT * UNIT)
+def pick(table, COLUMN: tl.constexpr, problem):
+    """table[problem][COLUMN]; `problem` is a scalar or a vector."""
+    chosen = table[0][COLUMN]
+    for i in tl.static_range(1, len(table)):
+        chosen = tl.where(problem == i, table[i][COLUMN], chosen)
+    return chosen
 
 
 @triton.jit
-def load_tile(base, rows, row_stride, inside, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr):
-    """base[rows, start : start + WIDTH] of an `aligned` tensor with COLUMNS columns.
+def pick_integer(table, COLUMN: tl.constexpr, problem, UNIT: tl.constexpr = 1):
+    """An integer of a table, known to be a multiple of UNIT. Dividing and multiplying tells the compiler."""
+    return pick(table, COLUMN, problem) // (16 * UNIT) * UNIT
+
+
+@triton.jit
+def locate(table, COLUMN: tl.constexpr, index):
+    """The problem that `index` belongs to and its place there; the column says where problems begin, in ascending order."""
+    problem = 0
+    begin = 0
+    for i in tl.static_range(1, len(table)):
+        here = index >= table[i][COLUMN] // 16
+        problem = tl.where(here, i, problem)
+        begin = tl.where(here, table[i][COLUMN] // 16, begin)
+    return problem, index - begin
+
+
+@triton.jit
+def _segment(pointers, strides, SEGMENT: tl.constexpr, problem, batch, head, UNIT: tl.constexpr):
+    base = pick(pointers, SEGMENT, problem)
+    base += batch * pick_integer(strides, 4 * SEGMENT, problem, UNIT)
+    base += head * pick_integer(strides, 4 * SEGMENT + 1, problem, UNIT)
+    return base, pick_integer(strides, 4 * SEGMENT + 2, problem, UNIT)
+
+
+@triton.jit
+def problem_rows(pointers, strides, problem, batch, head, boundary, UNIT: tl.constexpr):
+    """Where the rows of one (b, h) of a problem are, for `row_pointers`; UNIT divides all strides.
+
+    Row 0's pointer and the stride, and where there are second segments the same for the rows from `boundary` on.
+    """
+    base, stride = _segment(pointers, strides, 0, problem, batch, head, UNIT)
+    if len(pointers[0]) == 1:
+        return base, stride
+    else:
+        second, second_stride = _segment(pointers, strides, 1, problem, batch, head, UNIT)
+        return base, stride, second - boundary.to(tl.int64) * second_stride, second_stride, boundary
+
+
+@triton.jit
+def row_pointers(place, rows):
+    """Pointers to the first column of `rows`."""
+    rows64 = rows.to(tl.int64)
+    pointers = place[0] + rows64 * place[1]
+    if len(place) == 2:
+        return pointers
+    else:
+        return tl.where(rows < place[4], pointers, place[2] + rows64 * place[3])
+
+
+@triton.jit
+def load_tile(place, rows, inside, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr):
+    """Columns start : start + WIDTH of rows of an `aligned` tensor with COLUMNS columns.
 
     Zeros where `inside`, a vector over rows, is false and, with CHECK, beyond the last column.
     """
-    UNIT: tl.constexpr = unit_of(base)
     columns = start + tl.arange(0, WIDTH)
-    offsets = rows.to(tl.int64)[:, None] * (row_stride // UNIT * UNIT) + columns[None, :]
+    pointers = row_pointers(place, rows)[:, None] + columns[None, :]
     if CHECK:
+        UNIT: tl.constexpr = unit_of(place[0].dtype.element_ty)
         END: tl.constexpr = (COLUMNS + UNIT - 1) // UNIT * UNIT
-        return tl.load(base + offsets, mask=inside[:, None] & (columns < END)[None, :], other=0.0)
-    return tl.load(base + offsets, mask=inside[:, None], other=0.0)
+        return tl.load(pointers, mask=inside[:, None] & (columns < END)[None, :], other=0.0)
+    return tl.load(pointers, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
-def store_tile(base, rows, row_stride, inside, start, tile, LIMIT: tl.constexpr):
-    """base[rows, start : start + width] = tile with contiguous columns, where `inside` and below LIMIT."""
+def store_tile(place, rows, inside, start, tile, LIMIT: tl.constexpr):
+    """Stores columns start : start + width, contiguous, where `inside` and below LIMIT."""
     columns = start + tl.arange(0, tile.shape[1])
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=inside[:, None] & (columns < LIMIT)[None, :])
+    pointers = row_pointers(place, rows)[:, None] + columns[None, :]
+    tl.store(pointers, tile.to(place[0].dtype.element_ty), mask=inside[:, None] & (columns < LIMIT)[None, :])
 
 
 # --- Dropout by counter: the arithmetic of dropout.py ---------------------------------------------------------------------
@@ -166,15 +252,29 @@ def split_count(tiles: int, blocks: int, device: torch.device, num_warps: int) -
 
 
 @triton.jit
+def _result_rows(out, out_strides, lengths, row, heads, UNIT: tl.constexpr):
+    """The problem of each of `row`, which count through all problems, its number there and pointers to its results."""
+    problem, local = locate(lengths, BEFORE, row)
+    length, boundary = pick_integer(lengths, LENGTH, problem), pick_integer(lengths, BOUNDARY, problem)
+    pair, n = local // length, local % length
+    place = problem_rows(out, out_strides, problem, pair // heads, pair % heads, boundary, UNIT)
+    return problem, local, row_pointers(place, n)
+
+
+@triton.jit
 def merge_kernel(
     partial,  # float32 (splits, rows, columns): sums of exp(score - top) times value
     top,  # float32 (splits, rows): largest score of the split; -inf where it has no key
     total,  # float32 (splits, rows): sum of exp(score - top)
-    out,  # (rows, columns)
-    lse,  # float32 (rows): natural logarithm
+    lse,  # table of contiguous float32 (B, H, rows): natural logarithm
+    out,  # tables of (B, H, rows, columns), filled row by row
+    out_strides,
+    lengths,
+    heads,
     rows,
     columns,
     splits,
+    UNIT: tl.constexpr,  # divides the strides of the results, and 16 bytes of them
     BASE2: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -203,42 +303,65 @@ def merge_kernel(
         m = m_new
         row += rows
     z = tl.where(z == 0.0, 1.0, z)
-    tl.store(out + r[:, None] * columns + c[None, :], (acc / z[:, None]).to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + r, (m + tl.log2(z)) * LN_2 if BASE2 else m + tl.log(z), mask=inside & (pid % column_blocks == 0))
+    problem, local, results = _result_rows(out, out_strides, lengths, r, heads, UNIT)
+    tl.store(results[:, None] + c[None, :], (acc / z[:, None]).to(out[0][0].dtype.element_ty), mask=mask)
+    logarithm = (m + tl.log2(z)) * LN_2 if BASE2 else m + tl.log(z)
+    tl.store(pick(lse, 0, problem) + local, logarithm, mask=inside & (pid % column_blocks == 0))
 
 
 @triton.jit
-def sum_kernel(partial, out, size, splits, BLOCK: tl.constexpr):
-    """out = partial.sum(0) of (splits, size), first split first."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    acc = tl.zeros([BLOCK], tl.float32)
-    source = index
+def sum_kernel(
+    partial,  # float32 (splits, rows, columns)
+    out,  # tables of (B, H, rows, columns), filled row by row
+    out_strides,
+    lengths,
+    heads,
+    rows,
+    columns,
+    splits,
+    UNIT: tl.constexpr,  # divides the strides of the results, and 16 bytes of them
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out = partial.sum(0), first split first."""
+    column_blocks = tl.cdiv(columns, BLOCK_C)
+    pid = tl.program_id(0)
+    r = (pid // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = (pid % column_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (r < rows)[:, None] & (c < columns)[None, :]
+    acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    row = r  # of the current split
     for _ in range(splits):
-        acc += tl.load(partial + source, mask=mask, other=0.0)
-        source += size
-    tl.store(out + index, acc.to(out.dtype.element_ty), mask=mask)
+        acc += tl.load(partial + row[:, None] * columns + c[None, :], mask=mask, other=0.0)
+        row += rows
+    _, _, results = _result_rows(out, out_strides, lengths, r, heads, UNIT)
+    tl.store(results[:, None] + c[None, :], acc.to(out[0][0].dtype.element_ty), mask=mask)
+
+
+def _results(partial, out) -> tuple:
+    """Grid, arguments and options of the two kernels above."""
+    splits, rows, columns = partial.flatten(1, -2).shape
+    block_r, block_c = (64, 1024) if _backends.INTERPRET else (4, min(256, max(16, triton.next_power_of_2(columns))))
+    grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
+    facts = (lengths_table(out), out[0][0].shape[1], rows, columns, splits)
+    unit = math.gcd(16 // out[0][0].element_size(), columns)
+    return grid, (*segment_tables(out), *facts), dict(UNIT=unit, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
 
 
 def merge_splits(partial, top, total, out, lse, base2: bool = True) -> None:
-    """Fills `out` (..., C) and `lse` (...) from `partial` (S, ..., C) and `top`, `total` (S, ...); all contiguous.
+    """Fills `out`, a list of each problem's segments (B, H, rows, C), and `lse`, of each problem contiguous (B, H, rows).
 
-    `base2`: the scores are in base 2 rather than e.
+    `partial` (S, ..., C) and `top`, `total` (S, ...), contiguous, have the rows of all problems one after another. `base2`:
+    the scores are in base 2 rather than e.
     """
-    splits, columns = partial.shape[0], partial.shape[-1]
-    rows = lse.numel()
-    block_r, block_c = (64, 1024) if _backends.INTERPRET else (4, min(256, max(16, triton.next_power_of_2(columns))))
-    grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
-    merge_kernel[grid](
-        partial, top, total, out, lse, rows, columns, splits, BASE2=base2, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4
-    )
+    grid, arguments, options = _results(partial, out)
+    merge_kernel[grid](partial, top, total, tuple((t,) for t in lse), *arguments, BASE2=base2, **options)
 
 
 def sum_splits(partial, out) -> None:
-    """Fills `out` with `partial.sum(0)`, both contiguous."""
-    block = 65536 if _backends.INTERPRET else 1024
-    grid = (triton.cdiv(out.numel(), block),)
-    sum_kernel[grid](partial, out, out.numel(), partial.shape[0], BLOCK=block, num_warps=4)
+    """Fills `out`, a list of each problem's segments (B, H, rows, C), with `partial.sum(0)`, rows in the same order."""
+    grid, arguments, options = _results(partial, out)
+    sum_kernel[grid](partial, *arguments, **options)
 
 
 # --- Launching ------------------------------------------------------------------------------------------------------------

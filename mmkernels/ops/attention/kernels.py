@@ -10,6 +10,8 @@ covered by `D1 * D_STEPS + D2` columns (see `cover`): D_STEPS = 1 keeps a whole 
 over.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,9 @@ import triton.language as tl
 from ... import _backends, _tuning
 from .._shared import dropout
 from .._shared.kernels import (
+    BEFORE,
+    BOUNDARY,
+    LENGTH,
     LN_2,
     LOG2_E,
     ReportCase,
@@ -25,14 +30,28 @@ from .._shared.kernels import (
     dropout_keep,
     dropout_row,
     input_precision,
+    lengths_table,
     load_tile,
+    locate,
     merge_splits,
-    pair_base,
+    pick,
+    pick_integer,
+    problem_rows,
+    row_pointers,
+    segment_tables,
     split_count,
     store_tile,
     sum_splits,
+    times_16,
+    unit_of,
 )
 from .._shared.registration import attach_fakes
+
+# Columns of the table `facts` (see _shared/kernels.py for tables): the problem's number in its list, where its rows begin in
+# `statistics`, the first key that has a mask and the one after the last. Of `launch`: its first program, what a split walks.
+NUMBER, STATISTICS, MASK_BEGIN, MASK_END = (tl.constexpr(column) for column in range(4))
+FIRST_PROGRAM, SPLIT_ROWS = tl.constexpr(0), tl.constexpr(1)
+SEED_STEP = tl.constexpr(0x632BE59BD9B4E019)  # kSeedStep of csrc/attention/attention_list.h
 
 # --- Pieces ---------------------------------------------------------------------------------------------------------------
 
@@ -41,11 +60,9 @@ from .._shared.registration import attach_fakes
 def _looped_product(
     a,
     a_rows,
-    a_strides,
     a_inside,
     b,
     b_rows,
-    b_strides,
     b_inside,
     DIM: tl.constexpr,
     FIRST: tl.constexpr,
@@ -57,22 +74,41 @@ def _looped_product(
     CHECK: tl.constexpr = DIM < FIRST * STEPS
     product = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
     for step in range(STEPS):
-        a_tile = load_tile(a, a_rows, a_strides[2], a_inside, step * FIRST, FIRST, DIM, CHECK)
-        b_tile = load_tile(b, b_rows, b_strides[2], b_inside, step * FIRST, FIRST, DIM, CHECK)
+        a_tile = load_tile(a, a_rows, a_inside, step * FIRST, FIRST, DIM, CHECK)
+        b_tile = load_tile(b, b_rows, b_inside, step * FIRST, FIRST, DIM, CHECK)
         product = tl.dot(a_tile, tl.trans(b_tile), product, input_precision=PRECISION)
     if SECOND > 0:
-        a_tile = load_tile(a, a_rows, a_strides[2], a_inside, FIRST * STEPS, SECOND, DIM, True)
-        b_tile = load_tile(b, b_rows, b_strides[2], b_inside, FIRST * STEPS, SECOND, DIM, True)
+        a_tile = load_tile(a, a_rows, a_inside, FIRST * STEPS, SECOND, DIM, True)
+        b_tile = load_tile(b, b_rows, b_inside, FIRST * STEPS, SECOND, DIM, True)
         product = tl.dot(a_tile, tl.trans(b_tile), product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
-def _visible(key_mask, mask_stride, m, inside, HAS_MASK: tl.constexpr):
+def _mask_rows(key_mask, mask_strides, lengths, facts, problem, batch, HAS_MASK: tl.constexpr):
+    """Where the mask of a problem's keys is, and the keys that have one: from the first to before the second."""
+    if HAS_MASK:
+        boundary = pick_integer(lengths, BOUNDARY, problem)
+        place = problem_rows(key_mask, mask_strides, problem, batch, 0, boundary, 1)
+        return place, pick_integer(facts, MASK_BEGIN, problem), pick_integer(facts, MASK_END, problem)
+    else:
+        return ()
+
+
+@triton.jit
+def _visible(mask, m, inside, HAS_MASK: tl.constexpr):
     """Which of the keys m may be attended."""
     if HAS_MASK:
-        return tl.load(key_mask + m.to(tl.int64) * mask_stride, mask=inside, other=0) != 0
-    return inside
+        masked = inside & (m >= mask[1]) & (m < mask[2])
+        return (tl.load(row_pointers(mask[0], m), mask=masked, other=1) != 0) & inside
+    else:
+        return inside
+
+
+@triton.jit
+def _seed_of(seed, facts, problem):
+    """The seed that a problem has."""
+    return tl.load(seed).to(tl.uint64) + pick_integer(facts, NUMBER, problem).to(tl.uint64) * SEED_STEP
 
 
 @triton.jit
@@ -103,25 +139,28 @@ def _statistics(statistics, queries, n, inside):
 
 @triton.jit
 def forward_kernel(
-    q,
+    q,  # tables of the segments of queries, keys, values and masks
     k,
     v,
     key_mask,
-    bias,
+    bias,  # of a problem by itself
     seed,
-    out,  # (B,H,N,E) contiguous; with splits the float32 sums (splits,B,H,N,E)
-    lse,  # (B,H,N) contiguous; with splits the sums of exp2(score - top), (splits,B,H,N)
-    top,  # with splits the largest scores, (splits,B,H,N)
+    out,  # tables of segments; with splits ((float32 sums (splits, rows, E),),), the rows of all problems
+    lse,  # table of contiguous (B,H,N); with splits likewise the sums of exp2(score - top), (splits, rows)
+    top,  # with splits likewise the largest scores
     q_strides,
     k_strides,
     v_strides,
     mask_strides,
     bias_strides,
+    out_strides,
+    query_lengths,
+    key_lengths,
+    facts,
+    launch,
     pairs,
     heads,
-    queries,
-    keys,
-    split_keys,  # keys that one split walks, a multiple of BLOCK_M
+    rows,
     scale,  # in base 2 times log2(e), rounded once
     keep_scale,
     threshold,
@@ -142,52 +181,58 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """A tile of queries of one pair walks its split of the keys with an online softmax."""
-    BASE2: tl.constexpr = k.dtype.element_ty != tl.float32
+    DTYPE: tl.constexpr = k[0][0].dtype.element_ty
+    BASE2: tl.constexpr = DTYPE != tl.float32
+    UNIT: tl.constexpr = unit_of(DTYPE)
     D1_CHECK: tl.constexpr = D < D1 * D_STEPS
     E1_CHECK: tl.constexpr = E < E1 * E_STEPS
     E_BLOCKS: tl.constexpr = 1 if E_STEPS == 1 else (E + E1 - 1) // E1
+    problem, pid = locate(launch, FIRST_PROGRAM, tl.program_id(0))
+    queries = pick_integer(query_lengths, LENGTH, problem).to(tl.int32)
+    keys = pick_integer(key_lengths, LENGTH, problem).to(tl.int32)
     query_tiles = tl.cdiv(queries, BLOCK_N)
-    pid = tl.program_id(0)
     e = (pid % E_BLOCKS) * E1
     pid = pid // E_BLOCKS
     n = (pid % query_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // query_tiles
     pair, split = (pid % pairs).to(tl.int64), (pid // pairs).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    q = pair_base(q, q_strides, batch, head)
-    k = pair_base(k, k_strides, batch, head)
-    v = pair_base(v, v_strides, batch, head)
-    if HAS_MASK:
-        key_mask += batch * mask_strides[0]
+    q_boundary = pick_integer(query_lengths, BOUNDARY, problem).to(tl.int32)
+    k_boundary = pick_integer(key_lengths, BOUNDARY, problem).to(tl.int32)
+    q_rows = problem_rows(q, q_strides, problem, batch, head, q_boundary, UNIT)
+    k_rows = problem_rows(k, k_strides, problem, batch, head, k_boundary, UNIT)
+    v_rows = problem_rows(v, v_strides, problem, batch, head, k_boundary, UNIT)
+    mask = _mask_rows(key_mask, mask_strides, key_lengths, facts, problem, batch, HAS_MASK)
     if HAS_BIAS:
         bias += batch * bias_strides[0] + head * bias_strides[1]
     n_inside = n < queries
     if DROPOUT:
-        low, high = dropout_row(tl.load(seed), pair * queries + n)
+        low, high = dropout_row(_seed_of(seed, facts, problem), pair * queries + n)
 
     if D_STEPS == 1:
-        q1 = load_tile(q, n, q_strides[2], n_inside, 0, D1, D, D1_CHECK)
+        q1 = load_tile(q_rows, n, n_inside, 0, D1, D, D1_CHECK)
         if D2 > 0:
-            q2 = load_tile(q, n, q_strides[2], n_inside, D1, D2, D, True)
+            q2 = load_tile(q_rows, n, n_inside, D1, D2, D, True)
     m_top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc1 = tl.zeros([BLOCK_N, E1], tl.float32)
     if E2 > 0 and E_STEPS == 1:
         acc2 = tl.zeros([BLOCK_N, E2], tl.float32)
 
+    split_keys = pick_integer(launch, SPLIT_ROWS, problem)
     begin = (split * split_keys).to(tl.int32)
-    for start in range(begin, tl.minimum(begin + split_keys, keys), BLOCK_M):
+    for start in range(begin, tl.minimum(begin + split_keys, keys).to(tl.int32), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         m_inside = m < keys
-        visible = _visible(key_mask, mask_strides[1], m, m_inside, HAS_MASK)
+        visible = _visible(mask, m, m_inside, HAS_MASK)
         if D_STEPS == 1:
-            k1 = load_tile(k, m, k_strides[2], visible, 0, D1, D, D1_CHECK)
+            k1 = load_tile(k_rows, m, visible, 0, D1, D, D1_CHECK)
             product = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
             if D2 > 0:
-                k2 = load_tile(k, m, k_strides[2], visible, D1, D2, D, True)
+                k2 = load_tile(k_rows, m, visible, D1, D2, D, True)
                 product = tl.dot(q2, tl.trans(k2), product, input_precision=PRECISION)
         else:
-            product = _looped_product(q, n, q_strides, n_inside, k, m, k_strides, visible, D, D1, D_STEPS, D2, PRECISION)
+            product = _looped_product(q_rows, n, n_inside, k_rows, m, visible, D, D1, D_STEPS, D2, PRECISION)
         inside = n_inside[:, None] & m_inside[None, :]
         n_, m_, visible_ = n[:, None], m[None, :], visible[None, :]
         scores = _scores(product, scale, bias, n_, m_, bias_strides, inside, visible_, HAS_BIAS, BASE2)
@@ -200,28 +245,31 @@ def forward_kernel(
         total = total * fade + tl.sum(weights, 1)
         if DROPOUT:
             weights = tl.where(dropout_keep(low[:, None], high[:, None], m[None, :], threshold), weights, 0.0)
-        weights = weights.to(v.dtype.element_ty)
-        v1 = load_tile(v, m, v_strides[2], visible, e, E1, E, E1_CHECK)
+        weights = weights.to(DTYPE)
+        v1 = load_tile(v_rows, m, visible, e, E1, E, E1_CHECK)
         acc1 = tl.dot(weights, v1, acc1 * fade[:, None], input_precision=PRECISION)
         if E2 > 0 and E_STEPS == 1:
-            v2 = load_tile(v, m, v_strides[2], visible, E1, E2, E, True)
+            v2 = load_tile(v_rows, m, visible, E1, E2, E, True)
             acc2 = tl.dot(weights, v2, acc2 * fade[:, None], input_precision=PRECISION)
 
-    row = (split * pairs + pair) * queries
     if SPLIT:
+        row = split * rows + pick_integer(query_lengths, BEFORE, problem) + pair * queries
+        out_rows = out[0][0] + row * E, E
         gain = tl.full([BLOCK_N], 1.0, tl.float32) * keep_scale
         if e == 0:
-            tl.store(top + row + n, m_top, mask=n_inside)
-            tl.store(lse + row + n, total, mask=n_inside)
+            tl.store(top[0][0] + row + n, m_top, mask=n_inside)
+            tl.store(lse[0][0] + row + n, total, mask=n_inside)
     else:
+        OUT_UNIT: tl.constexpr = unit_of(out[0][0].dtype.element_ty, E)
+        out_rows = problem_rows(out, out_strides, problem, batch, head, q_boundary, OUT_UNIT)
         total = tl.where(total == 0.0, 1.0, total)  # a row without keys: 0 / 1, and log(1) + -inf
         gain = keep_scale / total
         if e == 0:
             logarithm = (m_top + tl.log2(total)) * LN_2 if BASE2 else m_top + tl.log(total)
-            tl.store(lse + row + n, logarithm, mask=n_inside)
-    store_tile(out + row * E, n, E, n_inside, e, acc1 * gain[:, None], E)
+            tl.store(pick(lse, 0, problem) + pair * queries + n, logarithm, mask=n_inside)
+    store_tile(out_rows, n, n_inside, e, acc1 * gain[:, None], E)
     if E2 > 0 and E_STEPS == 1:
-        store_tile(out + row * E, n, E, n_inside, E1, acc2 * gain[:, None], E)
+        store_tile(out_rows, n, n_inside, E1, acc2 * gain[:, None], E)
 
 
 # --- Backward -------------------------------------------------------------------------------------------------------------
@@ -229,16 +277,16 @@ def forward_kernel(
 
 @triton.jit
 def statistics_kernel(
-    out,
-    dout,
+    out,  # tables of segments, contiguous
+    dout,  # aligned
     lse,
     dlse,
-    statistics,  # float32 (pairs, 2, queries)
+    statistics,  # float32, of each problem (pairs, 2, queries)
     out_strides,
     dout_strides,
     dlse_strides,
+    query_lengths,
     heads,
-    queries,
     rows,
     E: tl.constexpr,
     HAS_DLSE: tl.constexpr,
@@ -249,25 +297,30 @@ def statistics_kernel(
 
     Rows without keys get lse = +inf and delta = 0, which makes their P and dS zero.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = row < rows
-    batch, head, n = row // queries // heads, row // queries % heads, row % queries
-    out_row = batch * out_strides[0] + head * out_strides[1] + n * out_strides[2]
-    dout_row = batch * dout_strides[0] + head * dout_strides[1] + n * dout_strides[2]
+    index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = index < rows
+    problem, row = locate(query_lengths, BEFORE, index)
+    queries, boundary = pick_integer(query_lengths, LENGTH, problem), pick_integer(query_lengths, BOUNDARY, problem)
+    pair, n = row // queries, row % queries
+    batch, head = pair // heads, pair % heads
+    OUT_UNIT: tl.constexpr = unit_of(out[0][0].dtype.element_ty, E)
+    UNIT: tl.constexpr = unit_of(out[0][0].dtype.element_ty)
+    out_row = row_pointers(problem_rows(out, out_strides, problem, batch, head, boundary, OUT_UNIT), n)
+    dout_row = row_pointers(problem_rows(dout, dout_strides, problem, batch, head, boundary, UNIT), n)
     delta = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, E, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E)
         mask = inside[:, None] & (e < E)[None, :]
-        a = tl.load(out + out_row[:, None] + e.to(tl.int64)[None, :] * out_strides[3], mask=mask, other=0.0)
-        b = tl.load(dout + dout_row[:, None] + e.to(tl.int64)[None, :] * dout_strides[3], mask=mask, other=0.0)
+        a = tl.load(out_row[:, None] + e[None, :], mask=mask, other=0.0)
+        b = tl.load(dout_row[:, None] + e[None, :], mask=mask, other=0.0)
         delta += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     if HAS_DLSE:
-        offsets = batch * dlse_strides[0] + head * dlse_strides[1] + n * dlse_strides[2]
-        delta -= tl.load(dlse + offsets, mask=inside, other=0.0).to(tl.float32)
-    lse_row = tl.load(lse + row, mask=inside, other=0.0)
+        dlse_row = row_pointers(problem_rows(dlse, dlse_strides, problem, batch, head, queries, 1), n)
+        delta -= tl.load(dlse_row, mask=inside, other=0.0).to(tl.float32)
+    lse_row = tl.load(pick(lse, 0, problem) + row, mask=inside, other=0.0)
     empty = lse_row == float("-inf")
-    target = statistics + row // queries * queries + row
-    if out.dtype.element_ty != tl.float32:
+    target = statistics + 2 * (index - row) + pair * queries + row
+    if out[0][0].dtype.element_ty != tl.float32:
         lse_row *= LOG2_E
     tl.store(target, tl.where(empty, float("inf"), lse_row), mask=inside)
     tl.store(target + queries, tl.where(empty, 0.0, delta), mask=inside)
@@ -275,15 +328,15 @@ def statistics_kernel(
 
 @triton.jit
 def backward_kernel(
-    a,  # q, or k where OWN_KEYS
+    a,  # tables of segments: of q, or of k where OWN_KEYS
     a2,  # dout, or v
     b,  # k, or q
     b2,  # v, or dout
     key_mask,
-    bias,
+    bias,  # of a problem by itself
     seed,
     statistics,
-    da,  # dq, or dk: contiguous; with splits float32 (splits, ...)
+    da,  # dq, or dk; with splits ((float32 (splits, rows, D),),), the rows of all problems
     da2,  # dv where OWN_KEYS
     a_strides,
     a2_strides,
@@ -291,11 +344,15 @@ def backward_kernel(
     b2_strides,
     mask_strides,
     bias_strides,
+    da_strides,
+    da2_strides,
+    own_lengths,
+    other_lengths,
+    facts,
+    launch,
     pairs,
     heads,
-    own_count,
-    other_count,
-    split_others,  # rows of the other side that one split walks, a multiple of BLOCK_OTHER
+    rows,
     scale,  # in base 2 times log2(e), rounded once
     keep_scale,
     threshold,
@@ -314,6 +371,7 @@ def backward_kernel(
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
@@ -323,50 +381,59 @@ def backward_kernel(
     With x the own and y the other index: P_xy = exp(S_xy - lse), dP = a2 b2^T, dS = P (dP - delta). lse and delta belong
     to the queries, the mask to the keys.
     """
-    BASE2: tl.constexpr = b.dtype.element_ty != tl.float32
+    DTYPE: tl.constexpr = b[0][0].dtype.element_ty
+    BASE2: tl.constexpr = DTYPE != tl.float32
+    UNIT: tl.constexpr = unit_of(DTYPE)
     D1_CHECK: tl.constexpr = D < D1 * D_STEPS
     E1_CHECK: tl.constexpr = E < E1 * E_STEPS
     DO: tl.constexpr = D1 if D_STEPS == 1 else OUT
     EO: tl.constexpr = E1 if E_STEPS == 1 else OUT
     D_BLOCKS: tl.constexpr = (D + DO - 1) // DO if FIRST and D_STEPS > 1 else 1
     E_BLOCKS: tl.constexpr = (E + EO - 1) // EO if SECOND and E_STEPS > 1 else 1
+    problem, pid = locate(launch, FIRST_PROGRAM, tl.program_id(0))
+    own_count = pick_integer(own_lengths, LENGTH, problem).to(tl.int32)
+    other_count = pick_integer(other_lengths, LENGTH, problem).to(tl.int32)
     own_tiles = tl.cdiv(own_count, BLOCK_OWN)
-    pid = tl.program_id(0)
     block = pid % (D_BLOCKS * E_BLOCKS)
     pid = pid // (D_BLOCKS * E_BLOCKS)
     x = (pid % own_tiles) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
     pid = pid // own_tiles
     pair, split = (pid % pairs).to(tl.int64), (pid // pairs).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    a = pair_base(a, a_strides, batch, head)
-    a2 = pair_base(a2, a2_strides, batch, head)
-    b = pair_base(b, b_strides, batch, head)
-    b2 = pair_base(b2, b2_strides, batch, head)
-    if HAS_MASK:
-        key_mask += batch * mask_strides[0]
+    own_boundary = pick_integer(own_lengths, BOUNDARY, problem).to(tl.int32)
+    other_boundary = pick_integer(other_lengths, BOUNDARY, problem).to(tl.int32)
+    a_rows = problem_rows(a, a_strides, problem, batch, head, own_boundary, UNIT)
+    a2_rows = problem_rows(a2, a2_strides, problem, batch, head, own_boundary, UNIT)
+    b_rows = problem_rows(b, b_strides, problem, batch, head, other_boundary, UNIT)
+    b2_rows = problem_rows(b2, b2_strides, problem, batch, head, other_boundary, UNIT)
+    key_lengths = own_lengths if OWN_KEYS else other_lengths
+    mask = _mask_rows(key_mask, mask_strides, key_lengths, facts, problem, batch, HAS_MASK)
     if HAS_BIAS:
         bias += batch * bias_strides[0] + head * bias_strides[1]
     queries = other_count if OWN_KEYS else own_count
-    statistics += pair * 2 * queries
+    statistics += pick_integer(facts, STATISTICS, problem).to(tl.int64) + pair * 2 * queries
+
+    if DROPOUT:
+        own_seed = _seed_of(seed, facts, problem)
 
     x_inside = x < own_count
     if OWN_KEYS:
-        x_read = _visible(key_mask, mask_strides[1], x, x_inside, HAS_MASK)
+        x_read = _visible(mask, x, x_inside, HAS_MASK)
     else:
         x_read = x_inside
         x_lse, x_delta = _statistics(statistics, queries, x, x_inside)
         row_lse, row_delta = x_lse[:, None], x_delta[:, None]
         if DROPOUT:
-            low, high = dropout_row(tl.load(seed), pair * queries + x)
+            low, high = dropout_row(own_seed, pair * queries + x)
             low, high = low[:, None], high[:, None]
     if D_STEPS == 1:
-        a_1 = load_tile(a, x, a_strides[2], x_read, 0, D1, D, D1_CHECK)
+        a_1 = load_tile(a_rows, x, x_read, 0, D1, D, D1_CHECK)
         if D2 > 0:
-            a_2 = load_tile(a, x, a_strides[2], x_read, D1, D2, D, True)
+            a_2 = load_tile(a_rows, x, x_read, D1, D2, D, True)
     if FIRST and E_STEPS == 1:
-        a2_1 = load_tile(a2, x, a2_strides[2], x_read, 0, E1, E, E1_CHECK)
+        a2_1 = load_tile(a2_rows, x, x_read, 0, E1, E, E1_CHECK)
         if E2 > 0:
-            a2_2 = load_tile(a2, x, a2_strides[2], x_read, E1, E2, E, True)
+            a2_2 = load_tile(a2_rows, x, x_read, E1, E2, E, True)
     if FIRST:
         da_1 = tl.zeros([BLOCK_OWN, DO], tl.float32)
         if D2 > 0 and D_STEPS == 1:
@@ -376,8 +443,9 @@ def backward_kernel(
         if E2 > 0 and E_STEPS == 1:
             da2_2 = tl.zeros([BLOCK_OWN, E2], tl.float32)
 
+    split_others = pick_integer(launch, SPLIT_ROWS, problem)
     begin = (split * split_others).to(tl.int32)
-    for start in range(begin, tl.minimum(begin + split_others, other_count), BLOCK_OTHER):
+    for start in range(begin, tl.minimum(begin + split_others, other_count).to(tl.int32), BLOCK_OTHER):
         y = start + tl.arange(0, BLOCK_OTHER)
         y_inside = y < other_count
         inside = x_inside[:, None] & y_inside[None, :]
@@ -387,20 +455,20 @@ def backward_kernel(
             row_lse, row_delta = y_lse[None, :], y_delta[None, :]
             n, m, visible = y[None, :], x[:, None], x_read[:, None]
             if DROPOUT:
-                low, high = dropout_row(tl.load(seed), pair * queries + y)
+                low, high = dropout_row(own_seed, pair * queries + y)
                 low, high = low[None, :], high[None, :]
         else:
-            y_read = _visible(key_mask, mask_strides[1], y, y_inside, HAS_MASK)
+            y_read = _visible(mask, y, y_inside, HAS_MASK)
             n, m, visible = x[:, None], y[None, :], y_read[None, :]
 
         if D_STEPS == 1:
-            b_1 = load_tile(b, y, b_strides[2], y_read, 0, D1, D, D1_CHECK)
+            b_1 = load_tile(b_rows, y, y_read, 0, D1, D, D1_CHECK)
             product = tl.dot(a_1, tl.trans(b_1), input_precision=PRECISION)
             if D2 > 0:
-                b_2 = load_tile(b, y, b_strides[2], y_read, D1, D2, D, True)
+                b_2 = load_tile(b_rows, y, y_read, D1, D2, D, True)
                 product = tl.dot(a_2, tl.trans(b_2), product, input_precision=PRECISION)
         else:
-            product = _looped_product(a, x, a_strides, x_read, b, y, b_strides, y_read, D, D1, D_STEPS, D2, PRECISION)
+            product = _looped_product(a_rows, x, x_read, b_rows, y, y_read, D, D1, D_STEPS, D2, PRECISION)
         scores = _scores(product, scale, bias, n, m, bias_strides, inside, visible, HAS_BIAS, BASE2)
         weights = _exp(scores - row_lse, BASE2)
         if DROPOUT:
@@ -410,52 +478,62 @@ def backward_kernel(
             dropped = weights
             if DROPOUT:
                 dropped = weights * kept
-            dropped = dropped.to(b2.dtype.element_ty)
+            dropped = dropped.to(DTYPE)
             if E_STEPS == 1:
-                b2_1 = load_tile(b2, y, b2_strides[2], y_read, 0, E1, E, E1_CHECK)
+                b2_1 = load_tile(b2_rows, y, y_read, 0, E1, E, E1_CHECK)
             else:
-                b2_1 = load_tile(b2, y, b2_strides[2], y_read, block * EO, EO, E, E % EO != 0)
+                b2_1 = load_tile(b2_rows, y, y_read, block * EO, EO, E, E % EO != 0)
             da2_1 = tl.dot(dropped, b2_1, da2_1, input_precision=PRECISION)
             if E2 > 0 and E_STEPS == 1:
-                b2_2 = load_tile(b2, y, b2_strides[2], y_read, E1, E2, E, True)
+                b2_2 = load_tile(b2_rows, y, y_read, E1, E2, E, True)
                 da2_2 = tl.dot(dropped, b2_2, da2_2, input_precision=PRECISION)
 
         if FIRST:
             if E_STEPS == 1:
                 if not SECOND:
-                    b2_1 = load_tile(b2, y, b2_strides[2], y_read, 0, E1, E, E1_CHECK)
+                    b2_1 = load_tile(b2_rows, y, y_read, 0, E1, E, E1_CHECK)
                     if E2 > 0:
-                        b2_2 = load_tile(b2, y, b2_strides[2], y_read, E1, E2, E, True)
+                        b2_2 = load_tile(b2_rows, y, y_read, E1, E2, E, True)
                 dweights = tl.dot(a2_1, tl.trans(b2_1), input_precision=PRECISION)
                 if E2 > 0:
                     dweights = tl.dot(a2_2, tl.trans(b2_2), dweights, input_precision=PRECISION)
             else:
-                dweights = _looped_product(a2, x, a2_strides, x_read, b2, y, b2_strides, y_read, E, E1, E_STEPS, E2, PRECISION)
+                dweights = _looped_product(a2_rows, x, x_read, b2_rows, y, y_read, E, E1, E_STEPS, E2, PRECISION)
             if DROPOUT:
                 dweights *= kept
-            dscores = (weights * (dweights - row_delta)).to(b.dtype.element_ty)
+            dscores = (weights * (dweights - row_delta)).to(DTYPE)
             if D_STEPS > 1:
-                b_1 = load_tile(b, y, b_strides[2], y_read, block * DO, DO, D, D % DO != 0)
+                b_1 = load_tile(b_rows, y, y_read, block * DO, DO, D, D % DO != 0)
             da_1 = tl.dot(dscores, b_1, da_1, input_precision=PRECISION)
             if D2 > 0 and D_STEPS == 1:
                 da_2 = tl.dot(dscores, b_2, da_2, input_precision=PRECISION)
 
-    row = (split * pairs + pair) * own_count
+    if SPLIT:
+        row = split * rows + pick_integer(own_lengths, BEFORE, problem) + pair * own_count
     if FIRST:
-        store_tile(
-            da + row * D, x, D, x_inside, 0 if D_STEPS == 1 else block * DO, da_1 * (scale * LN_2 if BASE2 else scale), D
-        )
+        D_UNIT: tl.constexpr = unit_of(da[0][0].dtype.element_ty, D)
+        if SPLIT:
+            da_rows = da[0][0] + row * D, D
+        else:
+            da_rows = problem_rows(da, da_strides, problem, batch, head, own_boundary, D_UNIT)
+        gain = scale * LN_2 if BASE2 else scale
+        store_tile(da_rows, x, x_inside, 0 if D_STEPS == 1 else block * DO, da_1 * gain, D)
         if D2 > 0 and D_STEPS == 1:
-            store_tile(da + row * D, x, D, x_inside, D1, da_2 * (scale * LN_2 if BASE2 else scale), D)
+            store_tile(da_rows, x, x_inside, D1, da_2 * gain, D)
     if SECOND:
-        store_tile(da2 + row * E, x, E, x_inside, 0 if E_STEPS == 1 else block * EO, da2_1, E)
+        E_UNIT: tl.constexpr = unit_of(da2[0][0].dtype.element_ty, E)
+        if SPLIT:
+            da2_rows = da2[0][0] + row * E, E
+        else:
+            da2_rows = problem_rows(da2, da2_strides, problem, batch, head, own_boundary, E_UNIT)
+        store_tile(da2_rows, x, x_inside, 0 if E_STEPS == 1 else block * EO, da2_1, E)
         if E2 > 0 and E_STEPS == 1:
-            store_tile(da2 + row * E, x, E, x_inside, E1, da2_2, E)
+            store_tile(da2_rows, x, x_inside, E1, da2_2, E)
 
 
 @triton.jit
 def bias_kernel(
-    q,
+    q,  # tables of one problem of one segment
     k,
     v,
     dout,
@@ -470,9 +548,10 @@ def bias_kernel(
     dout_strides,
     mask_strides,
     bias_strides,  # 0 where it is broadcast
+    query_lengths,
+    key_lengths,
+    facts,
     heads,
-    queries,
-    keys,
     bias_batches,
     bias_heads,
     bias_queries,
@@ -499,7 +578,10 @@ def bias_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """dbias = sum of dS over what the bias was broadcast over: a tile of dbias walks those (b, h, n, m) in order."""
-    BASE2: tl.constexpr = q.dtype.element_ty != tl.float32
+    DTYPE: tl.constexpr = q[0][0].dtype.element_ty
+    BASE2: tl.constexpr = DTYPE != tl.float32
+    UNIT: tl.constexpr = unit_of(DTYPE)
+    queries, keys = pick_integer(query_lengths, LENGTH, 0).to(tl.int32), pick_integer(key_lengths, LENGTH, 0).to(tl.int32)
     pid = tl.program_id(0)
     key_tiles, query_tiles = tl.cdiv(keys, BLOCK_M), tl.cdiv(bias_queries, BLOCK_N)
     m_tile, pid = pid % key_tiles, pid // key_tiles
@@ -516,19 +598,16 @@ def bias_kernel(
         head = (own_head + rest % walk_heads).to(tl.int64)
         batch = (own_batch + rest // walk_heads).to(tl.int64)
         n_inside = n < queries
-        visible = m_inside
-        if HAS_MASK:
-            visible = _visible(key_mask + batch * mask_strides[0], mask_strides[1], m, m_inside, HAS_MASK)
+        mask = _mask_rows(key_mask, mask_strides, key_lengths, facts, 0, batch, HAS_MASK)
+        visible = _visible(mask, m, m_inside, HAS_MASK)
         pair = batch * heads + head
         row_lse, row_delta = _statistics(statistics + pair * 2 * queries, queries, n, n_inside)
         product = _looped_product(
-            pair_base(q, q_strides, batch, head),
+            problem_rows(q, q_strides, 0, batch, head, queries, UNIT),
             n,
-            q_strides,
             n_inside,
-            pair_base(k, k_strides, batch, head),
+            problem_rows(k, k_strides, 0, batch, head, keys, UNIT),
             m,
-            k_strides,
             visible,
             D,
             D1,
@@ -542,13 +621,11 @@ def bias_kernel(
         scores = _scores(product, scale, here, n_, m_, bias_strides, inside, visible_, True, BASE2)
         weights = _exp(scores - row_lse[:, None], BASE2)
         dweights = _looped_product(
-            pair_base(dout, dout_strides, batch, head),
+            problem_rows(dout, dout_strides, 0, batch, head, queries, UNIT),
             n,
-            dout_strides,
             n_inside,
-            pair_base(v, v_strides, batch, head),
+            problem_rows(v, v_strides, 0, batch, head, keys, UNIT),
             m,
-            v_strides,
             visible,
             E,
             E1,
@@ -557,7 +634,7 @@ def bias_kernel(
             PRECISION,
         )
         if DROPOUT:
-            low, high = dropout_row(tl.load(seed), pair * queries + n)
+            low, high = dropout_row(_seed_of(seed, facts, 0), pair * queries + n)
             dweights *= tl.where(dropout_keep(low[:, None], high[:, None], m[None, :], threshold), keep_scale, 0.0)
         acc += weights * (dweights - row_delta[:, None])
 
@@ -645,217 +722,320 @@ def _held(columns) -> bool:
     return columns["D_STEPS"] == 1 and columns["E_STEPS"] == 1
 
 
-class _Problem:
+class _Problem(NamedTuple):
+    """One problem: segments (B, H, rows, width) of queries, keys and values; of each of keys its mask (B, rows) or None."""
+
+    q: list
+    k: list
+    v: list
+    masks: list
+
+
+class _Walk(NamedTuple):
+    """How one launch goes over the problems."""
+
+    order: list  # numbers of those that have rows, the ones that take longest first
+    table: tuple  # `launch` of the kernels
+    programs: int
+    splits: int
+    rows: int  # of all pairs of all of them
+
+    def of(self, values) -> list:
+        """What there is for every problem, in the order of the launch."""
+        return [values[i] for i in self.order]
+
+    def room(self, like, *width) -> torch.Tensor:
+        """Float32 room for what every split has to say of every row."""
+        return like.new_empty(self.splits, self.rows, *width, dtype=torch.float32)
+
+
+def _rows(operands) -> list:
+    """Rows of each problem, of the segments of one operand."""
+    return [sum(t.shape[2] for t in segments) for segments in operands]
+
+
+class _Call:
     """What every launch of one call shares."""
 
-    def __init__(self, q, k, v, key_mask, bias, seed, scale, dropout_p):
-        self.q, self.k, self.v, self.seed = aligned(q), aligned(k), aligned(v), seed
-        self.base2 = q.dtype != torch.float32
-        self.scale = scale * LOG2_E.value if self.base2 else scale
-        self.batch, self.heads, self.queries, self.head_dim = q.shape
-        self.keys, self.value_dim = v.shape[2:]
+    def __init__(self, problems, bias, seed, scale, dropout_p):
+        self.q, self.k, self.v = ([[aligned(t) for t in p[side]] for p in problems] for side in range(3))
+        self.queries, self.keys = _rows(self.q), _rows(self.k)
+        first = self.q[0][0]
+        self.dtype, self.device = first.dtype, first.device
+        self.batch, self.heads, _, self.head_dim = first.shape
+        self.value_dim = self.v[0][0].shape[3]
         self.pairs = self.batch * self.heads
-        self.mask = None if key_mask is None else key_mask.view(torch.uint8)
-        self.bias = None if bias is None else bias.expand(self.batch, self.heads, self.queries, self.keys)
-        self.dropout = dropout_p > 0.0
+        self.base2 = first.dtype != torch.float32
+        self.scale = scale * LOG2_E.value if self.base2 else scale
+        self.seed, self.dropout = seed, dropout_p > 0.0
         self.keep_scale = 1.0 / (1.0 - dropout_p)
         self.threshold = dropout.threshold(dropout_p)
-
-    @property
-    def empty(self) -> bool:
-        return 0 in (self.pairs, self.queries, self.keys)
-
-    def strides(self, *tensors) -> tuple:
-        return tuple((0, 0, 0, 0) if t is None else t.stride() for t in tensors)
+        self.bias = None if bias is None else bias.expand(self.batch, self.heads, self.queries[0], self.keys[0])
+        self.bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
+        given = [mask for p in problems for mask in p.masks if mask is not None]
+        self.masks = None
+        if given:  # where a segment has none, `facts` says so, and its pointer is not used
+            masks = [[given[0] if mask is None else mask for mask in p.masks] for p in problems]
+            self.masks = [[mask.view(torch.uint8)[:, None, :, None] for mask in segments] for segments in masks]
+        self.facts, statistics = [], 0
+        for number, p in enumerate(problems):
+            inner = p.k[0].shape[2]
+            masked = (inner if p.masks[0] is None else 0), (inner if p.masks[-1] is None else self.keys[number])
+            self.facts.append(times_16(number, statistics, *masked))
+            statistics += 2 * self.pairs * self.queries[number]
 
     def tiles(self, kernel):
-        return _tuning.device_tiles(kernel, (self.head_dim, self.value_dim), self.q.dtype, self.q.device)
+        return _tuning.device_tiles(kernel, (self.head_dim, self.value_dim), self.dtype, self.device)
 
     def columns(self, tiles) -> dict:
         return _columns(self.head_dim, self.value_dim, tiles)
 
+    def mask_tables(self, walk) -> tuple:
+        return (None, None) if self.masks is None else segment_tables(walk.of(self.masks))
+
     def options(self, tiles) -> dict:
         return dict(
-            HAS_MASK=self.mask is not None,
+            HAS_MASK=self.masks is not None,
             DROPOUT=self.dropout,
-            PRECISION=input_precision(self.q.dtype),
+            PRECISION=input_precision(self.dtype),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
 
     def split(self, tiles: int, steps: int, num_warps: int) -> tuple:
         """(number of splits, steps of each)."""
-        splits = split_count(tiles, steps, self.q.device, num_warps)
+        splits = split_count(tiles, steps, self.device, num_warps)
         return splits, triton.cdiv(steps, splits)
 
-    def partial(self, splits: int, like) -> torch.Tensor:
-        """Where a launch writes: `like` itself, or float32 room for every split."""
-        return like if splits == 1 else like.new_empty((splits, *like.shape), dtype=torch.float32)
+    def walk(self, problems, own, other, block_own, block_other, blocks, num_warps) -> _Walk:
+        """Over the sides of `problems`, numbers, that have `own` and `other` rows; `blocks` programs share a tile."""
+        order = sorted((i for i in problems if own[i] and self.pairs), key=lambda i: -other[i])
+        tiles = [blocks * triton.cdiv(own[i], block_own) * self.pairs for i in order]
+        steps = [triton.cdiv(other[i], block_other) for i in order]
+        splits, _ = self.split(sum(tiles), max(steps, default=0), num_warps)
+        table, programs = [], 0
+        for count, length in zip(tiles, steps, strict=True):
+            table.append(times_16(programs, triton.cdiv(length, splits) * block_other))
+            programs += count * splits
+        return _Walk(order, tuple(table), programs, splits, self.pairs * sum(own[i] for i in order))
 
 
 def _blocks(dim: int, width: int, steps: int) -> int:
     return 1 if steps == 1 else triton.cdiv(dim, width)
 
 
-def attention_fwd(q, k, v, key_mask, bias, seed, scale, dropout_p):
-    """`mmkernels_triton::attention_fwd`; csrc/schemas.h has the contract."""
-    p = _Problem(q, k, v, key_mask, bias, seed, scale, dropout_p)
-    out = q.new_empty(p.batch, p.heads, p.queries, p.value_dim)
-    lse = q.new_empty(p.batch, p.heads, p.queries, dtype=torch.float32)
-    if p.empty:
-        return out.zero_(), lse.fill_(float("-inf"))
-    t = p.tiles("attention_forward")
-    columns = p.columns(t)
-    tiles = _blocks(p.value_dim, columns["E1"], columns["E_STEPS"]) * triton.cdiv(p.queries, t.queries) * p.pairs
-    splits, steps = p.split(tiles, triton.cdiv(p.keys, t.keys), t.num_warps)
-    target, total = p.partial(splits, out), p.partial(splits, lse)
-    top = None if splits == 1 else torch.empty_like(total)
-    with torch.cuda.device_of(q):
-        forward_kernel[(tiles * splits,)](
-            p.q,
-            p.k,
-            p.v,
-            p.mask,
-            p.bias,
-            seed,
-            target,
-            total,
-            top,
-            *p.strides(p.q, p.k, p.v, p.mask, p.bias),
-            p.pairs,
-            p.heads,
-            p.queries,
-            p.keys,
-            steps * t.keys,
-            p.scale,
-            p.keep_scale,
-            p.threshold,
-            **columns,
-            HAS_BIAS=bias is not None,
-            SPLIT=splits > 1,
-            BLOCK_N=t.queries,
-            BLOCK_M=t.keys,
-            **p.options(t),
-        )
-        if splits > 1:
-            merge_splits(target, top, total, out, lse, base2=p.base2)
-    return out, lse
+def _forward(call, out, lse) -> None:
+    """Fills out, of each problem the segments (B, H, rows, E), and lse, of each (B, H, N)."""
+    t = call.tiles("attention_forward")
+    columns = call.columns(t)
+    blocks = _blocks(call.value_dim, columns["E1"], columns["E_STEPS"])
+    walk = call.walk(range(len(out)), call.queries, call.keys, t.queries, t.keys, blocks, t.num_warps)
+    if walk.programs == 0:
+        return
+    q, k, v, out, lse = map(walk.of, (call.q, call.k, call.v, out, lse))
+    out_, out_strides = segment_tables(out)
+    sums, top = tuple((t,) for t in lse), None
+    if walk.splits > 1:
+        partial, total, largest = walk.room(q[0][0], call.value_dim), walk.room(q[0][0]), walk.room(q[0][0])
+        out_, out_strides, sums, top = ((partial,),), None, ((total,),), ((largest,),)
+    (q_, q_strides), (k_, k_strides), (v_, v_strides) = map(segment_tables, (q, k, v))
+    mask, mask_strides = call.mask_tables(walk)
+    forward_kernel[(walk.programs,)](
+        q_,
+        k_,
+        v_,
+        mask,
+        call.bias,
+        call.seed,
+        out_,
+        sums,
+        top,
+        q_strides,
+        k_strides,
+        v_strides,
+        mask_strides,
+        call.bias_strides,
+        out_strides,
+        lengths_table(q),
+        lengths_table(k),
+        tuple(walk.of(call.facts)),
+        walk.table,
+        call.pairs,
+        call.heads,
+        walk.rows,
+        call.scale,
+        call.keep_scale,
+        call.threshold,
+        **columns,
+        HAS_BIAS=call.bias is not None,
+        SPLIT=walk.splits > 1,
+        BLOCK_N=t.queries,
+        BLOCK_M=t.keys,
+        **call.options(t),
+    )
+    if walk.splits > 1:
+        merge_splits(partial, largest, total, out, lse, base2=call.base2)
 
 
-def _statistics_of(p, dout, dlse, out, lse):
-    lse = lse.contiguous()
-    statistics = lse.new_empty(p.pairs, 2, p.queries)
-    rows, block_r = lse.numel(), 64 if _backends.INTERPRET else 16
+def _statistics_of(call, dout, dlse, out, lse):
+    """lse and delta of all queries, see `statistics_kernel`."""
+    rows, block_r = call.pairs * sum(call.queries), 64 if _backends.INTERPRET else 16
+    statistics = torch.empty(2 * rows, dtype=torch.float32, device=call.device)
+    if rows == 0:
+        return statistics
+    some = [i for i, queries in enumerate(call.queries) if queries]
+    out, dout, lse = ([values[i] for i in some] for values in (out, dout, lse))
+    (out_, out_strides), (dout_, dout_strides) = map(segment_tables, (out, dout))
+    dlse_, dlse_strides = (None, None) if dlse is None else segment_tables([[dlse[i].unsqueeze(3)] for i in some])
     statistics_kernel[(triton.cdiv(rows, block_r),)](
-        out,
-        dout,
-        lse,
-        dlse,
+        out_,
+        dout_,
+        tuple((t.contiguous(),) for t in lse),
+        dlse_,
         statistics,
-        *p.strides(out, dout, dlse),
-        p.heads,
-        p.queries,
+        out_strides,
+        dout_strides,
+        dlse_strides,
+        lengths_table(out),
+        call.heads,
         rows,
-        E=p.value_dim,
+        E=call.value_dim,
         HAS_DLSE=dlse is not None,
         BLOCK_R=block_r,
-        BLOCK_E=min(128, max(16, triton.next_power_of_2(p.value_dim))),
+        BLOCK_E=min(128, max(16, triton.next_power_of_2(call.value_dim))),
         num_warps=4,
     )
     return statistics
 
 
-def _one_side(p, own_keys, dout, statistics, da, da2):
-    """Fills da (and da2): dq, or dk and dv. Either may be None."""
-    t = p.tiles("attention_backward_keys" if own_keys else "attention_backward_queries")
-    columns = p.columns(t)
-    sides = (p.k, p.v, p.q, dout) if own_keys else (p.q, dout, p.k, p.v)
-    own, other = (p.keys, p.queries) if own_keys else (p.queries, p.keys)
+def _one_side(call, own_keys, problems, dout, statistics, da, da2):
+    """Fills da (and da2) of `problems`: dq, or dk and dv, a list of segments of every problem. Either may be None."""
+    t = call.tiles("attention_backward_keys" if own_keys else "attention_backward_queries")
+    columns = call.columns(t)
+    sides = (call.k, call.v, call.q, dout) if own_keys else (call.q, dout, call.k, call.v)
+    counts = (call.keys, call.queries) if own_keys else (call.queries, call.keys)
     block_own, block_other = (t.keys, t.queries) if own_keys else (t.queries, t.keys)
-    tiles = triton.cdiv(own, block_own) * p.pairs
-    if da is not None:
-        tiles *= _blocks(p.head_dim, t.out, columns["D_STEPS"])
-    if da2 is not None:
-        tiles *= _blocks(p.value_dim, t.out, columns["E_STEPS"])
-    splits, steps = p.split(tiles, triton.cdiv(other, block_other), t.num_warps)
-    targets = [None if d is None else p.partial(splits, d) for d in (da, da2)]
-    backward_kernel[(tiles * splits,)](
-        *sides,
-        p.mask,
-        p.bias,
-        p.seed,
+    blocks = 1 if da is None else _blocks(call.head_dim, t.out, columns["D_STEPS"])
+    blocks *= 1 if da2 is None else _blocks(call.value_dim, t.out, columns["E_STEPS"])
+    walk = call.walk(problems, *counts, block_own, block_other, blocks, t.num_warps)
+    if walk.programs == 0:
+        return
+    sides = [walk.of(side) for side in sides]
+    results = [None if d is None else walk.of(d) for d in (da, da2)]
+    partials = [None if d is None or walk.splits == 1 else walk.room(d[0][0], d[0][0].shape[3]) for d in results]
+    targets = [
+        (None, None) if d is None else segment_tables(d) if partial is None else (((partial,),), None)
+        for d, partial in zip(results, partials, strict=True)
+    ]
+    pointers, strides = zip(*map(segment_tables, sides), strict=True)
+    mask, mask_strides = call.mask_tables(walk)
+    backward_kernel[(walk.programs,)](
+        *pointers,
+        mask,
+        call.bias,
+        call.seed,
         statistics,
-        *targets,
-        *p.strides(*sides, p.mask, p.bias),
-        p.pairs,
-        p.heads,
-        own,
-        other,
-        steps * block_other,
-        p.scale,
-        p.keep_scale,
-        p.threshold,
+        *(pointers for pointers, _ in targets),
+        *strides,
+        mask_strides,
+        call.bias_strides,
+        *(strides for _, strides in targets),
+        lengths_table(sides[0]),
+        lengths_table(sides[2]),
+        tuple(walk.of(call.facts)),
+        walk.table,
+        call.pairs,
+        call.heads,
+        walk.rows,
+        call.scale,
+        call.keep_scale,
+        call.threshold,
         **columns,
         OUT=t.out,
         OWN_KEYS=own_keys,
         FIRST=da is not None,
         SECOND=da2 is not None,
-        HAS_BIAS=p.bias is not None,
+        HAS_BIAS=call.bias is not None,
+        SPLIT=walk.splits > 1,
         BLOCK_OWN=block_own,
         BLOCK_OTHER=block_other,
-        **p.options(t),
+        **call.options(t),
     )
-    for target, result in zip(targets, (da, da2), strict=True):
-        if target is not result:
-            sum_splits(target, result)
+    for partial, result in zip(partials, results, strict=True):
+        if partial is not None:
+            sum_splits(partial, result)
 
 
-def _bias(p, dout, statistics, dbias):
-    t = p.tiles("attention_backward_bias")
+def _backward(call, dout, statistics, dq, dk, dv) -> None:
+    """Fills dq, and dk and dv, each of every problem a list of segments (B, H, rows, width), or None where not wanted."""
+    queries = [i for i, segments in enumerate(dq) if segments is not None]
+    keys = [i for i, segments in enumerate(dk) if segments is not None]
+    _one_side(call, False, queries, dout, statistics, dq, None)
+    if _held(call.columns(call.tiles("attention_backward_keys"))):
+        _one_side(call, True, keys, dout, statistics, dk, dv)
+    else:
+        _one_side(call, True, keys, dout, statistics, dk, None)
+        _one_side(call, True, keys, dout, statistics, None, dv)
+
+
+def _bias(call, dout, statistics, dbias):
+    t = call.tiles("attention_backward_bias")
     own = dbias.shape
-    block = (1, 1, t.queries)
-    full = (p.batch, p.heads, p.queries)
-    tiles, walk = triton.cdiv(p.keys, t.keys), []
+    full, block = (call.batch, call.heads, call.queries[0]), (1, 1, t.queries)
+    tiles, walk = triton.cdiv(call.keys[0], t.keys), []
     for size, whole, width in zip(own[:3], full, block, strict=True):
         tiles *= triton.cdiv(size, width)
         walk.append(triton.cdiv(whole, width) if size == 1 else 1)
     all_steps = walk[0] * walk[1] * walk[2]
-    splits, steps = p.split(tiles, all_steps, t.num_warps)
-    target = p.partial(splits, dbias)
+    splits, steps = call.split(tiles, all_steps, t.num_warps)
+    target = dbias if splits == 1 else dbias.new_empty((splits, *own), dtype=torch.float32)
+    pointers, strides = zip(*map(segment_tables, (call.q, call.k, call.v, dout)), strict=True)
+    mask, mask_strides = (None, None) if call.masks is None else segment_tables(call.masks)
     bias_kernel[(tiles * splits,)](
-        p.q,
-        p.k,
-        p.v,
-        dout,
-        p.mask,
-        p.bias,
-        p.seed,
+        *pointers,
+        mask,
+        call.bias,
+        call.seed,
         statistics,
         target,
-        *p.strides(p.q, p.k, p.v, dout, p.mask, p.bias),
-        p.heads,
-        p.queries,
-        p.keys,
+        *strides,
+        mask_strides,
+        call.bias_strides,
+        lengths_table(call.q),
+        lengths_table(call.k),
+        tuple(call.facts),
+        call.heads,
         *own[:3],
         *walk[1:],
         all_steps,
         steps,
-        p.scale,
-        p.keep_scale,
-        p.threshold,
-        **p.columns(t),
+        call.scale,
+        call.keep_scale,
+        call.threshold,
+        **call.columns(t),
         SUM_N=own[2] == 1,
         BLOCK_N=t.queries,
         BLOCK_M=t.keys,
-        **p.options(t),
+        **call.options(t),
     )
     if target is not dbias:
-        sum_splits(target, dbias)
+        sum_splits(target, [[dbias]])
+
+
+# --- Ops ------------------------------------------------------------------------------------------------------------------
+
+
+def attention_fwd(q, k, v, key_mask, bias, seed, scale, dropout_p):
+    """`mmkernels_triton::attention_fwd`; csrc/schemas.h has the contract."""
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        _forward(_Call([_Problem([q], [k], [v], [key_mask])], bias, seed, scale, dropout_p), [[out]], [lse])
+    return out, lse
 
 
 def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dropout_p, wanted):
     """`mmkernels_triton::attention_bwd`; csrc/schemas.h has the contract."""
-    p = _Problem(q, k, v, key_mask, bias, seed, scale, dropout_p)
 
     def gradient(tensor, bit):
         if tensor is None or not wanted & bit:
@@ -863,24 +1043,100 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dr
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     dq, dk, dv, dbias = gradient(q, 1), gradient(k, 2), gradient(v, 2), gradient(bias, 4)
-    if wanted & 4 and bias is not None and bias.shape[3] != p.keys:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; dbias may be wanted where its last size is {p.keys}")
-    if p.empty:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
+    if wanted & 4 and bias is not None and bias.shape[3] != k.shape[2]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; dbias may be wanted where its last size is {k.shape[2]}")
+    call = _Call([_Problem([q], [k], [v], [key_mask])], bias, seed, scale, dropout_p)
+    dout = [[aligned(dout)]]
     with torch.cuda.device_of(q):
-        statistics = _statistics_of(p, dout, dlse, out, lse)
-        dout = aligned(dout)
-        if wanted & 1:
-            _one_side(p, False, dout, statistics, dq, None)
-        if wanted & 2:
-            if _held(p.columns(p.tiles("attention_backward_keys"))):
-                _one_side(p, True, dout, statistics, dk, dv)
-            else:
-                _one_side(p, True, dout, statistics, dk, None)
-                _one_side(p, True, dout, statistics, None, dv)
-        if wanted & 4 and bias is not None:
-            _bias(p, dout, statistics, dbias)
+        statistics = _statistics_of(call, dout, None if dlse is None else [dlse], [[out.contiguous()]], [lse])
+        results = ([[d] if wanted & bit else None] for d, bit in ((dq, 1), (dk, 2), (dv, 2)))
+        _backward(call, dout, statistics, *results)
+        if dbias.numel() and 0 in q.shape:
+            dbias.zero_()
+        elif dbias.numel():
+            _bias(call, dout, statistics, dbias)
     return dq, dk, dv, dbias
+
+
+class _Slot(NamedTuple):
+    """One segment: the first rows of a slot of one of the tensors."""
+
+    tensor: int
+    slot: int
+    rows: int
+
+    def of(self, tensors) -> torch.Tensor:
+        return tensors[self.tensor][:, : self.rows, self.slot].transpose(1, 2)
+
+
+def _listed(tensors, problems, key_masks) -> list:
+    """The problems with a `_Slot` in place of each tensor; csrc/attention/attention_list.h has the form of `problems`."""
+    listed = []
+    for start in range(0, len(problems), 15):
+        rows, *places, mask_1, mask_2 = problems[start : start + 15]
+        slots = [_Slot(t, s, tensors[t].shape[1]) if t >= 0 else None for t, s in zip(places[::2], places[1::2], strict=True)]
+        if rows >= 0:
+            slots[0] = slots[0]._replace(rows=rows)
+        q, k, v = ([slot for slot in slots[i : i + 2] if slot is not None] for i in (0, 2, 4))
+        masks = [None if i < 0 else key_masks[i] for i in (mask_1, mask_2)]
+        listed.append(_Problem(q, k, v, masks[: len(k)]))
+    return listed
+
+
+def _listed_call(tensors, listed, seed, scale, dropout_p) -> _Call:
+    problems = [_Problem(*([slot.of(tensors) for slot in side] for side in p[:3]), p.masks) for p in listed]
+    return _Call(problems, None, seed, scale, dropout_p)
+
+
+def attention_list_fwd(tensors, problems, key_masks, seed, scale, dropout_p):
+    """`mmkernels_triton::attention_list_fwd`; csrc/schemas.h has the contract."""
+    listed = _listed(tensors, problems, key_masks)
+    call = _listed_call(tensors, listed, seed, scale, dropout_p)
+    like = tensors[0]
+    out = [[like.new_empty(call.batch, slot.rows, call.heads, call.value_dim) for slot in p.q] for p in listed]
+    lse = [like.new_empty(call.batch, call.heads, queries, dtype=torch.float32) for queries in call.queries]
+    with torch.cuda.device_of(like):
+        _forward(call, [[t.transpose(1, 2) for t in segments] for segments in out], lse)
+    return [t for segments in out for t in segments], lse
+
+
+def attention_list_bwd(dout, dlse, tensors, problems, key_masks, out, lse, seed, scale, dropout_p, wanted):
+    """`mmkernels_triton::attention_list_bwd`; csrc/schemas.h has the contract."""
+    listed = _listed(tensors, problems, key_masks)
+    slots = [slot for p in listed for side in p[:3] for slot in side]
+    read = {(slot.tensor, slot.slot) for slot in slots if slot.rows == tensors[slot.tensor].shape[1]}
+
+    def gradient(i, tensor):
+        if not wanted[i]:
+            return tensor.new_empty(0)
+        whole = all((i, slot) in read for slot in range(tensor.shape[2]))
+        return (torch.empty if whole else torch.zeros)(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    gradients = [gradient(i, tensor) for i, tensor in enumerate(tensors)]
+
+    def place(slot):
+        if wanted[slot.tensor]:
+            return slot.of(gradients)
+        batch, _, _, heads, width = tensors[slot.tensor].shape  # comes with what is wanted, and is dropped
+        return tensors[slot.tensor].new_empty(batch, heads, slot.rows, width)
+
+    def places(*sides):
+        """Where the gradients of these sides of a problem go, or None for each of them."""
+        some = any(wanted[slot.tensor] for side in sides for slot in side)
+        return [[place(slot) for slot in side] if some else None for side in sides]
+
+    def by_segment(values):
+        rest = iter(values)
+        return [[next(rest).transpose(1, 2) for _ in p.q] for p in listed]
+
+    call = _listed_call(tensors, listed, seed, scale, dropout_p)
+    dq = [places(p.q)[0] for p in listed]
+    dk, dv = zip(*(places(p.k, p.v) for p in listed), strict=True)
+    dout = [[aligned(t) for t in segments] for segments in by_segment(dout)]
+    with torch.cuda.device_of(tensors[0]):
+        statistics = _statistics_of(call, dout, dlse or None, by_segment([t.contiguous() for t in out]), lse)
+        _backward(call, dout, statistics, dq, dk, dv)
+    return gradients
 
 
 # --- For the kernel report ------------------------------------------------------------------------------------------------
@@ -962,6 +1218,10 @@ _SCHEMAS = {
     "float dropout_p) -> (Tensor, Tensor)",
     attention_bwd: "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, "
     "Tensor? bias, Tensor? seed, float scale, float dropout_p, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    attention_list_fwd: "(Tensor[] tensors, int[] problems, Tensor[] key_masks, Tensor? seed, float scale, float dropout_p) "
+    "-> (Tensor[], Tensor[])",
+    attention_list_bwd: "(Tensor[] dout, Tensor[] dlse, Tensor[] tensors, int[] problems, Tensor[] key_masks, Tensor[] out, "
+    "Tensor[] lse, Tensor? seed, float scale, float dropout_p, int[] wanted) -> Tensor[]",
 }
 for _function, _schema in _SCHEMAS.items():
     _name = f"mmkernels_triton::{_function.__name__}"

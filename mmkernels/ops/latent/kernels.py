@@ -754,7 +754,7 @@ def latent_fwd(
             **_launch(tiles, channels),
         )
         if splits > 1:
-            merge_splits(part, top, total, out, lse)
+            merge_splits(part, top, total, [[out[:, None]]], [lse])
     return out, lse
 
 
@@ -805,7 +805,7 @@ def latent_bwd(
             backward_q[(splits * batch * triton.cdiv(rows, tiles.queries),)](
                 *(*inputs(tiles), part, *strides, rows, keys, batch, split_size), **facts, **_launch(tiles, channels)
             )
-            sum_splits(part.view(-1, *q.shape), dq)
+            sum_splits(part.view(-1, *q.shape), [[dq[:, None]]])
         if (want_x and content) or want_position:
             tiles = _tiles("latent_bwd_x", channels, x)
             walk = batch if want_position else 1
