@@ -1,8 +1,9 @@
 """Encoders of several modalities that meet in a few bottleneck tokens (MBT, Nagrani et al. 2021), and the fusions beside it.
 
 Two ways through the same weights. The plain one, `backend="eager"`, concatenates [x_m ; z] and runs `EncoderBlock.forward`.
-All others keep tokens and bottleneck in buffers of their own: `_norms`, `_linears` and `_add_norms` each serve all buffers of
-a layer at once, and `ops.bottleneck_attention` all modalities.
+All others make few passes over the rows: layer norms read tokens and bottleneck where they lie and write them as one, add a
+residual branch and the bias of the linear layer that made it on the way, GELU adds its bias, and one launch attends for all
+modalities.
 """
 
 import torch
@@ -66,53 +67,56 @@ class EncoderBlock(nn.Module):
         return f"num_heads={self.num_heads}, dropout={self.dropout}, stochastic_depth={self.stochastic_depth}"
 
 
-# --- A layer over many buffers ---------------------------------------------------------------------------------------------
-# `blocks[i]` has the weights for the rows `rows[i]`; a block may stand there more than once.
+# --- A block in few passes --------------------------------------------------------------------------------------------------
+# `rows` is a list of one or two tensors, such as [x_m] or [x_m, z], which stand behind each other in what is computed.
 
 
-def _linears(jobs):
-    """[(x, weight, bias), ...] -> [x weight^T + bias, ...]."""
-    return [F.linear(x, weight, bias) for x, weight, bias in jobs]
+def _own(backend):
+    """The backend of what is no attention."""
+    return "auto" if backend == "sdpa" else backend
 
 
-def _norms(norms, rows):
-    return [norm(x) for norm, x in zip(norms, rows, strict=True)]
+def _norm(norm, rows, backend, **residual):
+    """LN(rows) as one tensor; with a residual (LN(rows + residual), rows + residual)."""
+    rows = rows[0] if len(rows) == 1 else tuple(rows)
+    return ops.film_layer_norm(rows, norm.weight, norm.bias, eps=norm.eps, backend=_own(backend), **residual)
 
 
-def _add_norms(norms, rows, branches):
-    """(rows + branches, LN(rows + branches))."""
-    rows = [x + branch for x, branch in zip(rows, branches, strict=True)]
-    return rows, _norms(norms, rows)
+def _projections(block, x, first=0, last=3):
+    """Queries, keys and values, or only those numbered `first` to `last` - 1: (B, N, last - first, H, D) of normalised x."""
+    size = block.qkv.in_features
+    weight, bias = block.qkv.weight, block.qkv.bias
+    if last - first < 3:
+        weight, bias = (p[first * size : last * size] for p in (weight, bias))
+    return torch.unflatten(F.linear(x, weight, bias), -1, (last - first, block.num_heads, -1))
 
 
-def _projections(blocks, rows, first=0, last=3):
-    """Queries, keys and values, or only those numbered `first` to `last` - 1: (B, N, last - first, H, D) of each LN1(rows)."""
-    jobs = []
-    for block, x in zip(blocks, rows, strict=True):
-        size = block.qkv.in_features
-        part = slice(first * size, last * size)
-        whole = last - first == 3
-        jobs.append((x, *(p if whole else p[part] for p in (block.qkv.weight, block.qkv.bias))))
-    heads = [(last - first, block.num_heads, -1) for block in blocks]
-    return [torch.unflatten(y, -1, shape) for y, shape in zip(_linears(jobs), heads, strict=True)]
+def _finish(block, rows, attended, keeps, backend):
+    """From the attention's output (B, N, D) to that of the block."""
+    if keeps[0] is None and not (block.training and block.dropout):
+        residual = {"residual": F.linear(attended, block.proj.weight), "residual_bias": block.proj.bias}
+    else:
+        residual = {"residual": block.branch(block.proj(attended), keeps[0])}
+    normed, x = _norm(block.norm2, rows, backend, **residual)
+    hidden = ops.bias_gelu(F.linear(normed, block.fc1.weight), block.fc1.bias, backend=_own(backend))
+    hidden = F.dropout(hidden, block.dropout, block.training)
+    return x + block.branch(block.fc2(hidden), keeps[1])
 
 
-def _finish(blocks, rows, attended, keeps):
-    """From the attention's output to that of the block."""
-    branches = _linears([(a, b.proj.weight, b.proj.bias) for b, a in zip(blocks, attended, strict=True)])
-    branches = [b.branch(y, keep) for b, y, (keep, _) in zip(blocks, branches, keeps, strict=True)]
-    rows, normed = _add_norms([b.norm2 for b in blocks], rows, branches)
-    hidden = _linears([(x, b.fc1.weight, b.fc1.bias) for b, x in zip(blocks, normed, strict=True)])
-    hidden = [b.activate(x) for b, x in zip(blocks, hidden, strict=True)]
-    branches = _linears([(x, b.fc2.weight, b.fc2.bias) for b, x in zip(blocks, hidden, strict=True)])
-    return [x + b.branch(y, keep) for b, x, y, (_, keep) in zip(blocks, rows, branches, keeps, strict=True)]
+def _attend(queries, segments, masks, backend):
+    """Every one of the queries (B, N, H, D) to its segments of keys and values (B, T_i, 2, H, D), all in one launch.
 
-
-def _attend(q, segments, masks, backend):
-    """Queries (B, N, H, D) to several segments of keys and values (B, T_i, 2, H, D): (B, N, H D)."""
-    mask = _joined_masks([segment.shape[:2] for segment in segments], masks)
-    k, v = (segments[0] if len(segments) == 1 else torch.cat(segments, 1)).permute(2, 0, 3, 1, 4)
-    return ops.attention(q.transpose(1, 2), k, v, key_mask=mask, backend=backend).transpose(1, 2).flatten(2)
+    `masks` has one or None for each segment. Returns (B, N, H D) each.
+    """
+    ks, vs, given = [], [], []
+    for one, own in zip(segments, masks, strict=True):
+        if len(one) > 2:  # more than a problem takes
+            one, own = [torch.cat(one, 1)], [_joined_masks([segment.shape[:2] for segment in one], own)]
+        k, v = (tuple(segment[:, :, i].transpose(1, 2) for segment in one) for i in range(2))
+        ks, vs, given = [*ks, k], [*vs, v], [*given, tuple(own)]
+    ks, vs, given = ([one if len(one) == 2 else one[0] for one in side] for side in (ks, vs, given))
+    out = ops.attention([q.transpose(1, 2) for q in queries], ks, vs, key_mask=given, backend=backend)
+    return [one.transpose(1, 2).flatten(2) for one in out]
 
 
 def _joined_masks(shapes, masks):
@@ -238,68 +242,59 @@ class BottleneckFusionLayer(ModalityLayer):
 
     def _step(self, tokens, bottleneck, masks, rows, last):
         """All `tokens` from the same bottleneck; `last` says that with rows="cls" nobody reads the new bottleneck."""
-        if self.backend == "eager":
-            outputs = self._plain(tokens, bottleneck, masks, rows)
-        elif rows == "cls" and not last:
-            outputs = self._few_rows(*tokens.items(), bottleneck, *masks.values())
-        else:
-            outputs = self._fused(tokens, bottleneck, masks, rows)
-        rows_of, bottlenecks = outputs
-        if bottleneck is None or (rows == "cls" and last):
-            return rows_of, None
-        return rows_of, sum(bottlenecks[1:], bottlenecks[0]) / len(bottlenecks)
-
-    def _fused(self, tokens, bottleneck, masks, rows):
-        count, x = len(tokens), list(tokens.values())
-        blocks = [self.block(name) for name in tokens]
-        keeps = [block.draw(one) for block, one in zip(blocks, x, strict=True)]
+        keep = bottleneck is not None and not (rows == "cls" and last)
         if bottleneck is not None:
-            # One example's bottleneck is normalised and projected once for the batch.
-            blocks, x, keeps = 2 * blocks, x + count * [bottleneck], 2 * keeps
-        qkv = _projections(blocks, _norms([b.norm1 for b in blocks], x))
-        batch = x[0].shape[0]
-        if bottleneck is None:
-            bottleneck_qkv = [one.new_empty(batch, 0, *one.shape[2:]) for one in qkv]
+            bottleneck = bottleneck.expand(next(iter(tokens.values())).shape[0], -1, -1)
+        outputs = (self._plain if self.backend == "eager" else self._fused)(tokens, bottleneck, masks, rows, keep)
+        if not keep:
+            return dict(zip(tokens, outputs, strict=True)), None
+        pairs = [y.split([y.shape[1] - bottleneck.shape[1], bottleneck.shape[1]], 1) for y in outputs]
+        bottlenecks = [z for _, z in pairs]
+        new = sum(bottlenecks[1:], bottlenecks[0]) / len(bottlenecks)
+        return dict(zip(tokens, (x for x, _ in pairs), strict=True)), new
+
+    def _fused(self, tokens, bottleneck, masks, rows, keep):
+        """The rows that are asked for, of each modality, and those of the bottleneck behind them if `keep`."""
+        blocks, x = [self.block(name) for name in tokens], list(tokens.values())
+        keeps = [block.draw(one) for block, one in zip(blocks, x, strict=True)]
+        shared = [] if bottleneck is None else [bottleneck]
+        sources = [[one, *shared] for one in x]
+        normed = [_norm(block.norm1, one, self.backend) for block, one in zip(blocks, sources, strict=True)]
+        masks = [
+            _joined_masks([t.shape[:2] for t in one], [mask, *(None for _ in shared)])
+            for mask, one in zip(masks.values(), sources, strict=True)
+        ]
+        if rows == "all":
+            qkv = [_projections(block, one) for block, one in zip(blocks, normed, strict=True)]
+            attended, _ = ops.bottleneck_attention(
+                qkv,
+                [one.detach()[:, :0] for one in qkv],  # its rows are among the tokens already
+                key_masks=None if all(mask is None for mask in masks) else masks,
+                backend=self.backend,
+            )
         else:
-            bottleneck_qkv = [one.expand(batch, -1, -1, -1, -1) for one in qkv[count:]]
-        attended, attended_bottleneck = ops.bottleneck_attention(
-            qkv[:count],
-            bottleneck_qkv,
-            key_masks=None if all(m is None for m in masks.values()) else list(masks.values()),
-            query_rows=rows,
-            backend=self.backend,
-        )
-        if rows == "cls":
-            blocks, x, keeps = blocks[:count], [one[:, :1] for one in x[:count]], keeps[:count]
-        elif bottleneck is not None:
-            attended = [*attended, *attended_bottleneck]
-        x = _finish(blocks, x, attended, keeps)
-        return dict(zip(tokens, x[:count], strict=True)), x[count:]
+            kept = [one[:, :1] for one in normed]
+            if keep:
+                rows_of_z = [n[:, one.shape[1] :] for n, one in zip(normed, x, strict=True)]
+                kept = [torch.cat(pair, 1) for pair in zip(kept, rows_of_z, strict=True)]
+            queries = [_projections(block, one, 0, 1)[:, :, 0] for block, one in zip(blocks, kept, strict=True)]
+            segments = [[_projections(block, one, 1)] for block, one in zip(blocks, normed, strict=True)]
+            attended = _attend(queries, segments, [[mask] for mask in masks], self.backend)
+            sources = [[one[:, :1], *(shared if keep else [])] for one in x]
+        return [_finish(*one, self.backend) for one in zip(blocks, sources, attended, keeps, strict=True)]
 
-    def _few_rows(self, item, bottleneck, mask):
-        """One modality of a pruned sequential layer that another one follows: the CLS row and the bottleneck."""
-        name, x = item
-        block, batch = self.block(name), x.shape[0]
-        keeps = block.draw(x)
-        normed = _norms([block.norm1] * 2, [x, bottleneck])
-        (kv,) = _projections([block], normed[:1], 1)
-        q, qkv = _projections([block], [normed[0][:, :1]], 0, 1)[0], _projections([block], normed[1:])[0]
-        qkv = qkv.expand(batch, -1, -1, -1, -1)
-        attended = _attend(torch.cat([q[:, :, 0], qkv[:, :, 0]], 1), [kv, qkv[:, :, 1:]], [mask, None], self.backend)
-        x, z = _finish([block] * 2, [x[:, :1], bottleneck], [attended[:, :1], attended[:, 1:]], [keeps] * 2)
-        return {name: x}, [z]
-
-    def _plain(self, tokens, bottleneck, masks, rows):
-        outputs, bottlenecks = {}, []
+    def _plain(self, tokens, bottleneck, masks, rows, keep):
+        """The same, in plain PyTorch."""
+        outputs = []
         for name, x in tokens.items():
             length, mask = x.shape[1], masks[name]
             if bottleneck is not None:
-                x = torch.cat([x, bottleneck.expand(x.shape[0], -1, -1)], 1)
-                mask = _joined_masks([None, (x.shape[0], bottleneck.shape[1])], [mask, None])
+                mask = _joined_masks([x.shape[:2], bottleneck.shape[:2]], [mask, None])
+                x = torch.cat([x, bottleneck], 1)
             x = self.block(name)(x, mask)
-            outputs[name] = x[:, :1] if rows == "cls" else x[:, :length]
-            bottlenecks.append(x[:, length:])
-        return outputs, bottlenecks
+            parts = [x[:, :1] if rows == "cls" else x[:, :length], *([x[:, length:]] if keep else [])]
+            outputs.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1) if rows == "cls" else x)
+        return outputs
 
 
 class CrossModalLayer(ModalityLayer):
@@ -323,16 +318,15 @@ class CrossModalLayer(ModalityLayer):
             return results
         keeps = [block.draw(tokens[name]) for name, block in zip(names, blocks, strict=True)]
         x = [tokens[name][:, :1] if rows == "cls" else tokens[name] for name in names]
-        pairs = [(block, tokens[n]) for block in blocks for n in names]
-        normed = _norms([block.norm1 for block, _ in pairs], [one for _, one in pairs])
-        segments = _projections([block for block, _ in pairs], normed, 1)
-        own = [normed[i * len(names) + i][:, : x[i].shape[1]] for i in range(len(names))]
-        queries = _projections(blocks, own, 0, 1)
-        attended = [
-            _attend(q[:, :, 0], segments[i * len(names) : (i + 1) * len(names)], masks.values(), self.backend)
-            for i, q in enumerate(queries)
-        ]
-        return dict(zip(names, _finish(blocks, x, attended, keeps), strict=True))
+        normed = [[_norm(block.norm1, [tokens[n]], self.backend) for n in names] for block in blocks]
+        segments = [[_projections(block, one, 1) for one in own] for block, own in zip(blocks, normed, strict=True)]
+        own = [normed[i][i][:, : one.shape[1]] for i, one in enumerate(x)]
+        queries = [_projections(block, one, 0, 1)[:, :, 0] for block, one in zip(blocks, own, strict=True)]
+        attended = _attend(queries, segments, [list(masks.values())] * len(names), self.backend)
+        return {
+            name: _finish(block, [one], a, keep, self.backend)
+            for name, block, one, a, keep in zip(names, blocks, x, attended, keeps, strict=True)
+        }
 
 
 class JointLayer(ModalityLayer):
@@ -349,14 +343,15 @@ class JointLayer(ModalityLayer):
         if self.backend == "eager":
             return _pick(block(x, key_mask), queries)
         keeps = block.draw(x)
-        normed = block.norm1(x)
+        normed = _norm(block.norm1, [x], self.backend)
         if queries is None:
-            (qkv,) = _projections([block], [normed])
-            q, kv = qkv[:, :, 0], qkv[:, :, 1:]
+            qkv = _projections(block, normed)
+            masks = None if key_mask is None else [key_mask]
+            (attended,), _ = ops.bottleneck_attention([qkv], [qkv.detach()[:, :0]], key_masks=masks, backend=self.backend)
         else:
-            (q,), (kv,) = _projections([block], [_pick(normed, queries)], 0, 1), _projections([block], [normed], 1)
-            q = q[:, :, 0]
-        return _finish([block], [_pick(x, queries)], [_attend(q, [kv], [key_mask], self.backend)], [keeps])[0]
+            q, kv = _projections(block, _pick(normed, queries), 0, 1)[:, :, 0], _projections(block, normed, 1)
+            (attended,) = _attend([q], [[kv]], [[key_mask]], self.backend)
+        return _finish(block, [_pick(x, queries)], attended, keeps, self.backend)
 
 
 def _pick(x, rows):
@@ -481,7 +476,7 @@ class MultimodalEncoder(nn.Module):
                 tokens, bottleneck = layer(tokens, bottleneck, key_masks=masks, rows=wanted)
         if joint is not None:
             tokens = dict(zip(tokens, joint.split(len(lengths) * [1] if rows == "cls" else lengths, 1), strict=True))
-        return dict(zip(tokens, _norms(len(tokens) * [self.norm], tokens.values()), strict=True))
+        return {name: self.norm(x) for name, x in tokens.items()}
 
 
 # --- Checks ------------------------------------------------------------------------------------------------------------------

@@ -99,8 +99,11 @@ def _listed(backend, tokens_qkv, bottleneck_qkv, masks, scale, cls):
 def _joined(tokens, bottleneck, scale, cls):
     """The same of one modality, by way of a concatenation."""
     length, rows = (1, 1) if cls else (tokens.shape[1], None)
-    q, k, v = torch.cat([tokens, bottleneck], 1).permute(2, 0, 3, 1, 4)  # (B, H, T + Z, D)
+    joined = torch.cat([tokens, bottleneck], 1) if bottleneck.shape[1] else tokens
+    q, k, v = joined.permute(2, 0, 3, 1, 4)  # (B, H, T + Z, D)
     out = attention(q[:, :, :rows], k, v, scale=scale, backend="sdpa").transpose(1, 2).flatten(2)
+    if joined is tokens:  # no rows, and yet a gradient, of no rows as well
+        return out, bottleneck[:, :, 0].flatten(2)
     return out[:, :length], out[:, length:]
 
 
