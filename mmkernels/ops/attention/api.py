@@ -162,9 +162,7 @@ def _attention_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, ret
         return tuple((len(tensors) - len(segments) + i, 0) for i in range(len(segments)))
 
     for one in entries:
-        given = [mask is not None for mask in one.masks]
-        numbers = tuple(len(masks) + sum(given[:i]) if is_given else -1 for i, is_given in enumerate(given))
-        masks.extend(mask for mask in one.masks if mask is not None)
+        numbers = tuple(lists.number(mask, masks) for mask in one.masks)
         problems.append(lists.ListedProblem(place([one.q]), place(one.k), place(one.v), numbers))
     out, lse = lists.attention_list(name, tensors, problems, masks, seed, scale, dropout_p)
     out = [one.transpose(1, 2) for one in out]

@@ -50,6 +50,17 @@ def decode(ints) -> list:
     return problems
 
 
+def number(mask, given: list) -> int:
+    """The place of a key mask in `given`, where it is put if it is new; -1 for None."""
+    if mask is None:
+        return -1
+    for i, other in enumerate(given):
+        if other is mask:
+            return i
+    given.append(mask)
+    return len(given) - 1
+
+
 def _query_rows(problem, tensors) -> list:
     """The number of rows of each segment of queries."""
     rows = [tensors[tensor].shape[1] for tensor, _ in problem.q]

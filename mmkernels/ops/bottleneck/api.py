@@ -6,7 +6,7 @@ from ... import _backends
 from .._shared.arguments import autocast_dtype, check_dense, check_key_mask, check_number
 from ..attention import attention
 from ..attention.api import MAX_HEAD_DIM, Problem, list_preference
-from ..attention.lists import ListedProblem, attention_list
+from ..attention.lists import ListedProblem, attention_list, number
 from . import reference
 
 MAX_MODALITIES = 8
@@ -84,8 +84,7 @@ def _listed(backend, tokens_qkv, bottleneck_qkv, masks, scale, cls):
     for i, mask in enumerate(masks):
         segments = (i, count + i) if shared else (i,)
         q, k, v = (tuple((tensor, slot) for tensor in segments) for slot in range(3))
-        problems.append(ListedProblem(q[:1] if cls else q, k, v, (-1 if mask is None else len(given), -1), 1 if cls else -1))
-        given += [] if mask is None else [mask]
+        problems.append(ListedProblem(q[:1] if cls else q, k, v, (number(mask, given), -1), 1 if cls else -1))
     out, _ = attention_list(
         backend, [*tokens_qkv, *bottleneck_qkv] if shared else tokens_qkv, problems, given, None, scale, 0.0
     )
