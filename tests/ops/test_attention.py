@@ -364,7 +364,7 @@ def test_only_wanted_gradients_are_computed(backend, generator):
 
 
 WRONG = {
-    "q is a list": (dict(q=[1.0]), TypeError, "q is a list; it must be a tensor"),
+    "q is a list": (dict(q=[1.0]), TypeError, "k is a Tensor; it must be a list with an entry for each problem of q"),
     "rank": (dict(q=torch.zeros(3, 4, 5)), ValueError, r"q has shape \(3, 4, 5\); it must have 4 dimensions"),
     "integer": (dict(v=torch.zeros(2, 2, 7, 8, dtype=torch.int32)), TypeError, "v has dtype torch.int32"),
     "dtype": (dict(k=torch.zeros(2, 2, 7, 8).bfloat16()), TypeError, "k has dtype torch.bfloat16; it must be q's"),
