@@ -55,7 +55,7 @@ def check(generator, tensors, backend, wanted=None, grad="random"):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 63, 97), (3, 33, 64), (1, 97, 111), (2, 20, 768), (130, 1, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 63, 97), (3, 33, 64), (1, 97, 111), (2, 20, 768), (33, 1, 17)], ids=str)
 def test_matches_float64(backend, generator, shape, residual, dtype):
     check(generator, make(generator, shape, dtype, residual=residual), backend)
 

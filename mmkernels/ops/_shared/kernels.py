@@ -364,6 +364,51 @@ def sum_splits(partial, out) -> None:
     sum_kernel[grid](partial, *arguments, **options)
 
 
+# --- Sums over rows ---------------------------------------------------------------------------------------------------------
+
+
+class RowParts(NamedTuple):
+    """`groups` equal groups of rows, each cut into `count` parts of `size` rows."""
+
+    rows: int  # of a group
+    groups: int
+    count: int
+    size: int
+
+
+def row_parts(rows: int, groups: int, device: torch.device) -> RowParts:
+    """As many parts as occupy `device` twice; none below 8 rows for that, as each has sums of its own to write."""
+    own = rows // groups
+    most = max(1, 2 * _multiprocessors(device) // groups)
+    size = max(1, triton.cdiv(own, min(max(1, own // 8), most)))
+    return RowParts(own, groups, triton.cdiv(own, size), size)
+
+
+@triton.jit
+def row_sum_kernel(partial, out, columns, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out[group] = sum of partial[group * parts : (group + 1) * parts], of rows of float32, in an order that never changes."""
+    blocks = tl.cdiv(columns, BLOCK_C)
+    pid = tl.program_id(0)
+    group = (pid // blocks).to(tl.int64)
+    c = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        at = (group * parts + p.to(tl.int64))[:, None] * columns + c[None, :]
+        acc += tl.load(partial + at, mask=(p < parts)[:, None] & (c < columns)[None, :], other=0.0)
+    tl.store(out + group * columns + c, tl.sum(acc, 0), mask=c < columns)
+
+
+def sum_rows(partial, out) -> None:
+    """Fills `out` (G, C) or (C,) with sums of as many consecutive rows of `partial` (G * P, C); both contiguous float32."""
+    columns = partial.shape[-1]
+    groups = out.numel() // columns
+    block = 1024 if _backends.INTERPRET else 64
+    row_sum_kernel[(groups * triton.cdiv(columns, block),)](
+        partial, out, columns, partial.shape[0] // groups, BLOCK_P=32, BLOCK_C=block, num_warps=4
+    )
+
+
 # --- Launching ------------------------------------------------------------------------------------------------------------
 
 
