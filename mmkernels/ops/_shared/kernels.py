@@ -117,6 +117,18 @@ def lengths_table(operands) -> tuple:
     return tuple(table)
 
 
+@triton.constexpr_function
+def log2(power):
+    return power.bit_length() - 1
+
+
+@triton.jit
+def before(rows, end):
+    """rows < end, written so that the compiler, which knows the range of `end`, does not make an `end - i` of each row i of
+    the tile before a loop and keep it in registers."""
+    return rows - end < 0
+
+
 @triton.jit
 def pick(table, COLUMN: tl.constexpr, problem):
     """table[problem][COLUMN]; `problem` is a scalar or a vector."""
@@ -129,7 +141,8 @@ def pick(table, COLUMN: tl.constexpr, problem):
 @triton.jit
 def pick_integer(table, COLUMN: tl.constexpr, problem, UNIT: tl.constexpr = 1):
     """An integer of a table, known to be a multiple of UNIT. Dividing and multiplying tells the compiler."""
-    return pick(table, COLUMN, problem) // (16 * UNIT) * UNIT
+    SHIFT: tl.constexpr = log2(16 * UNIT)
+    return (pick(table, COLUMN, problem) >> SHIFT) * UNIT
 
 
 @triton.jit
@@ -154,27 +167,35 @@ def _segment(pointers, strides, SEGMENT: tl.constexpr, problem, batch, head, UNI
 
 @triton.jit
 def problem_rows(pointers, strides, problem, batch, head, boundary, UNIT: tl.constexpr):
-    """Where the rows of one (b, h) of a problem are, for `row_pointers`; UNIT divides all strides.
+    """Where the rows of one (b, h) of a problem are, for `row_offsets`; UNIT divides all strides.
 
-    Row 0's pointer and the stride, and where there are second segments the same for the rows from `boundary` on.
+    Row 0's pointer and the stride; where there are second segments, also what is added to the offsets of the rows from
+    `boundary` on, and their stride.
     """
     base, stride = _segment(pointers, strides, 0, problem, batch, head, UNIT)
     if len(pointers[0]) == 1:
         return base, stride
     else:
+        BYTES: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
         second, second_stride = _segment(pointers, strides, 1, problem, batch, head, UNIT)
-        return base, stride, second - boundary.to(tl.int64) * second_stride, second_stride, boundary
+        jump = (second.to(tl.int64) - base.to(tl.int64)) // (BYTES * UNIT) * UNIT
+        return base, stride, jump - boundary.to(tl.int64) * second_stride, second_stride, boundary
+
+
+@triton.jit
+def row_offsets(place, rows):
+    """From place[0] to the first column of `rows`."""
+    if len(place) == 2:
+        return rows.to(tl.int64) * place[1]
+    else:
+        first = before(rows, place[4])
+        return rows.to(tl.int64) * tl.where(first, place[1], place[3]) + tl.where(first, 0, place[2])
 
 
 @triton.jit
 def row_pointers(place, rows):
     """Pointers to the first column of `rows`."""
-    rows64 = rows.to(tl.int64)
-    pointers = place[0] + rows64 * place[1]
-    if len(place) == 2:
-        return pointers
-    else:
-        return tl.where(rows < place[4], pointers, place[2] + rows64 * place[3])
+    return place[0] + row_offsets(place, rows)
 
 
 @triton.jit
@@ -184,7 +205,7 @@ def load_tile(place, rows, inside, start, WIDTH: tl.constexpr, COLUMNS: tl.const
     Zeros where `inside`, a vector over rows, is false and, with CHECK, beyond the last column.
     """
     columns = start + tl.arange(0, WIDTH)
-    pointers = row_pointers(place, rows)[:, None] + columns[None, :]
+    pointers = place[0] + (row_offsets(place, rows)[:, None] + columns[None, :])
     if CHECK:
         UNIT: tl.constexpr = unit_of(place[0].dtype.element_ty)
         END: tl.constexpr = (COLUMNS + UNIT - 1) // UNIT * UNIT
@@ -196,7 +217,7 @@ def load_tile(place, rows, inside, start, WIDTH: tl.constexpr, COLUMNS: tl.const
 def store_tile(place, rows, inside, start, tile, LIMIT: tl.constexpr):
     """Stores columns start : start + width, contiguous, where `inside` and below LIMIT."""
     columns = start + tl.arange(0, tile.shape[1])
-    pointers = row_pointers(place, rows)[:, None] + columns[None, :]
+    pointers = place[0] + (row_offsets(place, rows)[:, None] + columns[None, :])
     tl.store(pointers, tile.to(place[0].dtype.element_ty), mask=inside[:, None] & (columns < LIMIT)[None, :])
 
 

@@ -26,6 +26,7 @@ from .._shared.kernels import (
     LOG2_E,
     ReportCase,
     aligned,
+    before,
     cover,
     dropout_keep,
     dropout_row,
@@ -48,7 +49,8 @@ from .._shared.kernels import (
 from .._shared.registration import attach_fakes
 
 # Columns of the table `facts` (see _shared/kernels.py for tables): the problem's number in its list, where its rows begin in
-# `statistics`, the first key that has a mask and the one after the last. Of `launch`: its first program, what a split walks.
+# `statistics` and, where only some keys have a mask, the first that has and the one after the last. Of the table `launch`:
+# the problem's first program and what a split walks.
 NUMBER, STATISTICS, MASK_BEGIN, MASK_END = (tl.constexpr(column) for column in range(4))
 FIRST_PROGRAM, SPLIT_ROWS = tl.constexpr(0), tl.constexpr(1)
 SEED_STEP = tl.constexpr(0x632BE59BD9B4E019)  # kSeedStep of csrc/attention/attention_list.h
@@ -86,11 +88,15 @@ def _looped_product(
 
 @triton.jit
 def _mask_rows(key_mask, mask_strides, lengths, facts, problem, batch, HAS_MASK: tl.constexpr):
-    """Where the mask of a problem's keys is, and the keys that have one: from the first to before the second."""
+    """Where the mask of a problem's keys is; where only some have one, the first that has and the one after the last."""
     if HAS_MASK:
         boundary = pick_integer(lengths, BOUNDARY, problem)
         place = problem_rows(key_mask, mask_strides, problem, batch, 0, boundary, 1)
-        return place, pick_integer(facts, MASK_BEGIN, problem), pick_integer(facts, MASK_END, problem)
+        place = (place[0], 1) if len(place) == 2 else (place[0], 1, place[2], 1, place[4])
+        if len(facts[0]) == 2:
+            return (place,)
+        else:
+            return place, pick_integer(facts, MASK_BEGIN, problem), pick_integer(facts, MASK_END, problem)
     else:
         return ()
 
@@ -98,11 +104,13 @@ def _mask_rows(key_mask, mask_strides, lengths, facts, problem, batch, HAS_MASK:
 @triton.jit
 def _visible(mask, m, inside, HAS_MASK: tl.constexpr):
     """Which of the keys m may be attended."""
-    if HAS_MASK:
-        masked = inside & (m >= mask[1]) & (m < mask[2])
-        return (tl.load(row_pointers(mask[0], m), mask=masked, other=1) != 0) & inside
-    else:
+    if not HAS_MASK:
         return inside
+    elif len(mask) == 1:
+        return tl.load(row_pointers(mask[0], m), mask=inside, other=0) != 0
+    else:
+        masked = inside & ~before(m, mask[1]) & before(m, mask[2])
+        return (tl.load(row_pointers(mask[0], m), mask=masked, other=1) != 0) & inside
 
 
 @triton.jit
@@ -223,7 +231,7 @@ def forward_kernel(
     begin = (split * split_keys).to(tl.int32)
     for start in range(begin, tl.minimum(begin + split_keys, keys).to(tl.int32), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        m_inside = m < keys
+        m_inside = tl.arange(0, BLOCK_M) < keys - start  # see `before`
         visible = _visible(mask, m, m_inside, HAS_MASK)
         if D_STEPS == 1:
             k1 = load_tile(k_rows, m, visible, 0, D1, D, D1_CHECK)
@@ -447,7 +455,7 @@ def backward_kernel(
     begin = (split * split_others).to(tl.int32)
     for start in range(begin, tl.minimum(begin + split_others, other_count).to(tl.int32), BLOCK_OTHER):
         y = start + tl.arange(0, BLOCK_OTHER)
-        y_inside = y < other_count
+        y_inside = tl.arange(0, BLOCK_OTHER) < other_count - start  # see `before`
         inside = x_inside[:, None] & y_inside[None, :]
         if OWN_KEYS:
             y_read = y_inside
@@ -749,6 +757,11 @@ class _Walk(NamedTuple):
         return like.new_empty(self.splits, self.rows, *width, dtype=torch.float32)
 
 
+def _bytes(mask) -> torch.Tensor:
+    """A mask as kernels read it: bytes, those of a row beside each other."""
+    return (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)
+
+
 def _rows(operands) -> list:
     """Rows of each problem, of the segments of one operand."""
     return [sum(t.shape[2] for t in segments) for segments in operands]
@@ -776,12 +789,13 @@ class _Call:
         self.masks = None
         if given:  # where a segment has none, `facts` says so, and its pointer is not used
             masks = [[given[0] if mask is None else mask for mask in p.masks] for p in problems]
-            self.masks = [[mask.view(torch.uint8)[:, None, :, None] for mask in segments] for segments in masks]
+            self.masks = [[_bytes(mask)[:, None, :, None] for mask in segments] for segments in masks]
+        some = bool(given) and any(mask is None for p in problems for mask in p.masks)
         self.facts, statistics = [], 0
         for number, p in enumerate(problems):
             inner = p.k[0].shape[2]
-            masked = (inner if p.masks[0] is None else 0), (inner if p.masks[-1] is None else self.keys[number])
-            self.facts.append(times_16(number, statistics, *masked))
+            masked = (inner if p.masks[0] is None else 0, inner if p.masks[-1] is None else self.keys[number])
+            self.facts.append(times_16(number, statistics, *(masked if some else ())))
             statistics += 2 * self.pairs * self.queries[number]
 
     def tiles(self, kernel):
@@ -1142,25 +1156,17 @@ def attention_list_bwd(dout, dlse, tensors, problems, key_masks, out, lse, seed,
 # --- For the kernel report ------------------------------------------------------------------------------------------------
 
 _CODES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_REPORTED = {  # name: kernel, its tiles, constexprs, what has what kind of rows
-    "forward": (forward_kernel, dict(SPLIT=False), dict(q="D", k="D", v="E")),
-    "backward_queries": (
-        backward_kernel,
-        dict(OWN_KEYS=False, FIRST=True, SECOND=False),
-        dict(a="D", a2="E", b="D", b2="E"),
-    ),
-    "backward_keys": (
-        backward_kernel,
-        dict(OWN_KEYS=True, FIRST=True, SECOND=True),
-        dict(a="D", a2="E", b="D", b2="E"),
-    ),
-    "backward_bias": (bias_kernel, dict(SUM_N=False), dict(q="D", k="D", v="E", dout="E")),
+_REPORTED = {  # name: kernel, constexprs, its tables of pointers to inputs and to results
+    "forward": (forward_kernel, {}, ("q", "k", "v"), ("out",)),
+    "backward_queries": (backward_kernel, dict(OWN_KEYS=False, FIRST=True, SECOND=False), ("a", "a2", "b", "b2"), ("da",)),
+    "backward_keys": (backward_kernel, dict(OWN_KEYS=True, FIRST=True, SECOND=True), ("a", "a2", "b", "b2"), ("da", "da2")),
+    "backward_bias": (bias_kernel, dict(SUM_N=False), ("q", "k", "v", "dout"), ()),
 }
 
 
-def report_case(name, dims, dtype, capability, tiles=None, *, extras=False) -> ReportCase:
-    """One kernel of `_REPORTED` for head dims `dims`; `extras` adds a key mask, a bias and dropout."""
-    kernel, constexprs, rows = _REPORTED[name]
+def report_case(name, dims, dtype, capability, tiles=None, *, extras=False, problems=1, segments=1) -> ReportCase:
+    """One kernel of `_REPORTED` for head dims `dims`; `extras` adds a key mask, dropout and, to one problem, a bias."""
+    kernel, constexprs, inputs, results = _REPORTED[name]
     if tiles is None:
         tiles = _tuning.tiles(f"attention_{name}", dims, dtype, capability)
     covered = _columns(*dims, tiles)
@@ -1169,34 +1175,44 @@ def report_case(name, dims, dtype, capability, tiles=None, *, extras=False) -> R
         own = (tiles.keys, tiles.queries) if constexprs["OWN_KEYS"] else (tiles.queries, tiles.keys)
         blocks = dict(BLOCK_OWN=own[0], BLOCK_OTHER=own[1], OUT=tiles.out)
         if constexprs["OWN_KEYS"] and not _held(covered):
-            constexprs = constexprs | dict(SECOND=False)
-    values = constexprs | covered | blocks | dict(PRECISION="ieee", HAS_MASK=extras, HAS_BIAS=extras, DROPOUT=extras)
-    code, signature, final = _CODES[dtype], {}, {}
+            constexprs, results = constexprs | dict(SECOND=False), results[:1]
+    biased = kernel is bias_kernel or extras and problems == 1
+    flags = dict(PRECISION="ieee", HAS_MASK=extras, HAS_BIAS=biased, DROPOUT=extras, SPLIT=False)
+    values = constexprs | covered | blocks | flags
+
+    def table(kind, width):
+        return ((kind,) * width,) * problems
+
+    pointer, integer = f"*{_CODES[dtype]}", "i32:16"
+    kinds = dict.fromkeys((*inputs, *results), table(pointer, segments))
+    kinds |= dict.fromkeys((f"{name}_strides" for name in kinds), table(integer, 4 * segments))
+    kinds |= dict.fromkeys(("query_lengths", "key_lengths", "own_lengths", "other_lengths"), table(integer, 3))
+    kinds |= dict(
+        facts=table(integer, 4 if extras and problems > 1 else 2),
+        launch=table(integer, 2),
+        lse=table("*fp32", 1),
+        statistics="*fp32",
+        dbias=pointer,
+    )
+    kinds |= dict.fromkeys(("scale", "keep_scale"), "fp32")
+    if extras:
+        kinds |= dict(key_mask=table("*u8", segments), mask_strides=table(integer, 4 * segments), seed="*i64")
+    if biased:
+        kinds |= dict(bias=pointer)
+    signature, final = {}, {}
     for index, argument in enumerate(kernel.arg_names):
-        absent = argument in ("top",) or argument == "da2" and not values["SECOND"]
-        absent |= argument in ("key_mask", "seed") and not extras
-        absent |= argument == "bias" and not extras and kernel is not bias_kernel
-        tensor = argument.removesuffix("_strides")
-        if argument in values or absent:
-            signature[argument] = "constexpr"
-            final[argument] = values.get(argument)
-        elif tensor != argument:
-            dim = dict(D=dims[0], E=dims[1])[rows[tensor]] if tensor in rows else 16
-            step = "i32:16" if dim % 16 == 0 else "i32"
-            signature[argument] = (step, "constexpr") if tensor == "mask" else (step, step, step, "constexpr")
-            final[index, len(signature[argument]) - 1] = 1
-        elif argument in ("scale", "keep_scale"):
-            signature[argument] = "fp32"
-        elif argument in ("statistics", "lse"):
-            signature[argument] = "*fp32"
-        elif argument in ("key_mask", "seed"):
-            signature[argument] = "*u8" if argument == "key_mask" else "*i64"
-        elif argument in (*rows, "out", "bias", "da", "da2", "dbias"):
-            signature[argument] = f"*{code}"
+        if argument == "bias_strides":
+            signature[argument], final[index, 3] = (integer, integer, integer, "constexpr"), 1
+        elif argument in kinds:
+            signature[argument] = kinds[argument]
+        elif argument in values or argument in ("key_mask", "mask_strides", "bias", "seed", "top", "da2", "da2_strides"):
+            signature[argument], final[argument] = "constexpr", values.get(argument)
         else:
             signature[argument] = "i32"
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    title = f"attention_{name} {dims[0]}/{dims[1]} {dtype}" + (" mask+bias+dropout" if extras else "")
+    title = f"attention_{name} {dims[0]}/{dims[1]} {dtype}"
+    title += f" {problems}x{segments}" if problems * segments > 1 else ""
+    title += (" mask+bias+dropout" if biased else " mask+dropout") if extras else ""
     return ReportCase(title, kernel, signature, final, options, capability)
 
 
@@ -1209,6 +1225,9 @@ def report_cases():
             for dim in (64, 261):
                 yield report_case(name, (dim, dim), "float32", capability)
             yield report_case(name, (64, 64), "bfloat16", capability, extras=True)
+            if name != "backward_bias":  # lists: two problems of two segments, eight of two with everything
+                yield report_case(name, (64, 64), "bfloat16", capability, problems=2, segments=2)
+                yield report_case(name, (64, 64), "bfloat16", capability, problems=2, segments=2, extras=True)
 
 
 # --- Registration ---------------------------------------------------------------------------------------------------------
