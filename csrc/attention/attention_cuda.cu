@@ -72,20 +72,10 @@ __device__ __forceinline__ int entry_column(const Place& at, int j, int i) {
   return at.column + j * 8 + threadIdx.x % 4 * 2 + i % 2;
 }
 
-// Calls use(load(query), j, i) for every entry, with one load for the entries that share a query.
+// Calls use(load(row of the side), j, i) for every entry, with one load for the entries that share it.
 template <int Blocks, class Load, class Use>
-__device__ __forceinline__ void by_query(const Pass& pass, const Place& at, Load load, Use use) {
-  if (pass.row_side == kKeys) {
-#pragma unroll
-    for (int j = 0; j < Blocks; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const auto loaded = load(entry_column(at, j, i));
-        use(loaded, j, i);
-        use(loaded, j, i + 2);
-      }
-    }
-  } else {
+__device__ __forceinline__ void by(Side side, const Pass& pass, const Place& at, Load load, Use use) {
+  if (pass.row_side == side) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto loaded = load(entry_row(at, 2 * r));
@@ -95,7 +85,40 @@ __device__ __forceinline__ void by_query(const Pass& pass, const Place& at, Load
         use(loaded, j, 2 * r + 1);
       }
     }
+  } else {
+#pragma unroll
+    for (int j = 0; j < Blocks; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto loaded = load(entry_column(at, j, i));
+        use(loaded, j, i);
+        use(loaded, j, i + 2);
+      }
+    }
   }
+}
+
+// Bit 4 j + i: entry i of block j has a query and a key, which is not masked.
+template <int Blocks>
+__device__ __forceinline__ uint32_t visible_bits(const Pass& pass, const Problem& p, const Place& at) {
+  static_assert(Blocks * 4 <= 32);
+  const int boundary = p.boundary[kKeys];
+  const KeyMask first = p.key_mask[0], second = p.key_mask[1];
+  const uint8_t* const first_mask = first.data ? first.data + at.batch * first.batch : nullptr;
+  const uint8_t* const second_mask = second.data ? second.data + at.batch * second.batch : nullptr;
+  uint32_t bits = 0;
+  by<Blocks>(
+      kKeys, pass, at,
+      [&](int m) {
+        const uint8_t* mask = m < boundary ? first_mask : second_mask;
+        const int64_t offset = m < boundary ? m * first.key : (m - boundary) * second.key;
+        return m < p.length[kKeys] && (!mask || mask[offset]);
+      },
+      [&](bool visible, int j, int i) { bits |= static_cast<uint32_t>(visible) << (4 * j + i); });
+  by<Blocks>(
+      kQueries, pass, at, [&](int n) { return n >= p.length[kQueries]; },
+      [&](bool outside, int j, int i) { bits &= ~(static_cast<uint32_t>(outside) << (4 * j + i)); });
+  return bits;
 }
 
 // s * scale + bias; -inf where there is no key, no query, or a masked key.
@@ -113,25 +136,18 @@ __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass&
     }
     return;
   }
-  const int boundary = p.boundary[kKeys];
-  auto mask_of = [&](const KeyMask& m) { return m.data ? m.data + at.batch * m.batch : nullptr; };
-  const uint8_t *const first_mask = mask_of(p.key_mask[0]), *const second_mask = mask_of(p.key_mask[1]);
-  auto visible = [&](int m) {
-    const bool second = m >= boundary;
-    const uint8_t* mask = second ? second_mask : first_mask;
-    return !mask || mask[(second ? m - boundary : m) * (second ? p.key_mask[1].key : p.key_mask[0].key)];
-  };
+  const uint32_t visible = visible_bits<Blocks>(pass, p, at);
   const int64_t bias_start = at.batch * pass.bias_strides[0] + at.head * pass.bias_strides[1];
 #pragma unroll
   for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = entry_row(at, i), column = entry_column(at, j, i);
-      const int n = pass.row_side == kKeys ? column : row, m = pass.row_side == kKeys ? row : column;
       float x = -INFINITY;
-      if (n < p.length[kQueries] && m < p.length[kKeys] && visible(m)) {
+      if (visible >> (4 * j + i) & 1) {
         x = s[j][i] * pass.scale;
         if (pass.bias) {
+          const int row = entry_row(at, i), column = entry_column(at, j, i);
+          const int n = pass.row_side == kKeys ? column : row, m = pass.row_side == kKeys ? row : column;
           const int64_t index = bias_start + n * pass.bias_strides[2] + m * pass.bias_strides[3];
           x += pass.bias_is_fp32 ? static_cast<const float*>(pass.bias)[index]
                                  : to_float(static_cast<const T*>(pass.bias)[index]);
@@ -149,8 +165,8 @@ __device__ __forceinline__ uint32_t keep_bits(const Pass& pass, const Problem& p
   const uint64_t seed = static_cast<uint64_t>(*pass.seed) + p.seed_offset;
   const uint64_t first = static_cast<uint64_t>(at.batch * pass.heads + at.head) * p.length[kQueries];
   uint32_t keep = 0;
-  by_query<Blocks>(
-      pass, at, [&](int n) { return dropout_row(seed, first + n); },
+  by<Blocks>(
+      kQueries, pass, at, [&](int n) { return dropout_row(seed, first + n); },
       [&](DropoutRow row, int j, int i) {
         const int m = pass.row_side == kKeys ? entry_row(at, i) : entry_column(at, j, i);
         keep |= static_cast<uint32_t>(dropout_bits(row, m) >= pass.drop_below) << (4 * j + i);
@@ -344,8 +360,8 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
       if (pass.seed) drop(s, keep);
     } else {
       const int64_t first_query = (at.batch * pass.heads + at.head) * p.length[kQueries];
-      by_query<kTileBlocks>(
-          pass, at,
+      by<kTileBlocks>(
+          kQueries, pass, at,
           [&](int n) {  // a query without keys, or none: subtracting +inf makes its weights 0
             const float lse = n < p.length[kQueries] ? p.lse[first_query + n] : -INFINITY;
             return lse == -INFINITY ? INFINITY : lse;
@@ -355,8 +371,8 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
         float gradient[kTileBlocks][4] = {};
         dot(gradient, a_chunks, b_chunks, pass.b_dim);
         if (pass.seed) drop(gradient, keep);
-        by_query<kTileBlocks>(
-            pass, at, [&](int n) { return n < p.length[kQueries] ? p.delta[first_query + n] : 0.0f; },
+        by<kTileBlocks>(
+            kQueries, pass, at, [&](int n) { return n < p.length[kQueries] ? p.delta[first_query + n] : 0.0f; },
             [&](float delta, int j, int i) { s[j][i] *= gradient[j][i] * pass.keep_scale - delta; });
       } else if (pass.seed) {
         drop(s, keep);
