@@ -90,6 +90,15 @@ for dtype, n, m, d, e in ((torch.bfloat16, 1, 97, 5, 17), (torch.float32, 63, 65
     mask, bias, seed = torch.rand(2, m) < 0.7, torch.randn(1, 1, 1, m, dtype=dtype), torch.tensor([1])
     out, lse = ops.attention_fwd(q, k, v, mask, bias, seed, 0.3, 0.2)
     ops.attention_bwd(torch.randn_like(out), lse, q, k, v, out, lse, mask, bias, seed, 0.3, 0.2, 7)
+for dtype, d, e in ((torch.bfloat16, 5, 17), (torch.float32, 17, 40), (torch.float16, 261, 20)):
+    # Two segments of queries, the first of which counts in part, and of keys; then one of each.
+    sizes = ((63, d), (5, d), (97, d), (97, e), (3, d), (3, e), (17, d), (33, d), (33, e))
+    tensors = [torch.randn(2, rows, 1, 1, width, dtype=dtype) for rows, width in sizes]
+    masks, seed = [torch.rand(2, 97) < 0.7, torch.rand(2, 3) < 0.7], torch.tensor([1])
+    problems = [31, 0, 0, 1, 0, 2, 0, 4, 0, 3, 0, 5, 0, 0, 1, -1, 6, 0, -1, -1, 7, 0, -1, -1, 8, 0, -1, -1, -1, -1]
+    out, lse = ops.attention_list_fwd(tensors, problems, masks, seed, 0.3, 0.2)
+    dout, dlse = [torch.randn_like(t) for t in out], [torch.randn_like(t) for t in lse]
+    ops.attention_list_bwd(dout, dlse, tensors, problems, masks, out, lse, seed, 0.3, 0.2, [1] * 9)
 for dtype, batch, n, m, content, shared in (
     (torch.bfloat16, 1, 1, 97, 5, 0),
     (torch.float32, 2, 17, 65, 3, 34),
