@@ -44,8 +44,6 @@ def _refusals(name, x):
     reasons = _backends.platform_refusals(name, x.device, x.dtype)
     if name == "sdpa":
         reasons.append("it is an attention")
-    elif name == "cuda":
-        reasons.append("it has no kernel for this op")
     return reasons
 
 

@@ -1,0 +1,185 @@
+// LayerNorm with its residual addition: a block to a row, which its registers hold; memory is read and written once.
+#include "common/rows.cuh"
+#include "norm/norm_cuda.h"
+
+namespace mmk::norm {
+namespace {
+
+// Groups of V elements that a thread holds: 8192 columns in 1024 threads.
+template <int V>
+constexpr int kGroups = 8 / V;
+
+template <int V>
+__device__ __forceinline__ int column_of(int group) {
+  return static_cast<int>(group * blockDim.x + threadIdx.x) * V;
+}
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const Rows& m, int64_t example, int64_t t) {
+  return static_cast<const T*>(m.data) + example * m.example + t * m.row;
+}
+
+// The sums of a and b over the block, in every thread.
+__device__ __forceinline__ void sum_over_block(float& a, float& b) {
+  auto* sums = reinterpret_cast<float2*>(shared_memory());
+  for (int bits = 16; bits; bits /= 2) {
+    a += __shfl_xor_sync(0xffffffffu, a, bits);
+    b += __shfl_xor_sync(0xffffffffu, b, bits);
+  }
+  const int warps = blockDim.x / 32;
+  __syncthreads();  // everybody has read the sums before
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = make_float2(a, b);
+  __syncthreads();
+  a = b = 0.0f;
+  for (int w = 0; w < warps; ++w) {
+    a += sums[w].x;
+    b += sums[w].y;
+  }
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kMostThreads) forward_kernel(const Norm n) {
+  const int64_t r = blockIdx.x, example = r / n.length, t = r % n.length;
+  const Rows& x = n.x[t < n.first ? 0 : 1];
+  const T* row = row_of<T>(x, example, t < n.first ? t : t - n.first);
+  const float scale = 1.0f / static_cast<float>(n.columns);
+  float s[kGroups<V>][V], total = 0.0f, squares = 0.0f, unused = 0.0f;
+#pragma unroll
+  for (int g = 0; g < kGroups<V>; ++g) {
+    const int c = column_of<V>(g);
+    if (c >= n.columns) continue;
+    load_elements<T, V>(s[g], row, c, x.column);
+    if (n.residual.data) {
+      float branch[V], bias[V];
+      load_elements<T, V>(branch, row_of<T>(n.residual, example, t), c, n.residual.column);
+      load_parameter<T, V>(bias, n.residual_bias, example, c, 0.0f);
+#pragma unroll
+      for (int i = 0; i < V; ++i) s[g][i] = to_float(from_float<T>(s[g][i] + (branch[i] + bias[i])));
+      store_elements<T, V>(static_cast<T*>(n.sum) + r * n.columns, c, s[g]);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) total += s[g][i];
+  }
+  sum_over_block(total, unused);
+  const float mean = total * scale;
+#pragma unroll
+  for (int g = 0; g < kGroups<V>; ++g) {
+    if (column_of<V>(g) >= n.columns) continue;
+#pragma unroll
+    for (int i = 0; i < V; ++i) squares += (s[g][i] - mean) * (s[g][i] - mean);
+  }
+  sum_over_block(squares, unused);
+  const float rstd = 1.0f / sqrtf(squares * scale + n.eps);
+  if (threadIdx.x == 0) {
+    n.mean[r] = mean;
+    n.rstd[r] = rstd;
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups<V>; ++g) {
+    const int c = column_of<V>(g);
+    if (c >= n.columns) continue;
+    float gain[V], bias[V];
+    load_parameter<T, V>(gain, n.gain, example, c, 1.0f);
+    load_parameter<T, V>(bias, n.bias, example, c, 0.0f);
+#pragma unroll
+    for (int i = 0; i < V; ++i) s[g][i] = (s[g][i] - mean) * rstd * gain[i] + bias[i];
+    store_elements<T, V>(static_cast<T*>(n.out) + r * n.columns, c, s[g]);
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void store_sums(float* sums, int64_t part, int columns, const float (&own)[kGroups<V>][V]) {
+  if (!sums) return;
+#pragma unroll
+  for (int g = 0; g < kGroups<V>; ++g) {
+    const int c = column_of<V>(g);
+    if (c < columns) store_elements<float, V>(sums + part * columns, c, own[g]);
+  }
+}
+
+// One part of the rows: ds = dsum + rstd (g - avg(g) - xhat avg(g xhat)) with g = dout gain.
+template <class T, int V>
+__global__ void __launch_bounds__(kMostThreads) backward_kernel(const Norm n) {
+  const int64_t part = blockIdx.x, group = part / n.parts;
+  const int64_t begin = group * n.group_rows + part % n.parts * n.size;
+  const int64_t end = min(begin + n.size, (group + 1) * n.group_rows);
+  const float scale = 1.0f / static_cast<float>(n.columns);
+  float dgain[kGroups<V>][V] = {}, dbias[kGroups<V>][V] = {}, dresidual_bias[kGroups<V>][V] = {};
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t example = r / n.length, t = r % n.length;
+    const Rows& x = n.x[t < n.first ? 0 : 1];
+    const T* row = row_of<T>(x, example, t < n.first ? t : t - n.first);
+    const float mean = n.mean[r], rstd = n.rstd[r];
+    float normed[kGroups<V>][V], gradient[kGroups<V>][V], first = 0.0f, second = 0.0f;
+#pragma unroll
+    for (int g = 0; g < kGroups<V>; ++g) {
+      const int c = column_of<V>(g);
+      if (c >= n.columns) continue;
+      float gain[V], incoming[V];
+      load_elements<T, V>(normed[g], row, c, x.column);
+      load_elements<T, V>(incoming, row_of<T>(n.dout, example, t), c, n.dout.column);
+      load_parameter<T, V>(gain, n.gain, example, c, 1.0f);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        normed[g][i] = (normed[g][i] - mean) * rstd;
+        gradient[g][i] = product(incoming[i], gain[i]);  // minus its own average it must be able to give 0
+        first += gradient[g][i];
+        second += gradient[g][i] * normed[g][i];
+        dgain[g][i] += incoming[i] * normed[g][i];
+        dbias[g][i] += incoming[i];
+      }
+    }
+    sum_over_block(first, second);
+    if (!n.dx && !n.sums[2]) continue;
+#pragma unroll
+    for (int g = 0; g < kGroups<V>; ++g) {
+      const int c = column_of<V>(g);
+      if (c >= n.columns) continue;
+      float ds[V];
+      if (n.dsum.data) load_elements<T, V>(ds, row_of<T>(n.dsum, example, t), c, n.dsum.column);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float own = (gradient[g][i] - first * scale - normed[g][i] * (second * scale)) * rstd;
+        ds[i] = n.dsum.data ? ds[i] + own : own;
+        dresidual_bias[g][i] += ds[i];
+      }
+      if (n.dx) store_elements<T, V>(static_cast<T*>(n.dx) + r * n.columns, c, ds);
+    }
+  }
+  store_sums<V>(n.sums[0], part, n.columns, dgain);
+  store_sums<V>(n.sums[1], part, n.columns, dbias);
+  store_sums<V>(n.sums[2], part, n.columns, dresidual_bias);
+}
+
+// As few threads as hold a row, but no more than two groups each where there are enough of them.
+template <int V>
+dim3 threads_for(int columns) {
+  const int groups = (columns + V - 1) / V, threads = (groups + 1) / 2;
+  return dim3(static_cast<unsigned>(std::clamp((threads + 31) / 32 * 32, 32, kMostThreads)));
+}
+
+constexpr int kSharedBytes = kMostThreads / 32 * 8;
+
+template <class T, int V>
+int start(bool is_forward, const Norm& n, int64_t blocks, void* stream) {
+  return launch(is_forward ? forward_kernel<T, V> : backward_kernel<T, V>, dim3(static_cast<unsigned>(blocks)),
+                threads_for<V>(n.columns), kSharedBytes, stream, n);
+}
+
+int start(Dtype dtype, bool is_forward, const Norm& n, int64_t blocks, void* stream) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return n.by_four ? start<T, 4>(is_forward, n, blocks, stream) : start<T, 1>(is_forward, n, blocks, stream);
+  });
+}
+
+}  // namespace
+}  // namespace mmk::norm
+
+int mmk_norm_forward(mmk::Dtype dtype, const mmk::norm::Norm* norm, void* stream) {
+  return mmk::norm::start(dtype, true, *norm, norm->rows, stream);
+}
+
+int mmk_norm_backward(mmk::Dtype dtype, const mmk::norm::Norm* norm, int64_t parts, void* stream) {
+  return mmk::norm::start(dtype, false, *norm, parts, stream);
+}
