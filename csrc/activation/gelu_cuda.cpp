@@ -30,7 +30,7 @@ struct Call {
     const bool whole = !bias && is_contiguous(x) && (dout == nullptr || is_contiguous(*dout));
     g.columns = whole ? x.numel() : x.size(-1);
     g.rows = g.columns == 0 ? 0 : x.numel() / g.columns;
-    g.tanh = tanh, g.by_four = true;
+    g.tanh = tanh;
     g.x = matrix(x, kept[0]);
     if (dout != nullptr) g.dout = matrix(*dout, kept[1]);
   }
@@ -40,8 +40,7 @@ struct Call {
     keep = t;
     if (t.dim() != 2 || t.size(0) != g.rows)
       keep = torch::stable::view(is_contiguous(t) ? t : torch::stable::contiguous(t), {g.rows, g.columns});
-    g.by_four = g.by_four && by_four(*keep);
-    return {keep->const_data_ptr(), keep->stride(0), keep->stride(1)};
+    return {keep->const_data_ptr(), keep->stride(0), keep->stride(1), by_four(*keep)};
   }
 };
 

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Gelu g) {
   const int64_t c = (blockIdx.x % blocks * kThreads + threadIdx.x) * V;
   if (c >= g.columns) return;
   float y[V], bias[V];
-  load_elements<T, V>(y, static_cast<const T*>(g.x.data) + r * g.x.row, c, g.x.column);
+  load_elements<T, V>(y, static_cast<const T*>(g.x.data) + r * g.x.row, c, g.x.column, g.x.by_four);
   load_parameter<T, V>(bias, g.bias, 0, c, 0.0f);
 #pragma unroll
   for (int i = 0; i < V; ++i) y[i] = value<kTanh>(y[i] + bias[i]);
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Gelu g) {
 #pragma unroll 2
   for (int64_t r = begin; r < end; ++r) {
     float y[V], d[V];
-    load_elements<T, V>(y, static_cast<const T*>(g.x.data) + r * g.x.row, c, g.x.column);
-    load_elements<T, V>(d, static_cast<const T*>(g.dout.data) + r * g.dout.row, c, g.dout.column);
+    load_elements<T, V>(y, static_cast<const T*>(g.x.data) + r * g.x.row, c, g.x.column, g.x.by_four);
+    load_elements<T, V>(d, static_cast<const T*>(g.dout.data) + r * g.dout.row, c, g.dout.column, g.dout.by_four);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       d[i] *= slope<kTanh>(y[i] + bias[i]);
@@ -97,7 +97,7 @@ int start(bool is_forward, const Gelu& g, int64_t parts, void* stream) {
 int start(Dtype dtype, bool is_forward, const Gelu& g, int64_t parts, void* stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return g.by_four ? start<T, 4>(is_forward, g, parts, stream) : start<T, 1>(is_forward, g, parts, stream);
+    return g.columns % 4 == 0 ? start<T, 4>(is_forward, g, parts, stream) : start<T, 1>(is_forward, g, parts, stream);
   });
 }
 

@@ -7,6 +7,7 @@ namespace mmk::activation {
 struct Matrix {  // (rows, columns), strides in elements
   const void* data = nullptr;
   int64_t row = 0, column = 0;
+  bool by_four = false;  // four neighbouring elements may come in one load
 };
 
 struct Gelu {
@@ -16,7 +17,7 @@ struct Gelu {
   void* out;     // contiguous: the result, or dx (null: not wanted)
   float* sums;   // (parts, columns): of the gradient of bias; null: not wanted
   int64_t size;  // rows of a part
-  bool tanh, by_four;
+  bool tanh;
 };
 
 }  // namespace mmk::activation

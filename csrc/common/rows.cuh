@@ -1,4 +1,5 @@
-// Rows of V neighbouring elements a thread: one load of 8 or 16 bytes for V = 4, any stride for V = 1.
+// Rows of V neighbouring elements a thread: four where a row has a multiple of four, so that they may come in one load
+// of 8 or 16 bytes. Which thread has which elements, and so every sum, depends on the sizes alone, never on strides.
 #pragma once
 #include "common/ptx.cuh"
 #include "common/rows_cuda.h"
@@ -19,15 +20,16 @@ __device__ __forceinline__ float product(float a, float b) {
 #endif
 }
 
-// Columns c to c + V - 1 of a row that lie `stride` apart; V = 4 wants stride 1 and aligned rows.
+// Columns c to c + V - 1 of a row that lie `stride` apart; `at_once`: as by_four says, in one load.
 template <class T, int V>
-__device__ __forceinline__ void load_elements(float (&to)[V], const T* row, int64_t c, int64_t stride) {
-  if constexpr (V == 1) {
-    to[0] = to_float(row[c * stride]);
-  } else {
+__device__ __forceinline__ void load_elements(float (&to)[V], const T* row, int64_t c, int64_t stride, bool at_once) {
+  if (V > 1 && at_once) {
     const auto elements = *reinterpret_cast<const Elements<T, V>*>(row + c);
 #pragma unroll
     for (int i = 0; i < V; ++i) to[i] = to_float(elements.at[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) to[i] = to_float(row[(c + i) * stride]);
   }
 }
 
@@ -43,12 +45,13 @@ __device__ __forceinline__ void store_elements(T* row, int64_t c, const float (&
 template <class T, int V>
 __device__ __forceinline__ void load_parameter(float (&to)[V], const DeviceParameter& p, int64_t example, int64_t c,
                                                float without) {
+  if (!p.data) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const int64_t at = example * p.example + (c + i) * p.column;
-    to[i] = !p.data     ? without
-            : p.is_fp32 ? static_cast<const float*>(p.data)[at]
-                        : to_float(static_cast<const T*>(p.data)[at]);
+    for (int i = 0; i < V; ++i) to[i] = without;
+  } else if (p.is_fp32) {
+    load_elements<float, V>(to, static_cast<const float*>(p.data) + example * p.example, c, p.column, p.by_four);
+  } else {
+    load_elements<T, V>(to, static_cast<const T*>(p.data) + example * p.example, c, p.column, p.by_four);
   }
 }
 

@@ -32,6 +32,16 @@ inline void check_rows(const Tensor& t, const char* name, const Tensor& like, Sc
   STD_TORCH_CHECK(equal, name, " has shape ", shape_text(t.sizes()), "; it must be ", shape_text(shape));
 }
 
+// Can four neighbouring elements of every row be read by one load?
+inline bool by_four(const Tensor& t) {
+  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
+  if (t.dim() == 0 || t.size(-1) % 4 != 0 || t.stride(-1) != 1) return false;
+  if (reinterpret_cast<uint64_t>(t.const_data_ptr()) % static_cast<uint64_t>(4 * size) != 0) return false;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i)
+    if (t.size(i) > 1 && t.stride(i) % 4 != 0) return false;
+  return true;
+}
+
 // (C) or, where `examples` is not negative, also (examples, C); of the rows' dtype or float32.
 inline DeviceParameter row_parameter(const std::optional<Tensor>& t, const char* name, const Tensor& like,
                                      int64_t columns, int64_t examples) {
@@ -47,17 +57,8 @@ inline DeviceParameter row_parameter(const std::optional<Tensor>& t, const char*
   }
   p.data = t->const_data_ptr();
   p.column = t->stride(-1);
+  p.by_four = by_four(*t);
   return p;
-}
-
-// Can four neighbouring elements of every row be read by one load?
-inline bool by_four(const Tensor& t) {
-  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
-  if (t.dim() == 0 || t.size(-1) % 4 != 0 || t.stride(-1) != 1) return false;
-  if (reinterpret_cast<uint64_t>(t.const_data_ptr()) % static_cast<uint64_t>(4 * size) != 0) return false;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i)
-    if (t.size(i) > 1 && t.stride(i) % 4 != 0) return false;
-  return true;
 }
 
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }

@@ -12,7 +12,7 @@ enum class Dtype : int { fp32, bf16, fp16 };
 // A parameter of a layer (example is 0) or of each example; strides in elements. data is null where there is none.
 struct DeviceParameter {
   const void* data = nullptr;
-  bool is_fp32 = false;
+  bool is_fp32 = false, by_four = false;
   int64_t example = 0, column = 0;
 };
 

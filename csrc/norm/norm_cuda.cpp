@@ -9,7 +9,7 @@
 namespace mmk::norm {
 namespace {
 
-Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), by_four(t)}; }
 
 // One or two tensors (B, T_i, C), the rows of one behind those of the other.
 struct Call {
@@ -26,11 +26,9 @@ struct Call {
                     "; its last size must be 1 to ", kMostColumns);
     batch = x[0].size(0), n.first = n.length = x[0].size(1), n.columns = static_cast<int>(columns);
     n.x[0] = n.x[1] = rows_of(x[0]);
-    n.by_four = by_four(x[0]);
     if (x.size() == 2) {
       check_rows(x[1], name, x[0], x[0].scalar_type(), {batch, x[1].dim() == 3 ? x[1].size(1) : 0, columns});
       n.x[1] = rows_of(x[1]);
-      n.by_four = n.by_four && by_four(x[1]);
       n.length += x[1].size(1);
     }
     n.rows = batch * n.length;
@@ -38,7 +36,6 @@ struct Call {
 
   Rows like(const Tensor& t, const char* name, const Tensor& x) {
     check_rows(t, name, x, x.scalar_type(), {batch, n.length, n.columns});
-    n.by_four = n.by_four && by_four(t);
     return rows_of(t);
   }
 };

@@ -5,9 +5,14 @@
 namespace mmk::norm {
 namespace {
 
-// Groups of V elements that a thread holds: 8192 columns in 1024 threads.
+// Threads of a block at most, and groups of V elements that each of them holds of 8192 columns. Single elements want
+// the registers of half as many threads.
 template <int V>
-constexpr int kGroups = 8 / V;
+constexpr int kMostThreads = V == 1 ? 512 : 1024;
+template <int V>
+constexpr int kGroups = kMostColumns / kMostThreads<V> / V;
+
+constexpr int kSumBytes = 1024 / 32 * 8;  // of shared memory: two sums a warp
 
 template <int V>
 __device__ __forceinline__ int column_of(int group) {
@@ -38,7 +43,7 @@ __device__ __forceinline__ void sum_over_block(float& a, float& b) {
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMostThreads) forward_kernel(const Norm n) {
+__global__ void __launch_bounds__(kMostThreads<V>) forward_kernel(const Norm n) {
   const int64_t r = blockIdx.x, example = r / n.length, t = r % n.length;
   const Rows& x = n.x[t < n.first ? 0 : 1];
   const T* row = row_of<T>(x, example, t < n.first ? t : t - n.first);
@@ -48,10 +53,10 @@ __global__ void __launch_bounds__(kMostThreads) forward_kernel(const Norm n) {
   for (int g = 0; g < kGroups<V>; ++g) {
     const int c = column_of<V>(g);
     if (c >= n.columns) continue;
-    load_elements<T, V>(s[g], row, c, x.column);
+    load_elements<T, V>(s[g], row, c, x.column, x.by_four);
     if (n.residual.data) {
       float branch[V], bias[V];
-      load_elements<T, V>(branch, row_of<T>(n.residual, example, t), c, n.residual.column);
+      load_elements<T, V>(branch, row_of<T>(n.residual, example, t), c, n.residual.column, n.residual.by_four);
       load_parameter<T, V>(bias, n.residual_bias, example, c, 0.0f);
 #pragma unroll
       for (int i = 0; i < V; ++i) s[g][i] = to_float(from_float<T>(s[g][i] + (branch[i] + bias[i])));
@@ -99,35 +104,38 @@ __device__ __forceinline__ void store_sums(float* sums, int64_t part, int column
 
 // One part of the rows: ds = dsum + rstd (g - avg(g) - xhat avg(g xhat)) with g = dout gain.
 template <class T, int V>
-__global__ void __launch_bounds__(kMostThreads) backward_kernel(const Norm n) {
+__global__ void __launch_bounds__(kMostThreads<V>) backward_kernel(const Norm n) {
   const int64_t part = blockIdx.x, group = part / n.parts;
   const int64_t begin = group * n.group_rows + part % n.parts * n.size;
   const int64_t end = min(begin + n.size, (group + 1) * n.group_rows);
   const float scale = 1.0f / static_cast<float>(n.columns);
+  // dout gain: every thread reads its own elements alone. In registers they would be too many.
+  float* gradient = reinterpret_cast<float*>(shared_memory() + kSumBytes);
   float dgain[kGroups<V>][V] = {}, dbias[kGroups<V>][V] = {}, dresidual_bias[kGroups<V>][V] = {};
   for (int64_t r = begin; r < end; ++r) {
     const int64_t example = r / n.length, t = r % n.length;
     const Rows& x = n.x[t < n.first ? 0 : 1];
     const T* row = row_of<T>(x, example, t < n.first ? t : t - n.first);
     const float mean = n.mean[r], rstd = n.rstd[r];
-    float normed[kGroups<V>][V], gradient[kGroups<V>][V], first = 0.0f, second = 0.0f;
+    float normed[kGroups<V>][V], first = 0.0f, second = 0.0f;
 #pragma unroll
     for (int g = 0; g < kGroups<V>; ++g) {
       const int c = column_of<V>(g);
       if (c >= n.columns) continue;
       float gain[V], incoming[V];
-      load_elements<T, V>(normed[g], row, c, x.column);
-      load_elements<T, V>(incoming, row_of<T>(n.dout, example, t), c, n.dout.column);
+      load_elements<T, V>(normed[g], row, c, x.column, x.by_four);
+      load_elements<T, V>(incoming, row_of<T>(n.dout, example, t), c, n.dout.column, n.dout.by_four);
       load_parameter<T, V>(gain, n.gain, example, c, 1.0f);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         normed[g][i] = (normed[g][i] - mean) * rstd;
-        gradient[g][i] = product(incoming[i], gain[i]);  // minus its own average it must be able to give 0
-        first += gradient[g][i];
-        second += gradient[g][i] * normed[g][i];
+        gain[i] = product(incoming[i], gain[i]);  // minus its own average it must be able to give 0
+        first += gain[i];
+        second += gain[i] * normed[g][i];
         dgain[g][i] += incoming[i] * normed[g][i];
         dbias[g][i] += incoming[i];
       }
+      store_elements<float, V>(gradient, c, gain);
     }
     sum_over_block(first, second);
     if (!n.dx && !n.sums[2]) continue;
@@ -135,12 +143,13 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(const Norm n) {
     for (int g = 0; g < kGroups<V>; ++g) {
       const int c = column_of<V>(g);
       if (c >= n.columns) continue;
-      float ds[V];
-      if (n.dsum.data) load_elements<T, V>(ds, row_of<T>(n.dsum, example, t), c, n.dsum.column);
+      float ds[V], own[V];
+      load_elements<float, V>(own, gradient, c, 1, true);
+      if (n.dsum.data) load_elements<T, V>(ds, row_of<T>(n.dsum, example, t), c, n.dsum.column, n.dsum.by_four);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float own = (gradient[g][i] - first * scale - normed[g][i] * (second * scale)) * rstd;
-        ds[i] = n.dsum.data ? ds[i] + own : own;
+        own[i] = (own[i] - first * scale - normed[g][i] * (second * scale)) * rstd;
+        ds[i] = n.dsum.data ? ds[i] + own[i] : own[i];
         dresidual_bias[g][i] += ds[i];
       }
       if (n.dx) store_elements<T, V>(static_cast<T*>(n.dx) + r * n.columns, c, ds);
@@ -155,21 +164,19 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(const Norm n) {
 template <int V>
 dim3 threads_for(int columns) {
   const int groups = (columns + V - 1) / V, threads = (groups + 1) / 2;
-  return dim3(static_cast<unsigned>(std::clamp((threads + 31) / 32 * 32, 32, kMostThreads)));
+  return dim3(static_cast<unsigned>(std::clamp((threads + 31) / 32 * 32, 32, kMostThreads<V>)));
 }
-
-constexpr int kSharedBytes = kMostThreads / 32 * 8;
 
 template <class T, int V>
 int start(bool is_forward, const Norm& n, int64_t blocks, void* stream) {
   return launch(is_forward ? forward_kernel<T, V> : backward_kernel<T, V>, dim3(static_cast<unsigned>(blocks)),
-                threads_for<V>(n.columns), kSharedBytes, stream, n);
+                threads_for<V>(n.columns), kSumBytes + (is_forward ? 0 : n.columns * 4), stream, n);
 }
 
 int start(Dtype dtype, bool is_forward, const Norm& n, int64_t blocks, void* stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return n.by_four ? start<T, 4>(is_forward, n, blocks, stream) : start<T, 1>(is_forward, n, blocks, stream);
+    return n.columns % 4 == 0 ? start<T, 4>(is_forward, n, blocks, stream) : start<T, 1>(is_forward, n, blocks, stream);
   });
 }
 

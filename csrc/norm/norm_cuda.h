@@ -6,11 +6,11 @@
 namespace mmk::norm {
 
 constexpr int kMostColumns = 8192;  // a block holds a row in its registers
-constexpr int kMostThreads = 1024;
 
 struct Rows {  // (B, T, C), strides in elements
   const void* data = nullptr;
   int64_t example = 0, row = 0, column = 0;
+  bool by_four = false;  // four neighbouring elements may come in one load
 };
 
 struct Norm {
@@ -25,7 +25,6 @@ struct Norm {
   float *mean, *rstd;
   float* sums[3];                   // (parts, C): of the gradients of gain, bias, residual's bias; null: not wanted
   int64_t group_rows, parts, size;  // rows of a group, its parts, rows of a part
-  bool by_four;                     // four neighbouring elements are loaded at once
 };
 
 }  // namespace mmk::norm
