@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import fusion
+from . import fusion, rows
 from .registry import Inputs, Problem
 
 SDPA = F.scaled_dot_product_attention
@@ -217,10 +217,10 @@ def in_float32(function):
 def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> list:
     """Every candidate for a problem, ours first; `reason` says why one cannot run here."""
     cuda = inputs.device.type == "cuda"
+    if isinstance(problem, rows.Rows):
+        return _rows(problem, inputs, cuda, with_compile)
     if isinstance(problem, fusion.Fusion):
-        return (
-            _network_candidates(problem, with_compile) if problem.network else _bottleneck(problem, inputs, cuda, with_compile)
-        )
+        return _networks(problem, with_compile) if problem.network else _bottleneck(problem, inputs, cuda, with_compile)
     listed = [*_ours(problem, inputs, cuda)]
     function = eager(problem.op)
     listed.append(Candidate("eager", "baseline", function))
@@ -266,12 +266,16 @@ def _ours(problem, inputs, cuda):
     """Each backend of the op that can run here, the one that "auto" takes first; `reference` only as the last resort."""
     op = getattr(mmkernels.ops, problem.op)
     explanation = mmkernels.explain(problem.op, **inputs.tensors, **inputs.options)
+    yield from _backends_of(explanation, cuda, lambda name: functools.partial(op, backend=name))
+
+
+def _backends_of(explanation, cuda, function):
     for name in sorted(("cuda", "triton") if cuda else ("cpp",), key=lambda n: n != explanation.backend):
         reason = "; ".join(explanation.refusals[name])
         note = f"what auto takes; {explanation.detail}".rstrip("; ") if name == explanation.backend else ""
-        yield Candidate(f"mmkernels {name}", "mmkernels", functools.partial(op, backend=name), reason, note)
+        yield Candidate(f"mmkernels {name}", "mmkernels", function(name), reason, note)
     if explanation.backend == "reference":
-        yield Candidate("mmkernels reference", "mmkernels", functools.partial(op, backend="reference"), "", "what auto takes")
+        yield Candidate("mmkernels reference", "mmkernels", function("reference"), "", "what auto takes")
 
 
 def _perceiver(problem):
@@ -293,13 +297,8 @@ def _compiled(function):
 
 def _bottleneck(problem, inputs, cuda, with_compile):
     """Bottleneck attention: what a user writes joins the rows of each modality, or of all, and takes the result apart."""
-    arguments = fusion.pairs(inputs.tensors)
-    explanation = mmkernels.explain(problem.op, *arguments, **inputs.options)
-    listed = []
-    for name in sorted(("cuda", "triton") if cuda else ("cpp",), key=lambda n: n != explanation.backend):
-        note = "what auto takes" if name == explanation.backend else ""
-        reason = "; ".join(explanation.refusals[name])
-        listed.append(Candidate(f"mmkernels {name}", "mmkernels", fusion.op_function(name), reason, note))
+    explanation = mmkernels.explain(problem.op, *fusion.pairs(inputs.tensors), **inputs.options)
+    listed = [*_backends_of(explanation, cuda, fusion.op_function)]
     listed.append(Candidate("eager", "baseline", fusion.one_by_one(eager_attention)))
     listed.append(Candidate("sdpa", "baseline", fusion.one_by_one(SDPA)))
     if with_compile:
@@ -340,7 +339,7 @@ def _flex_parts(q, k, v, lengths):
     return _flex()(q, k, v, block_mask=_block_mask(lengths, q.device))
 
 
-def _network_candidates(problem, with_compile):
+def _networks(problem, with_compile):
     """A layer or a model: the fused one, and its plain twin (concatenation and SDPA)."""
     listed = [Candidate("mmkernels", "mmkernels", fusion.network_function(problem, "auto"))]
     if problem.op == "mbt":
@@ -352,6 +351,27 @@ def _network_candidates(problem, with_compile):
         listed.append(Candidate("torch.compile", "baseline", function))
         function = fusion.network_function(problem, "auto", compiler=_compiled)
         listed.append(Candidate("mmkernels compiled", "mmkernels", function, note="torch.compile of the fused one"))
+    return listed
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(x, residual, residual_bias, gain, bias):
+    total = x + (residual + residual_bias)
+    return [F.layer_norm(total, x.shape[-1:], gain, bias, 1e-5), total]
+
+
+def _rows(problem, inputs, cuda, with_compile):
+    explanation = mmkernels.explain(problem.op, **inputs.tensors)
+    listed = [*_backends_of(explanation, cuda, functools.partial(rows.function, problem.op))]
+    plain = rows.function(problem.op, "eager")
+    listed.append(Candidate("eager", "baseline", plain))
+    if problem.op == "film_layer_norm":
+        plain = _layer_norm
+        listed.append(Candidate("layer_norm", "baseline", plain, note="torch's own gain and bias"))
+    if with_compile:
+        listed.append(Candidate("torch.compile", "baseline", _compiled(plain)))
     return listed
 
 

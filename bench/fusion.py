@@ -53,6 +53,84 @@ class Fusion(NamedTuple):
         """A tiny one with the same candidates."""
         return self._replace(batch=1, tokens=tuple(2 for _ in self.tokens), head_dim=8)
 
+    def make_tensors(self, normal) -> tuple:
+        """(tensors by name, options, shapes of the outputs); `normal(*shape)` makes random numbers."""
+        b, h, d = self.batch, self.heads, self.head_dim
+        cls = self.query_rows == "cls"
+        if not self.network:
+            tensors = {}
+            for i, length in enumerate(self.tokens):
+                tensors[f"tokens{i}"] = normal(b, length, 3, h, d)
+                tensors[f"bottleneck{i}"] = normal(b, self.bottlenecks, 3, h, d)
+            rows = [n for length in self.tokens for n in ((1, 0) if cls else (length, self.bottlenecks))]
+            return tensors, {"query_rows": self.query_rows}, [(b, n, h * d) for n in rows]
+        network = _network(self, "eager")
+        weights = {WEIGHTS + name: _weight(name, p, normal) for name, p in network.named_parameters()}
+        if self.op == "fusion_layer":
+            tensors = {name: normal(b, n, h * d) for name, n in zip(NAMES, self.tokens, strict=False)}
+            tensors["bottleneck"] = normal(b, self.bottlenecks, h * d)
+            return tensors | weights, {}, [t.shape for t in tensors.values()]
+        tensors = {m.name: normal(b, *m.shape, m.channels) for m in network.config.modalities}
+        return tensors | weights, {}, [(b, network.config.num_classes)] * len(self.tokens)
+
+    def wanted(self, pass_: str) -> tuple:
+        if pass_ == "forward":
+            return ()
+        if not self.network:
+            return tuple(f"{name}{i}" for i in range(len(self.tokens)) for name in ("tokens", "bottleneck"))
+        weights = tuple(WEIGHTS + n for n, _ in _network(self, "eager").named_parameters())
+        return weights if self.op == "mbt" else (*NAMES[: len(self.tokens)], "bottleneck", *weights)
+
+    def exact(self, inputs, names: tuple) -> testing.Run:
+        """Outputs and gradients in float64: by the op's reference, one example at a time; of a network by its plain twin."""
+        wide = {n: t.double() for n, t in inputs.tensors.items()}
+        if self.network:
+            run = network_function(self, "eager")
+            cotangent = [c.double() for c in inputs.cotangent]
+            with torch.set_grad_enabled(bool(names)):
+                return testing.run(run, wide, names, cotangent)
+        examples = []
+        for i in range(self.batch):
+            one = {n: t[i : i + 1] for n, t in wide.items()}
+            cotangent = [c[i : i + 1].double() for c in inputs.cotangent]
+            with torch.set_grad_enabled(bool(names)):
+                examples.append(testing.run(op_function("reference"), one, names, cotangent, **inputs.options))
+        output = [torch.cat(parts) for parts in zip(*(e.output for e in examples), strict=True)]
+        return testing.Run(output, {n: torch.cat([e.gradients[n] for e in examples]) for n in names})
+
+    def attended(self) -> list:
+        """(queries, keys) of each modality."""
+        keys = [n + self.bottlenecks for n in self.tokens]
+        return [(1, n) if self.query_rows == "cls" else (n, n) for n in keys]
+
+    def counts(self, pass_: str) -> tuple:
+        """(operations, bytes): of the op its products and tensors; of a network its layers' products, and all weights."""
+        b, c, item = self.batch, self.channels, self.torch_dtype.itemsize
+        if not self.network:
+            scores, queries = sum(n * m for n, m in self.attended()), sum(n for n, _ in self.attended())
+            forward, backward = 4 * b * scores * c, 10 * b * scores * c
+            inputs, output = 3 * b * sum(m for _, m in self.attended()) * c, b * queries * c
+        else:
+            network, fusing, alone = _network(self, "eager"), 1, 0
+            if self.op == "mbt":
+                fusing = len(network.encoder.layers) - network.config.fusion_layer
+                alone = network.config.fusion_layer
+            forward = backward = 0
+            for layers, extra in ((fusing, self.bottlenecks), (alone, 0)):
+                lengths = [n + extra for n in self.tokens]
+                linears = 24 * b * sum(lengths) * c**2  # queries, keys, values, result, and an MLP four times as wide
+                scores = b * sum(n * n for n in lengths) * c
+                forward += layers * (linears + 4 * scores)
+                backward += layers * (2 * linears + 10 * scores)
+            inputs = sum(p.numel() for p in network.parameters()) + b * sum(self.tokens) * c
+            output = b * sum(self.tokens) * c
+        if pass_ == "forward":
+            return forward, item * (inputs + output)
+        backward_bytes = 2 * item * (inputs + output)
+        if pass_ == "backward":
+            return backward, backward_bytes
+        return forward + backward, item * (inputs + output) + backward_bytes
+
 
 def _fusion(name, tokens, **options):
     return Fusion("bottleneck_attention", name, 2, tokens, 5, 12, 64, **options)
@@ -69,60 +147,12 @@ MODEL = SECONDS_4._replace(op="mbt", batch=1)
 # --- Inputs -----------------------------------------------------------------------------------------------------------------
 
 
-def make_tensors(problem: Fusion, normal) -> tuple:
-    """(tensors by name, options, shapes of the outputs); `normal(*shape)` makes random numbers."""
-    b, h, d = problem.batch, problem.heads, problem.head_dim
-    cls = problem.query_rows == "cls"
-    if not problem.network:
-        tensors = {}
-        for i, length in enumerate(problem.tokens):
-            tensors[f"tokens{i}"] = normal(b, length, 3, h, d)
-            tensors[f"bottleneck{i}"] = normal(b, problem.bottlenecks, 3, h, d)
-        rows = [n for length in problem.tokens for n in ((1, 0) if cls else (length, problem.bottlenecks))]
-        return tensors, {"query_rows": problem.query_rows}, [(b, n, h * d) for n in rows]
-    network = _network(problem, "eager")
-    weights = {WEIGHTS + name: _weight(name, p, normal) for name, p in network.named_parameters()}
-    if problem.op == "fusion_layer":
-        tensors = {name: normal(b, n, h * d) for name, n in zip(NAMES, problem.tokens, strict=False)}
-        tensors["bottleneck"] = normal(b, problem.bottlenecks, h * d)
-        return tensors | weights, {}, [t.shape for t in tensors.values()]
-    tensors = {m.name: normal(b, *m.shape, m.channels) for m in network.config.modalities}
-    return tensors | weights, {}, [(b, network.config.num_classes)] * len(problem.tokens)
-
-
 def _weight(name, parameter, normal):
     """Such that every layer's output has the size of its input, and every weight a gradient (a new model's head is zero)."""
     if parameter.dim() == 1:
         return normal(*parameter.shape, scale=0.1, shift=1.0 if name.endswith("weight") else 0.0)
     tables = parameter.dim() == 3 and parameter.shape[0] == 1  # positions, CLS tokens, bottleneck
     return normal(*parameter.shape, scale=0.5 if tables else parameter[0].numel() ** -0.5)
-
-
-def wanted(problem: Fusion, pass_: str) -> tuple:
-    if pass_ == "forward":
-        return ()
-    if not problem.network:
-        return tuple(f"{name}{i}" for i in range(len(problem.tokens)) for name in ("tokens", "bottleneck"))
-    weights = tuple(WEIGHTS + n for n, _ in _network(problem, "eager").named_parameters())
-    return weights if problem.op == "mbt" else (*NAMES[: len(problem.tokens)], "bottleneck", *weights)
-
-
-def exact(problem: Fusion, inputs, names: tuple) -> testing.Run:
-    """Outputs and gradients in float64: by the op's reference, one example at a time; of a network by its plain twin."""
-    wide = {n: t.double() for n, t in inputs.tensors.items()}
-    if problem.network:
-        run = network_function(problem, "eager")
-        cotangent = [c.double() for c in inputs.cotangent]
-        with torch.set_grad_enabled(bool(names)):
-            return testing.run(run, wide, names, cotangent)
-    examples = []
-    for i in range(problem.batch):
-        one = {n: t[i : i + 1] for n, t in wide.items()}
-        cotangent = [c[i : i + 1].double() for c in inputs.cotangent]
-        with torch.set_grad_enabled(bool(names)):
-            examples.append(testing.run(op_function("reference"), one, names, cotangent, **inputs.options))
-    output = [torch.cat(parts) for parts in zip(*(e.output for e in examples), strict=True)]
-    return testing.Run(output, {n: torch.cat([e.gradients[n] for e in examples]) for n in names})
 
 
 # --- What is compared -------------------------------------------------------------------------------------------------------
@@ -230,40 +260,3 @@ def network_function(problem: Fusion, backend: str, *, prune=True, compiler=lamb
 
 
 # --- Counting ---------------------------------------------------------------------------------------------------------------
-
-
-def attended(problem: Fusion) -> list:
-    """(queries, keys) of each modality."""
-    keys = [n + problem.bottlenecks for n in problem.tokens]
-    return [(1, n) if problem.query_rows == "cls" else (n, n) for n in keys]
-
-
-def counts(problem: Fusion, pass_: str) -> tuple:
-    """(operations, bytes): of the op its products and tensors; of a network its layers' products, and all of its weights."""
-    b, c, item = problem.batch, problem.channels, problem.torch_dtype.itemsize
-    if not problem.network:
-        scores, queries = sum(n * m for n, m in attended(problem)), sum(n for n, _ in attended(problem))
-        forward, backward = 4 * b * scores * c, 10 * b * scores * c
-        inputs, output = 3 * b * sum(m for _, m in attended(problem)) * c, b * queries * c
-    else:
-        network = _network(problem, "eager")
-        fusing = 1
-        alone = 0
-        if problem.op == "mbt":
-            fusing = len(network.encoder.layers) - network.config.fusion_layer
-            alone = network.config.fusion_layer
-        forward = backward = 0
-        for layers, extra in ((fusing, problem.bottlenecks), (alone, 0)):
-            lengths = [n + extra for n in problem.tokens]
-            linears = 24 * b * sum(lengths) * c**2  # queries, keys, values, result, and an MLP four times as wide
-            scores = b * sum(n * n for n in lengths) * c
-            forward += layers * (linears + 4 * scores)
-            backward += layers * (2 * linears + 10 * scores)
-        inputs = sum(p.numel() for p in network.parameters()) + b * sum(problem.tokens) * c
-        output = b * sum(problem.tokens) * c
-    if pass_ == "forward":
-        return forward, item * (inputs + output)
-    backward_bytes = 2 * item * (inputs + output)
-    if pass_ == "backward":
-        return backward, backward_bytes
-    return forward + backward, item * (inputs + output) + backward_bytes

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import fusion
-from .fusion import Fusion
+from . import fusion, rows
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
 
@@ -48,7 +47,7 @@ class Problem(NamedTuple):
 
 
 class Case(NamedTuple):
-    problem: Problem | Fusion
+    problem: Problem | fusion.Fusion | rows.Rows
     pass_: str  # forward: without gradients. backward: alone. step: both. -dx: the input wants a gradient too
 
     @property
@@ -121,6 +120,7 @@ def _gpu_cases():
     cases += _cases(
         ("forward", "step"), *(_on_gpu(p, 8) for p in (fusion.LAYER_32, fusion.LAYER_8, fusion.LAYER, fusion.MODEL))
     )
+    cases += _cases(three, *(_on_gpu(p, 8) for p in (rows.NORM, rows.GELU)))
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
     cases += _cases(five, *(_on_gpu(p, 8) for p in (IMAGENET_SPLIT, AUDIOSET, CONV)))
     cases += _cases(three, *(_on_gpu(p, 8) for p in (BYTES, CROSS_BYTES, BIASED, MLM, SELF_FLOW, SELF_LANGUAGE)))
@@ -133,7 +133,7 @@ PRESETS = {
     "quick": _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
     + _cases(("forward", "step"), CONV, FEW_QUERIES, FEW_KEYS)
     + _cases(("forward",), BYTES, SELF_LANGUAGE)
-    + _cases(("forward", "step"), fusion.SECONDS_4._replace(batch=1)),
+    + _cases(("forward", "step"), fusion.SECONDS_4._replace(batch=1), rows.NORM, rows.GELU),
     "paper": _cases(("forward", "step", "step-dx", "backward", "backward-dx"), IMAGENET)
     + _cases(("forward", "step"), IMAGENET, dtype="bfloat16")
     + _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
@@ -145,6 +145,7 @@ PRESETS = {
     + _cases(("forward", "backward"), FEW_QUERIES, FEW_KEYS, *FEW, ONE_QUERY, TWO_QUERIES)
     + _cases(("forward", "step", "backward"), fusion.SECONDS_4, fusion.FRAMES_8, fusion.CLS)
     + _cases(("forward", "step"), fusion.FRAMES_32, fusion.LAYER, fusion.LAYER_8, fusion.MODEL)
+    + _cases(("forward", "step", "backward"), rows.NORM, rows.GELU)
     # Time and memory against M.
     + _cases(("forward",), *(IMAGENET._replace(name=f"keys-{m}", keys=m) for m in (1024, 4096, 16384, 65536))),
     "gpu": _gpu_cases(),
@@ -189,8 +190,8 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs
         values = torch.randn(shape, generator=generator, device=device)
         return (values * scale + shift).to(dtype)
 
-    if isinstance(problem, Fusion):
-        tensors, options, shapes = fusion.make_tensors(problem, normal)
+    if not isinstance(problem, Problem):
+        tensors, options, shapes = problem.make_tensors(normal)
         return Inputs(tensors, options, [normal(*shape) for shape in shapes])
     b, n, m, h, d, e = problem[2:8]
     options, tensors = {}, {}
@@ -218,8 +219,8 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs
 
 def wanted(problem: Problem, pass_: str) -> tuple:
     """The arguments whose gradients a pass computes."""
-    if isinstance(problem, Fusion):
-        return fusion.wanted(problem, pass_)
+    if not isinstance(problem, Problem):
+        return problem.wanted(pass_)
     if pass_ == "forward":
         return ()
     if problem.op == "attention":

@@ -28,8 +28,8 @@ class Counts(NamedTuple):
 
 def counts(problem: Problem, pass_: str) -> Counts:
     """Of one pass. `backward` recomputes the scores, as every fused kernel does; `step` is forward and backward."""
-    if isinstance(problem, fusion.Fusion):
-        return Counts(*fusion.counts(problem, pass_))
+    if not isinstance(problem, Problem):
+        return Counts(*problem.counts(pass_))
     b, n, m, h, d, e = problem[2:8]
     item = problem.torch_dtype.itemsize
     if problem.op == "attention":
@@ -165,7 +165,7 @@ def predict(
     if isinstance(problem, fusion.Fusion):
         # One launch has the tiles of all modalities; the longest come first, so the last wave is that of the shortest.
         groups, splits = problem.batch * problem.heads, 1
-        work = [(groups * -(-n // rows), -(-m // block)) for n, m in fusion.attended(problem)]
+        work = [(groups * -(-n // rows), -(-m // block)) for n, m in problem.attended()]
         tiles = sum(count for count, _ in work)
         mean = sum(count * (blocks + START) for count, blocks in work) / tiles
         makespan = max(-(-tiles // slots) * mean, max(blocks for _, blocks in work) + START)
@@ -216,8 +216,8 @@ def report(gpu: Gpu = H200) -> list:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in PRESETS["gpu"]:
-        if getattr(case.problem, "network", False):  # most of its work is the library's
-            continue
+        if not isinstance(case.problem, Problem) and case.problem.op != "bottleneck_attention":
+            continue  # mostly the library's work, or nothing but bytes
         counted = counts(case.problem, case.pass_)
         by_wgmma = case.problem.op == "latent_attention" and not case.pass_.endswith("dx")
         triton = predict(case.problem, case.pass_, gpu, "wgmma")

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from bench import baselines, build, cli, fusion, memory, plots, registry, roofline, run, tune, verify, visit
-from mmkernels import _tuning
+from bench import baselines, build, cli, fusion, memory, plots, registry, roofline, rows, run, tune, verify, visit
+from mmkernels import _tuning, ops
 
 CPU = torch.device("cpu")
 LATENT = registry.Problem("latent_attention", "test", 2, 5, 37, 2, 12, 12, 24, position=8, masked=True)
@@ -32,15 +32,13 @@ def test_ids_are_unique_and_passes_known(preset):
     assert len(set(ids)) == len(ids)
     assert {case.pass_ for case in cases} <= set(registry.PASSES)
     networks = {"fusion_layer", "mbt"} if preset != "quick" else set()
-    assert {case.problem.op for case in cases} == {"latent_attention", "attention", "bottleneck_attention", *networks}
+    assert {case.problem.op for case in cases} == {*ops.__all__, *networks}
 
 
 def test_select_names_what_is_wrong():
     with pytest.raises(ValueError, match="preset is 'fast'; allowed are 'quick', 'paper', 'gpu'"):
         registry.select("fast")
-    with pytest.raises(
-        ValueError, match="op is 'norm'; preset 'quick' has cases of 'attention', 'bottleneck_attention', 'latent"
-    ):
+    with pytest.raises(ValueError, match="op is 'norm'; preset 'quick' has cases of 'attention', 'bias_gelu', 'bottleneck"):
         registry.select("quick", op="norm")
     with pytest.raises(ValueError, match="case is 'nothing'; it matches none of"):
         registry.select("quick", case="nothing")
@@ -75,11 +73,13 @@ MODALITIES = fusion.SECONDS_4._replace(tokens=(20, 9), heads=2, head_dim=8)
         MODALITIES._replace(query_rows="cls"),
         MODALITIES._replace(op="fusion_layer"),
         fusion.MODEL._replace(tokens=(197, 9), heads=2, head_dim=8),
+        rows.NORM._replace(length=9, channels=24),
+        rows.GELU._replace(length=9, channels=24),
     ],
-    ids=lambda p: f"{p.op}-{p.query_rows}",
+    ids=lambda p: f"{p.op}-{getattr(p, 'query_rows', '')}",
 )
 @pytest.mark.parametrize("pass_", ["forward", "step"])
-def test_every_candidate_computes_the_same_over_modalities(problem, pass_):
+def test_every_candidate_of_several_outputs_computes_the_same(problem, pass_):
     inputs, names = registry.make_inputs(problem, CPU), registry.wanted(problem, pass_)
     exact = verify.exact(problem, inputs, names)
     listed = {c.name: c for c in baselines.candidates(problem, inputs, with_compile=False) if not c.reason}
