@@ -98,8 +98,10 @@ def _finish(block, rows, attended, keeps, backend):
     else:
         residual = {"residual": block.branch(block.proj(attended), keeps[0])}
     normed, x = _norm(block.norm2, rows, backend, **residual)
-    hidden = ops.bias_gelu(F.linear(normed, block.fc1.weight), block.fc1.bias, backend=_own(backend))
-    hidden = F.dropout(hidden, block.dropout, block.training)
+    del residual
+    hidden = F.linear(normed, block.fc1.weight)
+    del normed  # in inference nothing else needs it
+    hidden = F.dropout(ops.bias_gelu(hidden, block.fc1.bias, backend=_own(backend)), block.dropout, block.training)
     return x + block.branch(block.fc2(hidden), keeps[1])
 
 
@@ -265,13 +267,7 @@ class BottleneckFusionLayer(ModalityLayer):
             for mask, one in zip(masks.values(), sources, strict=True)
         ]
         if rows == "all":
-            qkv = [_projections(block, one) for block, one in zip(blocks, normed, strict=True)]
-            attended, _ = ops.bottleneck_attention(
-                qkv,
-                [one.detach()[:, :0] for one in qkv],  # its rows are among the tokens already
-                key_masks=None if all(mask is None for mask in masks) else masks,
-                backend=self.backend,
-            )
+            attended = self._attend_all(blocks, normed, masks)
         else:
             kept = [one[:, :1] for one in normed]
             if keep:
@@ -281,7 +277,22 @@ class BottleneckFusionLayer(ModalityLayer):
             segments = [[_projections(block, one, 1)] for block, one in zip(blocks, normed, strict=True)]
             attended = _attend(queries, segments, [[mask] for mask in masks], self.backend)
             sources = [[one[:, :1], *(shared if keep else [])] for one in x]
-        return [_finish(*one, self.backend) for one in zip(blocks, sources, attended, keeps, strict=True)]
+            del normed, queries, segments, kept
+        return [
+            _finish(block, source, attended.pop(0), keeps_of, self.backend)
+            for block, source, keeps_of in zip(blocks, sources, keeps, strict=True)
+        ]
+
+    def _attend_all(self, blocks, normed, masks):
+        """Self-attention of every modality's rows, (B, N, D) each. Empties `normed`: what is not needed later is not kept."""
+        qkv = [_projections(block, normed.pop(0)) for block in blocks]
+        attended, _ = ops.bottleneck_attention(
+            qkv,
+            [one.detach()[:, :0] for one in qkv],  # its rows are among the tokens already
+            key_masks=None if all(mask is None for mask in masks) else masks,
+            backend=self.backend,
+        )
+        return attended
 
     def _plain(self, tokens, bottleneck, masks, rows, keep):
         """The same, in plain PyTorch."""
