@@ -123,13 +123,6 @@ def log2(power):
 
 
 @triton.jit
-def before(rows, end):
-    """rows < end, written so that the compiler, which knows the range of `end`, does not make an `end - i` of each row i of
-    the tile before a loop and keep it in registers."""
-    return rows - end < 0
-
-
-@triton.jit
 def pick(table, COLUMN: tl.constexpr, problem):
     """table[problem][COLUMN]; `problem` is a scalar or a vector."""
     chosen = table[0][COLUMN]
@@ -143,6 +136,16 @@ def pick_integer(table, COLUMN: tl.constexpr, problem, UNIT: tl.constexpr = 1):
     """An integer of a table, known to be a multiple of UNIT. Dividing and multiplying tells the compiler."""
     SHIFT: tl.constexpr = log2(16 * UNIT)
     return (pick(table, COLUMN, problem) >> SHIFT) * UNIT
+
+
+@triton.jit
+def pick_count(table, COLUMN: tl.constexpr, problem):
+    """A number of rows, int32, of a table.
+
+    By way of 64 bits: from a shift of 32 the compiler knows the range, and so that `count - i` does not wrap, which it then
+    computes for every row i of a tile before a loop and keeps in registers.
+    """
+    return ((pick(table, COLUMN, problem).to(tl.int64) << 28) >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -188,7 +191,7 @@ def row_offsets(place, rows):
     if len(place) == 2:
         return rows.to(tl.int64) * place[1]
     else:
-        first = before(rows, place[4])
+        first = rows < place[4]
         return rows.to(tl.int64) * tl.where(first, place[1], place[3]) + tl.where(first, 0, place[2])
 
 
@@ -217,7 +220,7 @@ def load_tile(place, rows, inside, start, WIDTH: tl.constexpr, COLUMNS: tl.const
 def store_tile(place, rows, inside, start, tile, LIMIT: tl.constexpr):
     """Stores columns start : start + width, contiguous, where `inside` and below LIMIT."""
     columns = start + tl.arange(0, tile.shape[1])
-    pointers = place[0] + (row_offsets(place, rows)[:, None] + columns[None, :])
+    pointers = row_pointers(place, rows)[:, None] + columns[None, :]
     tl.store(pointers, tile.to(place[0].dtype.element_ty), mask=inside[:, None] & (columns < LIMIT)[None, :])
 
 

@@ -26,7 +26,6 @@ from .._shared.kernels import (
     LOG2_E,
     ReportCase,
     aligned,
-    before,
     cover,
     dropout_keep,
     dropout_row,
@@ -36,6 +35,7 @@ from .._shared.kernels import (
     locate,
     merge_splits,
     pick,
+    pick_count,
     pick_integer,
     problem_rows,
     row_pointers,
@@ -47,6 +47,7 @@ from .._shared.kernels import (
     unit_of,
 )
 from .._shared.registration import attach_fakes
+from .lists import decode
 
 # Columns of the table `facts` (see _shared/kernels.py for tables): the problem's number in its list, where its rows begin in
 # `statistics` and, where only some keys have a mask, the first that has and the one after the last. Of the table `launch`:
@@ -90,13 +91,13 @@ def _looped_product(
 def _mask_rows(key_mask, mask_strides, lengths, facts, problem, batch, HAS_MASK: tl.constexpr):
     """Where the mask of a problem's keys is; where only some have one, the first that has and the one after the last."""
     if HAS_MASK:
-        boundary = pick_integer(lengths, BOUNDARY, problem)
+        boundary = pick_count(lengths, BOUNDARY, problem)
         place = problem_rows(key_mask, mask_strides, problem, batch, 0, boundary, 1)
         place = (place[0], 1) if len(place) == 2 else (place[0], 1, place[2], 1, place[4])
         if len(facts[0]) == 2:
             return (place,)
         else:
-            return place, pick_integer(facts, MASK_BEGIN, problem), pick_integer(facts, MASK_END, problem)
+            return place, pick_count(facts, MASK_BEGIN, problem), pick_count(facts, MASK_END, problem)
     else:
         return ()
 
@@ -109,8 +110,18 @@ def _visible(mask, m, inside, HAS_MASK: tl.constexpr):
     elif len(mask) == 1:
         return tl.load(row_pointers(mask[0], m), mask=inside, other=0) != 0
     else:
-        masked = inside & ~before(m, mask[1]) & before(m, mask[2])
+        masked = inside & (m >= mask[1]) & (m < mask[2])
         return (tl.load(row_pointers(mask[0], m), mask=masked, other=1) != 0) & inside
+
+
+@triton.jit
+def _result_rows(out, strides, problem, batch, head, boundary, row, WIDTH: tl.constexpr):
+    """Where results go: without strides to rows that lie one after another, `row` before those of the (b, h)."""
+    if strides is None:
+        return out[0][0] + row * WIDTH, WIDTH
+    else:
+        UNIT: tl.constexpr = unit_of(out[0][0].dtype.element_ty, WIDTH)
+        return problem_rows(out, strides, problem, batch, head, boundary, UNIT)
 
 
 @triton.jit
@@ -142,6 +153,12 @@ def _statistics(statistics, queries, n, inside):
     return lse, tl.load(statistics + queries + n, mask=inside, other=0.0)
 
 
+@triton.jit
+def _answered(inside, lse, HAS_MASK: tl.constexpr):
+    """Which queries are read: not those without keys, for there may be NaN in them and their gradients, and 0 * NaN is NaN."""
+    return inside & (lse < float("inf")) if HAS_MASK else inside
+
+
 # --- Forward --------------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +170,7 @@ def forward_kernel(
     key_mask,
     bias,  # of a problem by itself
     seed,
-    out,  # tables of segments; with splits ((float32 sums (splits, rows, E),),), the rows of all problems
+    out,  # table of segments, or ((one tensor with the rows of all problems,),); with splits float32 sums (splits, rows, E)
     lse,  # table of contiguous (B,H,N); with splits likewise the sums of exp2(score - top), (splits, rows)
     top,  # with splits likewise the largest scores
     q_strides,
@@ -196,8 +213,8 @@ def forward_kernel(
     E1_CHECK: tl.constexpr = E < E1 * E_STEPS
     E_BLOCKS: tl.constexpr = 1 if E_STEPS == 1 else (E + E1 - 1) // E1
     problem, pid = locate(launch, FIRST_PROGRAM, tl.program_id(0))
-    queries = pick_integer(query_lengths, LENGTH, problem).to(tl.int32)
-    keys = pick_integer(key_lengths, LENGTH, problem).to(tl.int32)
+    queries = pick_count(query_lengths, LENGTH, problem)
+    keys = pick_count(key_lengths, LENGTH, problem)
     query_tiles = tl.cdiv(queries, BLOCK_N)
     e = (pid % E_BLOCKS) * E1
     pid = pid // E_BLOCKS
@@ -205,8 +222,8 @@ def forward_kernel(
     pid = pid // query_tiles
     pair, split = (pid % pairs).to(tl.int64), (pid // pairs).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    q_boundary = pick_integer(query_lengths, BOUNDARY, problem).to(tl.int32)
-    k_boundary = pick_integer(key_lengths, BOUNDARY, problem).to(tl.int32)
+    q_boundary = pick_count(query_lengths, BOUNDARY, problem)
+    k_boundary = pick_count(key_lengths, BOUNDARY, problem)
     q_rows = problem_rows(q, q_strides, problem, batch, head, q_boundary, UNIT)
     k_rows = problem_rows(k, k_strides, problem, batch, head, k_boundary, UNIT)
     v_rows = problem_rows(v, v_strides, problem, batch, head, k_boundary, UNIT)
@@ -231,7 +248,7 @@ def forward_kernel(
     begin = (split * split_keys).to(tl.int32)
     for start in range(begin, tl.minimum(begin + split_keys, keys).to(tl.int32), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        m_inside = tl.arange(0, BLOCK_M) < keys - start  # see `before`
+        m_inside = m < keys
         visible = _visible(mask, m, m_inside, HAS_MASK)
         if D_STEPS == 1:
             k1 = load_tile(k_rows, m, visible, 0, D1, D, D1_CHECK)
@@ -260,21 +277,19 @@ def forward_kernel(
             v2 = load_tile(v_rows, m, visible, E1, E2, E, True)
             acc2 = tl.dot(weights, v2, acc2 * fade[:, None], input_precision=PRECISION)
 
+    row = split * rows + pick_integer(query_lengths, BEFORE, problem) + pair * queries
     if SPLIT:
-        row = split * rows + pick_integer(query_lengths, BEFORE, problem) + pair * queries
-        out_rows = out[0][0] + row * E, E
         gain = tl.full([BLOCK_N], 1.0, tl.float32) * keep_scale
         if e == 0:
             tl.store(top[0][0] + row + n, m_top, mask=n_inside)
             tl.store(lse[0][0] + row + n, total, mask=n_inside)
     else:
-        OUT_UNIT: tl.constexpr = unit_of(out[0][0].dtype.element_ty, E)
-        out_rows = problem_rows(out, out_strides, problem, batch, head, q_boundary, OUT_UNIT)
         total = tl.where(total == 0.0, 1.0, total)  # a row without keys: 0 / 1, and log(1) + -inf
         gain = keep_scale / total
         if e == 0:
             logarithm = (m_top + tl.log2(total)) * LN_2 if BASE2 else m_top + tl.log(total)
             tl.store(pick(lse, 0, problem) + pair * queries + n, logarithm, mask=n_inside)
+    out_rows = _result_rows(out, out_strides, problem, batch, head, q_boundary, row, E)
     store_tile(out_rows, n, n_inside, e, acc1 * gain[:, None], E)
     if E2 > 0 and E_STEPS == 1:
         store_tile(out_rows, n, n_inside, E1, acc2 * gain[:, None], E)
@@ -344,7 +359,7 @@ def backward_kernel(
     bias,  # of a problem by itself
     seed,
     statistics,
-    da,  # dq, or dk; with splits ((float32 (splits, rows, D),),), the rows of all problems
+    da,  # dq, or dk, as the forward's out; with splits float32 (splits, rows, D)
     da2,  # dv where OWN_KEYS
     a_strides,
     a2_strides,
@@ -379,7 +394,6 @@ def backward_kernel(
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
@@ -399,8 +413,8 @@ def backward_kernel(
     D_BLOCKS: tl.constexpr = (D + DO - 1) // DO if FIRST and D_STEPS > 1 else 1
     E_BLOCKS: tl.constexpr = (E + EO - 1) // EO if SECOND and E_STEPS > 1 else 1
     problem, pid = locate(launch, FIRST_PROGRAM, tl.program_id(0))
-    own_count = pick_integer(own_lengths, LENGTH, problem).to(tl.int32)
-    other_count = pick_integer(other_lengths, LENGTH, problem).to(tl.int32)
+    own_count = pick_count(own_lengths, LENGTH, problem)
+    other_count = pick_count(other_lengths, LENGTH, problem)
     own_tiles = tl.cdiv(own_count, BLOCK_OWN)
     block = pid % (D_BLOCKS * E_BLOCKS)
     pid = pid // (D_BLOCKS * E_BLOCKS)
@@ -408,8 +422,8 @@ def backward_kernel(
     pid = pid // own_tiles
     pair, split = (pid % pairs).to(tl.int64), (pid // pairs).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    own_boundary = pick_integer(own_lengths, BOUNDARY, problem).to(tl.int32)
-    other_boundary = pick_integer(other_lengths, BOUNDARY, problem).to(tl.int32)
+    own_boundary = pick_count(own_lengths, BOUNDARY, problem)
+    other_boundary = pick_count(other_lengths, BOUNDARY, problem)
     a_rows = problem_rows(a, a_strides, problem, batch, head, own_boundary, UNIT)
     a2_rows = problem_rows(a2, a2_strides, problem, batch, head, own_boundary, UNIT)
     b_rows = problem_rows(b, b_strides, problem, batch, head, other_boundary, UNIT)
@@ -428,8 +442,8 @@ def backward_kernel(
     if OWN_KEYS:
         x_read = _visible(mask, x, x_inside, HAS_MASK)
     else:
-        x_read = x_inside
         x_lse, x_delta = _statistics(statistics, queries, x, x_inside)
+        x_read = _answered(x_inside, x_lse, HAS_MASK)
         row_lse, row_delta = x_lse[:, None], x_delta[:, None]
         if DROPOUT:
             low, high = dropout_row(own_seed, pair * queries + x)
@@ -455,11 +469,11 @@ def backward_kernel(
     begin = (split * split_others).to(tl.int32)
     for start in range(begin, tl.minimum(begin + split_others, other_count).to(tl.int32), BLOCK_OTHER):
         y = start + tl.arange(0, BLOCK_OTHER)
-        y_inside = tl.arange(0, BLOCK_OTHER) < other_count - start  # see `before`
+        y_inside = y < other_count
         inside = x_inside[:, None] & y_inside[None, :]
         if OWN_KEYS:
-            y_read = y_inside
             y_lse, y_delta = _statistics(statistics, queries, y, y_inside)
+            y_read = _answered(y_inside, y_lse, HAS_MASK)
             row_lse, row_delta = y_lse[None, :], y_delta[None, :]
             n, m, visible = y[None, :], x[:, None], x_read[:, None]
             if DROPOUT:
@@ -516,24 +530,15 @@ def backward_kernel(
             if D2 > 0 and D_STEPS == 1:
                 da_2 = tl.dot(dscores, b_2, da_2, input_precision=PRECISION)
 
-    if SPLIT:
-        row = split * rows + pick_integer(own_lengths, BEFORE, problem) + pair * own_count
+    row = split * rows + pick_integer(own_lengths, BEFORE, problem) + pair * own_count
     if FIRST:
-        D_UNIT: tl.constexpr = unit_of(da[0][0].dtype.element_ty, D)
-        if SPLIT:
-            da_rows = da[0][0] + row * D, D
-        else:
-            da_rows = problem_rows(da, da_strides, problem, batch, head, own_boundary, D_UNIT)
         gain = scale * LN_2 if BASE2 else scale
+        da_rows = _result_rows(da, da_strides, problem, batch, head, own_boundary, row, D)
         store_tile(da_rows, x, x_inside, 0 if D_STEPS == 1 else block * DO, da_1 * gain, D)
         if D2 > 0 and D_STEPS == 1:
             store_tile(da_rows, x, x_inside, D1, da_2 * gain, D)
     if SECOND:
-        E_UNIT: tl.constexpr = unit_of(da2[0][0].dtype.element_ty, E)
-        if SPLIT:
-            da2_rows = da2[0][0] + row * E, E
-        else:
-            da2_rows = problem_rows(da2, da2_strides, problem, batch, head, own_boundary, E_UNIT)
+        da2_rows = _result_rows(da2, da2_strides, problem, batch, head, own_boundary, row, E)
         store_tile(da2_rows, x, x_inside, 0 if E_STEPS == 1 else block * EO, da2_1, E)
         if E2 > 0 and E_STEPS == 1:
             store_tile(da2_rows, x, x_inside, E1, da2_2, E)
@@ -589,7 +594,7 @@ def bias_kernel(
     DTYPE: tl.constexpr = q[0][0].dtype.element_ty
     BASE2: tl.constexpr = DTYPE != tl.float32
     UNIT: tl.constexpr = unit_of(DTYPE)
-    queries, keys = pick_integer(query_lengths, LENGTH, 0).to(tl.int32), pick_integer(key_lengths, LENGTH, 0).to(tl.int32)
+    queries, keys = pick_count(query_lengths, LENGTH, 0), pick_count(key_lengths, LENGTH, 0)
     pid = tl.program_id(0)
     key_tiles, query_tiles = tl.cdiv(keys, BLOCK_M), tl.cdiv(bias_queries, BLOCK_N)
     m_tile, pid = pid % key_tiles, pid // key_tiles
@@ -838,6 +843,15 @@ def _blocks(dim: int, width: int, steps: int) -> int:
     return 1 if steps == 1 else triton.cdiv(dim, width)
 
 
+def _targets(results, partial) -> tuple:
+    """Tables of where a launch writes: segments of every problem, or, without strides, one contiguous tensor."""
+    if partial is not None:
+        return ((partial,),), None
+    if len(results) == len(results[0]) == 1 and results[0][0].is_contiguous():
+        return ((results[0][0],),), None
+    return segment_tables(results)
+
+
 def _forward(call, out, lse) -> None:
     """Fills out, of each problem the segments (B, H, rows, E), and lse, of each (B, H, N)."""
     t = call.tiles("attention_forward")
@@ -847,11 +861,11 @@ def _forward(call, out, lse) -> None:
     if walk.programs == 0:
         return
     q, k, v, out, lse = map(walk.of, (call.q, call.k, call.v, out, lse))
-    out_, out_strides = segment_tables(out)
-    sums, top = tuple((t,) for t in lse), None
+    partial, sums, top = None, tuple((t,) for t in lse), None
     if walk.splits > 1:
         partial, total, largest = walk.room(q[0][0], call.value_dim), walk.room(q[0][0]), walk.room(q[0][0])
-        out_, out_strides, sums, top = ((partial,),), None, ((total,),), ((largest,),)
+        sums, top = ((total,),), ((largest,),)
+    out_, out_strides = _targets(out, partial)
     (q_, q_strides), (k_, k_strides), (v_, v_strides) = map(segment_tables, (q, k, v))
     mask, mask_strides = call.mask_tables(walk)
     forward_kernel[(walk.programs,)](
@@ -937,10 +951,7 @@ def _one_side(call, own_keys, problems, dout, statistics, da, da2):
     sides = [walk.of(side) for side in sides]
     results = [None if d is None else walk.of(d) for d in (da, da2)]
     partials = [None if d is None or walk.splits == 1 else walk.room(d[0][0], d[0][0].shape[3]) for d in results]
-    targets = [
-        (None, None) if d is None else segment_tables(d) if partial is None else (((partial,),), None)
-        for d, partial in zip(results, partials, strict=True)
-    ]
+    targets = [(None, None) if d is None else _targets(d, partial) for d, partial in zip(results, partials, strict=True)]
     pointers, strides = zip(*map(segment_tables, sides), strict=True)
     mask, mask_strides = call.mask_tables(walk)
     backward_kernel[(walk.programs,)](
@@ -970,7 +981,6 @@ def _one_side(call, own_keys, problems, dout, statistics, da, da2):
         FIRST=da is not None,
         SECOND=da2 is not None,
         HAS_BIAS=call.bias is not None,
-        SPLIT=walk.splits > 1,
         BLOCK_OWN=block_own,
         BLOCK_OTHER=block_other,
         **call.options(t),
@@ -1084,16 +1094,13 @@ class _Slot(NamedTuple):
 
 
 def _listed(tensors, problems, key_masks) -> list:
-    """The problems with a `_Slot` in place of each tensor; csrc/attention/attention_list.h has the form of `problems`."""
+    """The problems with a `_Slot` in place of each tensor."""
     listed = []
-    for start in range(0, len(problems), 15):
-        rows, *places, mask_1, mask_2 = problems[start : start + 15]
-        slots = [_Slot(t, s, tensors[t].shape[1]) if t >= 0 else None for t, s in zip(places[::2], places[1::2], strict=True)]
-        if rows >= 0:
-            slots[0] = slots[0]._replace(rows=rows)
-        q, k, v = ([slot for slot in slots[i : i + 2] if slot is not None] for i in (0, 2, 4))
-        masks = [None if i < 0 else key_masks[i] for i in (mask_1, mask_2)]
-        listed.append(_Problem(q, k, v, masks[: len(k)]))
+    for p in decode(problems):
+        q, k, v = ([_Slot(tensor, slot, tensors[tensor].shape[1]) for tensor, slot in side] for side in (p.q, p.k, p.v))
+        if p.rows >= 0:
+            q[0] = q[0]._replace(rows=p.rows)
+        listed.append(_Problem(q, k, v, [None if i < 0 else key_masks[i] for i in p.masks[: len(k)]]))
     return listed
 
 
@@ -1185,7 +1192,8 @@ def report_case(name, dims, dtype, capability, tiles=None, *, extras=False, prob
 
     pointer, integer = f"*{_CODES[dtype]}", "i32:16"
     kinds = dict.fromkeys((*inputs, *results), table(pointer, segments))
-    kinds |= dict.fromkeys((f"{name}_strides" for name in kinds), table(integer, 4 * segments))
+    strided = kinds if problems * segments > 1 else inputs  # the results of one problem are contiguous
+    kinds |= dict.fromkeys([f"{name}_strides" for name in strided], table(integer, 4 * segments))
     kinds |= dict.fromkeys(("query_lengths", "key_lengths", "own_lengths", "other_lengths"), table(integer, 3))
     kinds |= dict(
         facts=table(integer, 4 if extras and problems > 1 else 2),
@@ -1199,13 +1207,14 @@ def report_case(name, dims, dtype, capability, tiles=None, *, extras=False, prob
         kinds |= dict(key_mask=table("*u8", segments), mask_strides=table(integer, 4 * segments), seed="*i64")
     if biased:
         kinds |= dict(bias=pointer)
+    absent = ("key_mask", "mask_strides", "bias", "seed", "top", "da2", "out_strides", "da_strides", "da2_strides")
     signature, final = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument == "bias_strides":
             signature[argument], final[index, 3] = (integer, integer, integer, "constexpr"), 1
         elif argument in kinds:
             signature[argument] = kinds[argument]
-        elif argument in values or argument in ("key_mask", "mask_strides", "bias", "seed", "top", "da2", "da2_strides"):
+        elif argument in values or argument in absent:
             signature[argument], final[argument] = "constexpr", values.get(argument)
         else:
             signature[argument] = "i32"
