@@ -6,7 +6,6 @@
 
 import torch
 
-from .._shared.masks import zero_without_keys
 from .._shared.registration import fake, forward_backward, once_differentiable
 
 
@@ -53,10 +52,6 @@ class _Attention(torch.autograd.Function):
             return (None,) * 9
         if dout is None:
             dout = torch.zeros_like(out)
-        if key_mask is not None and ctx.backend != "cpp":
-            # The GPU kernels multiply the rows of examples without keys by zero; the C++ ones skip them.
-            q, dout = zero_without_keys(q, key_mask), zero_without_keys(dout, key_mask)
-            dlse = None if dlse is None else zero_without_keys(dlse, key_mask)
         needs = ctx.needs_input_grad
         need_bias = bias is not None and needs[5]
         of_rows = need_bias and bias.shape[3] == 1

@@ -615,10 +615,11 @@ def bias_kernel(
         visible = _visible(mask, m, m_inside, HAS_MASK)
         pair = batch * heads + head
         row_lse, row_delta = _statistics(statistics + pair * 2 * queries, queries, n, n_inside)
+        n_read = _answered(n_inside, row_lse, HAS_MASK)
         product = _looped_product(
             problem_rows(q, q_strides, 0, batch, head, queries, UNIT),
             n,
-            n_inside,
+            n_read,
             problem_rows(k, k_strides, 0, batch, head, keys, UNIT),
             m,
             visible,
@@ -636,7 +637,7 @@ def bias_kernel(
         dweights = _looped_product(
             problem_rows(dout, dout_strides, 0, batch, head, queries, UNIT),
             n,
-            n_inside,
+            n_read,
             problem_rows(v, v_strides, 0, batch, head, keys, UNIT),
             m,
             visible,
