@@ -4,6 +4,7 @@
 some 10 ms.
 """
 
+import itertools
 import json
 
 import pytest
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from mmkernels.ops._shared import kernels as shared
-from mmkernels.ops.attention import kernels
+from mmkernels.ops.attention import kernels, lists
 
 BACKEND = "triton"
 
@@ -199,6 +200,121 @@ def test_opcheck(generator):
         ops.attention_bwd.default,
         (torch.ones_like(out), None, *tensors.values(), out, lse, None, None, None, 0.3, 0.0, 3),
     )
+
+
+# --- Lists of problems ------------------------------------------------------------------------------------------------------
+
+
+def listed(generator, width, dtype=torch.float32):
+    """Two packed projections and their shared rows, whose boundaries lie inside tiles; masks with NaN behind them.
+
+    The first problem's second keys have no mask, the second problem has none at all and reads only some rows of its queries.
+    """
+    lengths = ((70, 3), (33, 3), (5, 3), (5, 3))
+    tensors = [torch.randn(2, n, s, 2, width, generator=generator).to(dtype) for n, s in lengths]
+    mask = torch.rand(2, 70, generator=generator) < 0.7
+    mask[1, :64] = False  # a whole tile
+    tensors[0][:, :, 1:][~mask] = float("nan")
+    problems = [
+        lists.ListedProblem(((0, 0), (2, 0)), ((0, 1), (2, 1)), ((0, 2), (2, 2)), (0, -1)),
+        lists.ListedProblem(((1, 0), (3, 0)), ((1, 1), (3, 1)), ((1, 2), (3, 2)), (-1, -1), rows=20),
+    ]
+    return tensors, problems, [mask]
+
+
+def check_list(tensors, problems, masks, generator, **options):
+    """Holds results and gradients to eager's error; returns them."""
+    options = dict(seed=None, dropout_p=0.0) | options
+    incoming = None
+
+    def run(backend, dtype):
+        nonlocal incoming
+        inputs = [(t if backend == BACKEND else t.nan_to_num(0.0)).to(dtype).requires_grad_() for t in tensors]
+        results = [*itertools.chain(*lists.attention_list(backend, inputs, problems, masks, scale=0.3, **options))]
+        incoming = incoming or [torch.randn(r.shape, generator=generator) for r in results]
+        gradients = torch.autograd.grad(results, inputs, [g.to(r.dtype) for g, r in zip(incoming, results, strict=True)])
+        return *(r.detach() for r in results), *gradients
+
+    dtype = tensors[0].dtype
+    ours, exact, plain = run(BACKEND, dtype), run("reference", torch.float64), run("reference", dtype)
+    for number, three in enumerate(zip(ours, exact, plain, strict=True)):
+        testing.assert_within_budget(*three, number, 3.0)
+    return ours
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("width", [16, 17, 40])
+def test_lists_of_segments(monkeypatch, generator, splits, width):
+    monkeypatch.setattr(shared, "FORCED_SPLITS", splits)
+    arguments = listed(generator, width)
+    first, second = (check_list(*arguments, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_lists_with_dropout(monkeypatch, generator, splits):
+    monkeypatch.setattr(shared, "FORCED_SPLITS", splits)
+    seed = torch.tensor([2**63 - 5])  # the second problem's wraps
+    check_list(*listed(generator, 16, torch.bfloat16), generator, seed=seed, dropout_p=0.25)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_lists_with_looped_head_dims(monkeypatch, generator, splits):
+    monkeypatch.setattr(shared, "FORCED_SPLITS", splits)
+    tensors = [torch.randn(1, n, 3, 1, 290, generator=generator) for n in (66, 3)]
+    problem = lists.ListedProblem(((0, 0), (1, 0)), ((1, 1), (0, 1)), ((1, 2), (0, 2)))
+    check_list(tensors, [problem], [], generator)
+
+
+def watch(monkeypatch, module, name, note):
+    """Calls `note` with the grid of every launch of a kernel."""
+
+    class Watched:
+        def __getitem__(self, grid):
+            note(grid)
+            return kernel[grid]
+
+    kernel = getattr(module, name)
+    monkeypatch.setattr(module, name, Watched())
+
+
+def test_a_list_is_one_launch_a_pass(monkeypatch, generator):
+    """Eight problems, of which one has no queries and one no keys: forward, statistics, dq, dk and dv."""
+    launched = []
+    for module, names in ((kernels, ("forward", "statistics", "backward")), (shared, ("merge", "sum"))):
+        for name in names:
+            watch(monkeypatch, module, f"{name}_kernel", lambda grid, name=name: launched.append(name))
+    sizes = ((3, 9), (0, 4), (5, 0), (1, 70), (9, 2), (2, 2), (4, 1), (7, 5))
+    tensors = [torch.randn(1, n, s, 1, 16, generator=generator) for rows in sizes for n, s in zip(rows, (1, 2), strict=True)]
+    problems = [lists.ListedProblem(((2 * i, 0),), ((2 * i + 1, 0),), ((2 * i + 1, 1),)) for i in range(8)]
+    monkeypatch.setattr(shared, "FORCED_SPLITS", 1)
+    check_list(tensors, problems, [], generator)
+    assert launched == ["forward", "statistics", "backward", "backward"]
+    launched.clear()
+    monkeypatch.setattr(shared, "FORCED_SPLITS", 2)  # of 70 keys there are two tiles, of 9 queries one
+    check_list(tensors, problems, [], generator)
+    assert launched == ["forward", "merge", "statistics", "backward", "sum", "backward"]
+
+
+def test_only_problems_whose_gradients_are_wanted_are_walked(monkeypatch, generator):
+    programs = []
+    watch(monkeypatch, kernels, "backward_kernel", lambda grid: programs.append(grid[0]))
+    monkeypatch.setattr(shared, "FORCED_SPLITS", 1)
+    tensors = [torch.randn(1, n, s, 1, 16, generator=generator) for n, s in ((3, 1), (9, 2), (70, 1), (130, 2))]
+    problems = [lists.ListedProblem(((i, 0),), ((i + 1, 0),), ((i + 1, 1),)) for i in (0, 2)]
+    ints, ops = lists.encode(problems), torch.ops.mmkernels_triton
+    out, lse = ops.attention_list_fwd(tensors, ints, [], None, 0.3, 0.0)
+
+    def backward(*wanted):
+        programs.clear()
+        return ops.attention_list_bwd(out, [], tensors, ints, [], out, lse, None, 0.3, 0.0, wanted)
+
+    whole = backward(1, 1, 1, 1)
+    assert programs == [1 + 2, 1 + 3]
+    for wanted, walked in (((1, 0, 0, 0), [1]), ((0, 0, 0, 1), [3]), ((0, 1, 1, 0), [2, 1])):
+        for gradient, expected, want in zip(backward(*wanted), whole, wanted, strict=True):
+            assert torch.equal(gradient, expected) if want else gradient.numel() == 0
+        assert programs == walked
 
 
 # --- Shared pieces ----------------------------------------------------------------------------------------------------------
