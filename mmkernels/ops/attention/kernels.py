@@ -615,11 +615,10 @@ def bias_kernel(
         visible = _visible(mask, m, m_inside, HAS_MASK)
         pair = batch * heads + head
         row_lse, row_delta = _statistics(statistics + pair * 2 * queries, queries, n, n_inside)
-        n_read = _answered(n_inside, row_lse, HAS_MASK)
         product = _looped_product(
             problem_rows(q, q_strides, 0, batch, head, queries, UNIT),
             n,
-            n_read,
+            n_inside,
             problem_rows(k, k_strides, 0, batch, head, keys, UNIT),
             m,
             visible,
@@ -637,7 +636,7 @@ def bias_kernel(
         dweights = _looped_product(
             problem_rows(dout, dout_strides, 0, batch, head, queries, UNIT),
             n,
-            n_read,
+            n_inside,
             problem_rows(v, v_strides, 0, batch, head, keys, UNIT),
             m,
             visible,
@@ -650,7 +649,9 @@ def bias_kernel(
         if DROPOUT:
             low, high = dropout_row(_seed_of(seed, facts, 0), pair * queries + n)
             dweights *= tl.where(dropout_keep(low[:, None], high[:, None], m[None, :], threshold), keep_scale, 0.0)
-        acc += weights * (dweights - row_delta[:, None])
+        dscores = weights * (dweights - row_delta[:, None])
+        # A query without keys may be NaN, and so may its gradient: 0 * NaN must not be added.
+        acc += tl.where(visible_, dscores, 0.0) if HAS_MASK else dscores
 
     own_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if SUM_N:
