@@ -46,10 +46,16 @@ class Cover(NamedTuple):
     second: int
 
 
+def ceil_div(a: int, b: int) -> int:
+    """On the host, where `triton.cdiv` costs microseconds."""
+    return -(-a // b)
+
+
 def _power(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+@functools.cache
 def cover(dim: int, chunk: int = 0) -> Cover:
     """Covers `dim` by at most two powers of two held at once (261 = 256 + 16) or, where `chunk` says so, by a loop over
     chunks and a rest (704 = 5 * 128 + 64)."""
@@ -75,7 +81,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     if width % unit == 0 and all(step % unit == 0 for step in steps) and tensor.data_ptr() % 16 == 0:
         if tensor.stride(-1) == 1 or width == 1:
             return tensor
-    copy = tensor.new_zeros(*tensor.shape[:-1], triton.cdiv(width, unit) * unit)[..., :width]
+    copy = tensor.new_zeros(*tensor.shape[:-1], ceil_div(width, unit) * unit)[..., :width]
     return copy.copy_(tensor)
 
 
@@ -97,23 +103,24 @@ BOUNDARY, LENGTH, BEFORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # 
 
 def times_16(*integers) -> tuple:
     """Integers as a table has them."""
-    return tuple(16 * i for i in integers)
+    return tuple([16 * i for i in integers])
 
 
 def segment_tables(operands) -> tuple:
     """Pointers and strides of `operands`, the list of segments of each problem, for `problem_rows`."""
-    width = max(map(len, operands))
-    padded = [(*segments, *segments[-1:] * (width - len(segments))) for segments in operands]
-    return tuple(padded), tuple(times_16(*(s for t in segments for s in t.stride())) for segments in padded)
+    width = max([len(segments) for segments in operands])
+    pointers = [(*segments, *segments[-1:] * (width - len(segments))) for segments in operands]
+    return tuple(pointers), tuple([times_16(*[s for t in segments for s in t.stride()]) for segments in pointers])
 
 
 def lengths_table(operands) -> tuple:
     """Of each problem: rows of the first segment, of both, and of all pairs of the problems before it."""
     table, before = [], 0
     for segments in operands:
-        length = sum(t.shape[2] for t in segments)
-        table.append(times_16(segments[0].shape[2], length, before))
-        before += segments[0].shape[0] * segments[0].shape[1] * length
+        batch, heads, first, _ = segments[0].shape
+        length = sum([t.shape[2] for t in segments])
+        table.append(times_16(first, length, before))
+        before += batch * heads * length
     return tuple(table)
 
 
@@ -366,7 +373,7 @@ def _results(partial, out) -> tuple:
     """Grid, arguments and options of the two kernels above."""
     splits, rows, columns = partial.flatten(1, -2).shape
     block_r, block_c = (64, 1024) if _backends.INTERPRET else (4, min(256, max(16, triton.next_power_of_2(columns))))
-    grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
+    grid = (ceil_div(rows, block_r) * ceil_div(columns, block_c),)
     facts = (lengths_table(out), out[0][0].shape[1], rows, columns, splits)
     unit = math.gcd(16 // out[0][0].element_size(), columns)
     return grid, (*segment_tables(out), *facts), dict(UNIT=unit, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
@@ -404,8 +411,8 @@ def row_parts(rows: int, groups: int, device: torch.device) -> RowParts:
     """As many parts as occupy `device` twice; none below 8 rows for that, as each has sums of its own to write."""
     own = rows // groups
     most = max(1, 2 * _multiprocessors(device) // groups)
-    size = max(1, triton.cdiv(own, min(max(1, own // 8), most)))
-    return RowParts(own, groups, triton.cdiv(own, size), size)
+    size = max(1, ceil_div(own, min(max(1, own // 8), most)))
+    return RowParts(own, groups, ceil_div(own, size), size)
 
 
 @triton.jit
@@ -428,7 +435,7 @@ def sum_rows(partial, out) -> None:
     columns = partial.shape[-1]
     groups = out.numel() // columns
     block = 1024 if _backends.INTERPRET else 64
-    row_sum_kernel[(groups * triton.cdiv(columns, block),)](
+    row_sum_kernel[(groups * ceil_div(columns, block),)](
         partial, out, columns, partial.shape[0] // groups, BLOCK_P=32, BLOCK_C=block, num_warps=4
     )
 

@@ -26,6 +26,7 @@ from .._shared.kernels import (
     LOG2_E,
     ReportCase,
     aligned,
+    ceil_div,
     cover,
     dropout_keep,
     dropout_row,
@@ -826,23 +827,23 @@ class _Call:
     def split(self, tiles: int, steps: int, num_warps: int) -> tuple:
         """(number of splits, steps of each)."""
         splits = split_count(tiles, steps, self.device, num_warps)
-        return splits, triton.cdiv(steps, splits)
+        return splits, ceil_div(steps, splits)
 
     def walk(self, problems, own, other, block_own, block_other, blocks, num_warps) -> _Walk:
         """Over the sides of `problems`, numbers, that have `own` and `other` rows; `blocks` programs share a tile."""
         order = sorted((i for i in problems if own[i] and self.pairs), key=lambda i: -other[i])
-        tiles = [blocks * triton.cdiv(own[i], block_own) * self.pairs for i in order]
-        steps = [triton.cdiv(other[i], block_other) for i in order]
+        tiles = [blocks * ceil_div(own[i], block_own) * self.pairs for i in order]
+        steps = [ceil_div(other[i], block_other) for i in order]
         splits, _ = self.split(sum(tiles), max(steps, default=0), num_warps)
         table, programs = [], 0
         for count, length in zip(tiles, steps, strict=True):
-            table.append(times_16(programs, triton.cdiv(length, splits) * block_other))
+            table.append(times_16(programs, ceil_div(length, splits) * block_other))
             programs += count * splits
         return _Walk(order, tuple(table), programs, splits, self.pairs * sum(own[i] for i in order))
 
 
 def _blocks(dim: int, width: int, steps: int) -> int:
-    return 1 if steps == 1 else triton.cdiv(dim, width)
+    return 1 if steps == 1 else ceil_div(dim, width)
 
 
 def _targets(results, partial) -> tuple:
@@ -917,7 +918,7 @@ def _statistics_of(call, dout, dlse, out, lse):
     out, dout, lse = ([values[i] for i in some] for values in (out, dout, lse))
     (out_, out_strides), (dout_, dout_strides) = map(segment_tables, (out, dout))
     dlse_, dlse_strides = (None, None) if dlse is None else segment_tables([[dlse[i].unsqueeze(3)] for i in some])
-    statistics_kernel[(triton.cdiv(rows, block_r),)](
+    statistics_kernel[(ceil_div(rows, block_r),)](
         out_,
         dout_,
         tuple((t.contiguous(),) for t in lse),
@@ -1008,10 +1009,10 @@ def _bias(call, dout, statistics, dbias):
     t = call.tiles("attention_backward_bias")
     own = dbias.shape
     full, block = (call.batch, call.heads, call.queries[0]), (1, 1, t.queries)
-    tiles, walk = triton.cdiv(call.keys[0], t.keys), []
+    tiles, walk = ceil_div(call.keys[0], t.keys), []
     for size, whole, width in zip(own[:3], full, block, strict=True):
-        tiles *= triton.cdiv(size, width)
-        walk.append(triton.cdiv(whole, width) if size == 1 else 1)
+        tiles *= ceil_div(size, width)
+        walk.append(ceil_div(whole, width) if size == 1 else 1)
     all_steps = walk[0] * walk[1] * walk[2]
     splits, steps = call.split(tiles, all_steps, t.num_warps)
     target = dbias if splits == 1 else dbias.new_empty((splits, *own), dtype=torch.float32)
@@ -1092,7 +1093,8 @@ class _Slot(NamedTuple):
     rows: int
 
     def of(self, tensors) -> torch.Tensor:
-        return tensors[self.tensor][:, : self.rows, self.slot].transpose(1, 2)
+        rows = tensors[self.tensor].select(2, self.slot).transpose(1, 2)
+        return rows if rows.shape[2] == self.rows else rows.narrow(2, 0, self.rows)
 
 
 def _listed(tensors, problems, key_masks) -> list:
