@@ -16,6 +16,8 @@ from mmkernels import testing
 from mmkernels.models import mbt
 from mmkernels.modules import BottleneckFusionLayer
 
+from .problem import problem_dtype, problem_id
+
 NAMES = ("rgb", "spectrogram", "flow", "depth", "infrared", "text", "touch", "pose")  # of modalities
 WEIGHTS = "weights."  # tensors whose names begin so are a network's own
 
@@ -33,13 +35,8 @@ class Fusion(NamedTuple):
     query_rows: str = "all"  # "cls": the first row of each modality alone, as the last layer of a classifier computes it
     dtype: str = "float32"
 
-    @property
-    def id(self) -> str:
-        return f"{self.op}/{self.name}-b{self.batch}-{self.dtype}"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+    id = problem_id
+    torch_dtype = problem_dtype
 
     @property
     def channels(self) -> int:

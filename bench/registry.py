@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import fusion, rows
+from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
 
@@ -33,13 +34,8 @@ class Problem(NamedTuple):
     bias: bool = False  # a bias (1, H, N, M) that wants a gradient
     dtype: str = "float32"
 
-    @property
-    def id(self) -> str:
-        return f"{self.op}/{self.name}-b{self.batch}-{self.dtype}"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+    id = problem_id
+    torch_dtype = problem_dtype
 
     def small(self):
         """A tiny one with the same candidates."""

@@ -10,6 +10,8 @@ import torch
 import mmkernels
 from mmkernels import testing
 
+from .problem import problem_dtype, problem_id
+
 
 class Rows(NamedTuple):
     """`op`: "film_layer_norm", with a residual, its bias, a gain and a bias; or "bias_gelu", with a bias."""
@@ -21,13 +23,8 @@ class Rows(NamedTuple):
     channels: int
     dtype: str = "float32"
 
-    @property
-    def id(self) -> str:
-        return f"{self.op}/{self.name}-b{self.batch}-{self.dtype}"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+    id = problem_id
+    torch_dtype = problem_dtype
 
     def small(self):
         """A tiny one with the same candidates."""
