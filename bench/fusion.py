@@ -232,7 +232,8 @@ def _network(problem: Fusion, backend: str, prune: bool = True):
 
 
 def network_function(problem: Fusion, backend: str, *, prune=True, compiler=lambda function: function):
-    """The network as a function of its inputs and weights, which returns a list. A model trains where gradients are on.
+    """The network as a function of its inputs and weights, which returns a list: of a model the logits of each modality, as
+    in training (it drops nothing).
 
     `prune`: False computes all rows of the model's last layer, of which the classifier then reads one.
     """
@@ -243,13 +244,11 @@ def network_function(problem: Fusion, backend: str, *, prune=True, compiler=lamb
             tokens = {n: t for n, t in given.items() if n != "bottleneck"}
             tokens, bottleneck = functional_call(network, weights, (tokens, given["bottleneck"]))
             return [*tokens.values(), bottleneck]
-        logits = functional_call(network, weights, (given,))
-        return list(logits.values()) if isinstance(logits, dict) else [logits]
+        return list(functional_call(network, weights, (given,)).values())
 
     call = compiler(call)
 
     def run(**tensors):
-        network.train(torch.is_grad_enabled())
         weights = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
         return call(weights, {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)})
 
