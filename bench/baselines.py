@@ -214,6 +214,10 @@ def in_float32(function):
     return widened
 
 
+def _compiled(function):
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> list:
     """Every candidate for a problem, ours first; `reason` says why one cannot run here."""
     cuda = inputs.device.type == "cuda"
@@ -225,7 +229,7 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
     function = eager(problem.op)
     listed.append(Candidate("eager", "baseline", function))
     if with_compile:
-        listed.append(Candidate("torch.compile", "baseline", torch.compile(function, dynamic=False, fullgraph=True)))
+        listed.append(Candidate("torch.compile", "baseline", _compiled(function)))
     if not cuda and problem.torch_dtype in (torch.bfloat16, torch.float16):
         listed.append(Candidate("eager in float32", "baseline", in_float32(function)))
 
@@ -289,10 +293,6 @@ def _perceiver(problem):
 
 
 # --- Several modalities ---------------------------------------------------------------------------------------------------
-
-
-def _compiled(function):
-    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _bottleneck(problem, inputs, cuda, with_compile):

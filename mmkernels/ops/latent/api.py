@@ -4,7 +4,6 @@ import torch
 
 from ... import _backends
 from .._shared.arguments import autocast_dtype, check_key_mask, check_number, check_tensor
-from .._shared.masks import zero_without_keys
 from ..attention import attention
 from . import autograd, plan, reference
 
@@ -70,12 +69,12 @@ def latent_attention(
     chosen = _plan(q, x, w_k, w_v, num_heads)
     name = _choose(x, backend, _preference(q, x, position, num_heads, chosen))
     if key_mask is not None and q.shape[0] == x.shape[0]:
-        q = zero_without_keys(q, key_mask)  # else their NaN would reach w_k's gradient
+        q = _zero_without_keys(q, key_mask)  # else their NaN would reach w_k's gradient
     if name == "reference":
         out = reference.latent_attention(
             q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
         )
-        return out if key_mask is None else zero_without_keys(out, key_mask)
+        return out if key_mask is None else _zero_without_keys(out, key_mask)
     absorbed = plan.absorbed(chosen)
     if absorbed:
         out = _absorbed(name, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale)
@@ -167,7 +166,7 @@ def _where_keys_are(out, x, key_mask):
     """Zeros for examples without any key: their probabilities sum to zero, and no bias may show."""
     if x.shape[1] == 0:
         return out * 0.0
-    return out if key_mask is None else zero_without_keys(out, key_mask)
+    return out if key_mask is None else _zero_without_keys(out, key_mask)
 
 
 def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
@@ -316,3 +315,11 @@ def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, pos
 def _check_eps(eps):
     # Zero would make NaN of the rows behind a mask, which are zeroed.
     return check_number("eps", eps, "a positive number, or None for no LayerNorm", lambda eps: eps > 0.0)
+
+
+def _zero_without_keys(tensor, key_mask):
+    """`tensor` (B, ...), zeros in the examples whose `key_mask` (B, M) hides every key.
+
+    Selected, not multiplied: neither a NaN that stands there nor a NaN gradient that arrives there passes.
+    """
+    return torch.where(key_mask.any(1).view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0.0)
