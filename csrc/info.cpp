@@ -17,6 +17,7 @@ py::dict cpu_features() {
     if (isa <= mmk::supported_isa()) supported.append(mmk::isa_name(isa));
   py::dict features;
   features["supported"] = supported;
+  features["vendor"] = mmk::cpu_vendor();
   features["chosen"] = mmk::isa_name(mmk::chosen_isa());
   return features;
 }

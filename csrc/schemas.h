@@ -60,6 +60,11 @@ void define_schemas(Library& m) {
   m.def("bias_gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor");
   // wanted: 1 dx, 2 dbias, which is float32.
   m.def("bias_gelu_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh, int wanted) -> (Tensor, Tensor)");
+  // Linear layers in one pass over the threads, on a CPU: x (M_i,K_i)  weight (N_i,K_i)  bias (N_i), of x's dtype or
+  // float32, or empty -> (M_i,N_i) each.
+  m.def("linear_fwd(Tensor[] x, Tensor[] weight, Tensor[] bias) -> Tensor[]");
+  // wanted, of each: 1 dx, 2 dweight, 4 dbias, which is float32. -> dx, dweight, dbias of the first, of the second, ...
+  m.def("linear_bwd(Tensor[] dout, Tensor[] x, Tensor[] weight, int[] wanted) -> Tensor[]");
 }
 
 }  // namespace mmk

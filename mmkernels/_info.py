@@ -65,6 +65,7 @@ def backends(device: str) -> dict:
         "bottleneck_attention": ([zeros(1, 2, 3, 1, 8)], [zeros(1, 1, 3, 1, 8)]),
         "film_layer_norm": (zeros(1, 2, 8), None, None),
         "latent_attention": (zeros(1, 1, 8), zeros(1, 2, 8), zeros(8, 8), zeros(8, 8)),
+        "linear": (zeros(2, 8), zeros(8, 8)),
     }
     return {op: explain(op, *arguments).refusals for op, arguments in problems.items()}
 

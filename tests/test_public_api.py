@@ -18,6 +18,7 @@ SIGNATURES = {
     ops.film_layer_norm: "(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-05, backend='auto')",
     ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
     "position=None, key_mask=None, scale=None, backend='auto')",
+    ops.linear: "(x, weight, bias=None, *, backend='auto')",
     mmkernels.explain: "(op_name, *args, **kwargs)",
     mmkernels.use_backend: "(name)",
     modules.LatentCrossAttention: "(query_channels, input_channels, *, num_heads=1, qk_channels=None, v_channels=None, "
@@ -62,7 +63,7 @@ def test_signature(function):
     ("module", "names"),
     [
         (mmkernels, {"BackendError", "explain", "models", "modules", "ops", "testing", "train", "use_backend"}),
-        (ops, {"attention", "bias_gelu", "bottleneck_attention", "film_layer_norm", "latent_attention"}),
+        (ops, {"attention", "bias_gelu", "bottleneck_attention", "film_layer_norm", "latent_attention", "linear"}),
         (
             modules,
             {
@@ -95,7 +96,7 @@ def test_unknown_names():
         mmkernels.latent_attention  # noqa: B018
     with pytest.raises(
         ValueError,
-        match="op_name is 'softmax'; allowed are 'attention', 'bias_gelu', .*, 'film_layer_norm', 'latent_attention'",
+        match="op_name is 'softmax'; allowed are 'attention', 'bias_gelu', .*, 'latent_attention', 'linear'",
     ):
         mmkernels.explain("softmax")
     with pytest.raises(ValueError, match="backend is 'magic'; allowed are 'auto', 'cuda'"):

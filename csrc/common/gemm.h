@@ -1,6 +1,8 @@
 // C (+)= A B in float32, register-tiled. Columns are vector lanes: B and C are cut into panels of kPanel columns.
 //
-//   A(i, p)  at  a + i * a_row + p * a_col     with a_col 1 (rows) or a_row 1 (kTransposed)
+//   A(i, p)  at  a + i * a_stride + p                                           (ByRows)
+//                a + i + p * a_stride                                           (ByColumns)
+//                a + p / kWidth * a_stride + i * kWidth + p % kWidth            (ByChunks)
 //   B(p, j)  at  b + (j / kPanel) * b_panel + p * b_row + j % kPanel
 //   C(i, j)  at  c + (j / kPanel) * c_panel + i * c_row + j % kPanel
 //
@@ -10,6 +12,8 @@
 // Long sums are cut into stretches that are added up: the rounding error grows with the root of a stretch, and a
 // stretch of a panel of B stays in the first cache level.
 #pragma once
+#include <algorithm>
+
 #include "common/simd.h"
 
 namespace mmk::MMK_ISA {
@@ -33,7 +37,9 @@ struct Gemm {
   int64_t c_row, c_panel;
 };
 
-template <int kRows, int kVecs, bool kTransposed>
+enum class Order { kByRows, kByColumns, kByChunks };  // of A's elements
+
+template <int kRows, int kVecs, Order kOrder>
 static void micro_kernel(const float* __restrict a, int64_t a_stride, const float* __restrict b, int64_t b_row,
                          float* __restrict c, int64_t c_row, int64_t depth, bool accumulate) {
   Vec acc[kRows][kVecs];
@@ -41,21 +47,27 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
-  for (int64_t p = 0; p < depth; ++p) {
-    if constexpr (!kTransposed) {  // the first tile finds B in the second cache level
-      for (int j = 0; j < kVecs * kWidth; j += 16) __builtin_prefetch(b + 8 * b_row + j);
-    }
-    Vec columns[kVecs];
+  const int64_t stride = kOrder == Order::kByRows ? a_stride : kOrder == Order::kByColumns ? 1 : kWidth;
+  for (int64_t p = 0; p < depth;) {
+    const int64_t end = kOrder == Order::kByChunks ? std::min<int64_t>(p + kWidth, depth) : depth;
+    const float* __restrict next = a + a_stride;
+    for (; p < end; ++p) {
+      if constexpr (kOrder != Order::kByColumns) {  // the first tile finds B in the second cache level
+        for (int j = 0; j < kVecs * kWidth; j += 16) __builtin_prefetch(b + 8 * b_row + j);
+      }
+      Vec columns[kVecs];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);
+      for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vec scalar = splat(kTransposed ? a[i] : a[i * a_stride]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec scalar = splat(a[i * stride]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) acc[i][v] += scalar * columns[v];
+        for (int v = 0; v < kVecs; ++v) acc[i][v] += scalar * columns[v];
+      }
+      a += kOrder == Order::kByColumns ? a_stride : 1;
+      b += b_row;
     }
-    a += kTransposed ? a_stride : 1;
-    b += b_row;
+    if constexpr (kOrder == Order::kByChunks) a = next;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -66,16 +78,16 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
     }
 }
 
-template <int kVecs, bool kTransposed, int kRows = kTileRows>
+template <int kVecs, Order kOrder, int kRows = kTileRows>
 static void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_row, float* c,
                             int64_t c_row, int64_t depth, bool accumulate) {
   if (rows == kRows)
-    micro_kernel<kRows, kVecs, kTransposed>(a, a_stride, b, b_row, c, c_row, depth, accumulate);
+    micro_kernel<kRows, kVecs, kOrder>(a, a_stride, b, b_row, c, c_row, depth, accumulate);
   else if constexpr (kRows > 1)
-    micro_kernel_of<kVecs, kTransposed, kRows - 1>(rows, a, a_stride, b, b_row, c, c_row, depth, accumulate);
+    micro_kernel_of<kVecs, kOrder, kRows - 1>(rows, a, a_stride, b, b_row, c, c_row, depth, accumulate);
 }
 
-template <bool kTransposed>
+template <bool kTransposed>  // A by its columns
 static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   // Tiles of almost equal height, stretches of almost equal length: a last one of one row would be slow.
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, stretches = (depth + kStretch - 1) / kStretch;
@@ -88,7 +100,8 @@ static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bo
         next = (tile + 1) * rows / tiles;
         const float* a = g.a + (kTransposed ? p * g.a_stride + i : i * g.a_stride + p);
         float* c = g.c + j / kPanel * g.c_panel + i * g.c_row;
-        const auto kernel = wide ? micro_kernel_of<2, kTransposed> : micro_kernel_of<1, kTransposed>;
+        constexpr Order kOrder = kTransposed ? Order::kByColumns : Order::kByRows;
+        const auto kernel = wide ? micro_kernel_of<2, kOrder> : micro_kernel_of<1, kOrder>;
         kernel(next - i, a, g.a_stride, b, g.b_row, c, g.c_row, length, accumulate || stretch > 0);
       }
     }

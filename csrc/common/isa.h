@@ -26,6 +26,16 @@ inline Isa supported_isa() {
 #endif
 }
 
+// Who made the processor: "amd", "intel" or "".
+inline const char* cpu_vendor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "";
+}
+
 // The set in use: the supported one, or a narrower one that MMKERNELS_CPU_ISA names. Read once per process.
 inline Isa chosen_isa() {
   static const Isa chosen = [] {

@@ -28,7 +28,13 @@ static void load_tile(float* tile, int64_t ld, const T* source, int64_t row_stri
         Vec block[kWidth];
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i)
-          block[i] = l + i < lanes ? load(source + first + (l + i) * lane_stride) * scale : Vec{};
+          if (l + i < lanes) {
+            const T* from = source + first + (l + i) * lane_stride;
+            __builtin_prefetch(from + 8 * kWidth);
+            block[i] = load(from) * scale;
+          } else {
+            block[i] = Vec{};
+          }
         transpose(block);
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) store(tile + (first + i) * ld + l, block[i]);

@@ -82,27 +82,42 @@ def _norm(norm, rows, backend, **residual):
     return ops.film_layer_norm(rows, norm.weight, norm.bias, eps=norm.eps, backend=_own(backend), **residual)
 
 
-def _projections(block, x, first=0, last=3):
-    """Queries, keys and values, or only those numbered `first` to `last` - 1: (B, N, last - first, H, D) of normalised x."""
-    size = block.qkv.in_features
-    weight, bias = block.qkv.weight, block.qkv.bias
+def _linear(rows, weights, biases, backend):
+    """Linear layers of the modalities, each on its own rows, in one pass."""
+    return ops.linear(rows, weights, biases, backend=backend if backend in ("cpp", "reference") else "auto")
+
+
+def _projections(blocks, rows, backend, first=0, last=3):
+    """Queries, keys and values, or those numbered `first` to `last` - 1: (B, N, last - first, H, D) of normalised rows."""
+    weights, biases = [block.qkv.weight for block in blocks], [block.qkv.bias for block in blocks]
     if last - first < 3:
-        weight, bias = (p[first * size : last * size] for p in (weight, bias))
-    return torch.unflatten(F.linear(x, weight, bias), -1, (last - first, block.num_heads, -1))
+        size = blocks[0].qkv.in_features
+        weights, biases = ([p[first * size : last * size] for p in side] for side in (weights, biases))
+    out = _linear(rows, weights, biases, backend)
+    return [torch.unflatten(y, -1, (last - first, block.num_heads, -1)) for y, block in zip(out, blocks, strict=True)]
 
 
-def _finish(block, rows, attended, keeps, backend):
-    """From the attention's output (B, N, D) to that of the block."""
-    if keeps[0] is None and not (block.training and block.dropout):
-        residual = {"residual": F.linear(attended, block.proj.weight), "residual_bias": block.proj.bias}
-    else:
-        residual = {"residual": block.branch(block.proj(attended), keeps[0])}
-    normed, x = _norm(block.norm2, rows, backend, **residual)
-    del residual
-    hidden = F.linear(normed, block.fc1.weight)
-    del normed  # in inference nothing else needs it
-    hidden = F.dropout(ops.bias_gelu(hidden, block.fc1.bias, backend=_own(backend)), block.dropout, block.training)
-    return x + block.branch(block.fc2(hidden), keeps[1])
+def _finish(blocks, sources, attended, keeps, backend):
+    """From the attention's outputs (B, N, D), a list that is emptied, to those of the blocks. In inference nothing outlives
+    its use."""
+    branches = _linear(attended, [block.proj.weight for block in blocks], None, backend)
+    attended.clear()
+    normed, sums = [], []
+    for block, rows, keep in zip(blocks, sources, keeps, strict=True):
+        branch = {"residual": branches.pop(0), "residual_bias": block.proj.bias}
+        if keep[0] is not None or (block.training and block.dropout):
+            branch = {"residual": block.branch(branch["residual"] + block.proj.bias, keep[0])}
+        for results, result in zip((normed, sums), _norm(block.norm2, rows, backend, **branch), strict=True):
+            results.append(result)
+    del branch
+    hidden = _linear(normed, [block.fc1.weight for block in blocks], None, backend)
+    normed.clear()
+    for i, block in enumerate(blocks):
+        hidden[i] = ops.bias_gelu(hidden[i], block.fc1.bias, backend=_own(backend))
+        hidden[i] = F.dropout(hidden[i], block.dropout, block.training)
+    out = _linear(hidden, [block.fc2.weight for block in blocks], [block.fc2.bias for block in blocks], backend)
+    hidden.clear()
+    return [sums.pop(0) + block.branch(out.pop(0), keep[1]) for block, keep in zip(blocks, keeps, strict=True)]
 
 
 def _attend(queries, segments, masks, backend):
@@ -273,19 +288,17 @@ class BottleneckFusionLayer(ModalityLayer):
             if keep:
                 rows_of_z = [n[:, one.shape[1] :] for n, one in zip(normed, x, strict=True)]
                 kept = [torch.cat(pair, 1) for pair in zip(kept, rows_of_z, strict=True)]
-            queries = [_projections(block, one, 0, 1)[:, :, 0] for block, one in zip(blocks, kept, strict=True)]
-            segments = [[_projections(block, one, 1)] for block, one in zip(blocks, normed, strict=True)]
+            queries = [one[:, :, 0] for one in _projections(blocks, kept, self.backend, 0, 1)]
+            segments = [[one] for one in _projections(blocks, normed, self.backend, 1)]
             attended = _attend(queries, segments, [[mask] for mask in masks], self.backend)
             sources = [[one[:, :1], *(shared if keep else [])] for one in x]
             del normed, queries, segments, kept
-        return [
-            _finish(block, source, attended.pop(0), keeps_of, self.backend)
-            for block, source, keeps_of in zip(blocks, sources, keeps, strict=True)
-        ]
+        return _finish(blocks, sources, attended, keeps, self.backend)
 
     def _attend_all(self, blocks, normed, masks):
         """Self-attention of every modality's rows, (B, N, D) each. Empties `normed`: what is not needed later is not kept."""
-        qkv = [_projections(block, normed.pop(0)) for block in blocks]
+        qkv = _projections(blocks, normed, self.backend)
+        normed.clear()
         attended, _ = ops.bottleneck_attention(
             qkv,
             [one.detach()[:, :0] for one in qkv],  # its rows are among the tokens already
@@ -330,14 +343,13 @@ class CrossModalLayer(ModalityLayer):
         keeps = [block.draw(tokens[name]) for name, block in zip(names, blocks, strict=True)]
         x = [tokens[name][:, :1] if rows == "cls" else tokens[name] for name in names]
         normed = [[_norm(block.norm1, [tokens[n]], self.backend) for n in names] for block in blocks]
-        segments = [[_projections(block, one, 1) for one in own] for block, own in zip(blocks, normed, strict=True)]
+        everywhere = [block for block in blocks for _ in names]
+        keys = _projections(everywhere, [one for own in normed for one in own], self.backend, 1)
+        segments = [keys[i : i + len(names)] for i in range(0, len(keys), len(names))]
         own = [normed[i][i][:, : one.shape[1]] for i, one in enumerate(x)]
-        queries = [_projections(block, one, 0, 1)[:, :, 0] for block, one in zip(blocks, own, strict=True)]
+        queries = [one[:, :, 0] for one in _projections(blocks, own, self.backend, 0, 1)]
         attended = _attend(queries, segments, [list(masks.values())] * len(names), self.backend)
-        return {
-            name: _finish(block, [one], a, keep, self.backend)
-            for name, block, one, a, keep in zip(names, blocks, x, attended, keeps, strict=True)
-        }
+        return dict(zip(names, _finish(blocks, [[one] for one in x], attended, keeps, self.backend), strict=True))
 
 
 class JointLayer(ModalityLayer):
@@ -356,13 +368,14 @@ class JointLayer(ModalityLayer):
         keeps = block.draw(x)
         normed = _norm(block.norm1, [x], self.backend)
         if queries is None:
-            qkv = _projections(block, normed)
+            (qkv,) = _projections([block], [normed], self.backend)
             masks = None if key_mask is None else [key_mask]
             (attended,), _ = ops.bottleneck_attention([qkv], [qkv.detach()[:, :0]], key_masks=masks, backend=self.backend)
         else:
-            q, kv = _projections(block, _pick(normed, queries), 0, 1)[:, :, 0], _projections(block, normed, 1)
-            (attended,) = _attend([q], [[kv]], [[key_mask]], self.backend)
-        return _finish(block, [_pick(x, queries)], attended, keeps, self.backend)
+            (q,) = _projections([block], [_pick(normed, queries)], self.backend, 0, 1)
+            (kv,) = _projections([block], [normed], self.backend, 1)
+            (attended,) = _attend([q[:, :, 0]], [[kv]], [[key_mask]], self.backend)
+        return _finish([block], [[_pick(x, queries)]], [attended], [keeps], self.backend)[0]
 
 
 def _pick(x, rows):

@@ -5,6 +5,7 @@ from .activation import bias_gelu, explain_bias_gelu
 from .attention import attention, explain_attention
 from .bottleneck import bottleneck_attention, explain_bottleneck_attention
 from .latent import explain_latent_attention, latent_attention
+from .linear import explain_linear, linear
 from .norm import explain_film_layer_norm, film_layer_norm
 
 EXPLAINERS = {
@@ -13,9 +14,10 @@ EXPLAINERS = {
     "bottleneck_attention": explain_bottleneck_attention,
     "film_layer_norm": explain_film_layer_norm,
     "latent_attention": explain_latent_attention,
+    "linear": explain_linear,
 }
 
-__all__ = ["attention", "bias_gelu", "bottleneck_attention", "film_layer_norm", "latent_attention"]
+__all__ = ["attention", "bias_gelu", "bottleneck_attention", "film_layer_norm", "latent_attention", "linear"]
 
 
 def explain(op_name: str, *args, **kwargs) -> Explanation:
