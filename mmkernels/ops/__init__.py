@@ -4,6 +4,7 @@ from .._backends import Explanation
 from .activation import bias_gelu, explain_bias_gelu
 from .attention import attention, explain_attention
 from .bottleneck import bottleneck_attention, explain_bottleneck_attention
+from .hypergrid import explain_hypergrid_gate, explain_hypergrid_linear, hypergrid_gate, hypergrid_linear
 from .latent import explain_latent_attention, latent_attention
 from .linear import explain_linear, linear
 from .norm import explain_film_layer_norm, film_layer_norm
@@ -13,11 +14,22 @@ EXPLAINERS = {
     "bias_gelu": explain_bias_gelu,
     "bottleneck_attention": explain_bottleneck_attention,
     "film_layer_norm": explain_film_layer_norm,
+    "hypergrid_gate": explain_hypergrid_gate,
+    "hypergrid_linear": explain_hypergrid_linear,
     "latent_attention": explain_latent_attention,
     "linear": explain_linear,
 }
 
-__all__ = ["attention", "bias_gelu", "bottleneck_attention", "film_layer_norm", "latent_attention", "linear"]
+__all__ = [
+    "attention",
+    "bias_gelu",
+    "bottleneck_attention",
+    "film_layer_norm",
+    "hypergrid_gate",
+    "hypergrid_linear",
+    "latent_attention",
+    "linear",
+]
 
 
 def explain(op_name: str, *args, **kwargs) -> Explanation:
