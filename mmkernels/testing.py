@@ -73,6 +73,31 @@ def eager_bias_gelu(x, bias=None, *, approximate="tanh"):
     return torch.nn.functional.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
+def eager_hypergrid_linear(x, weight, gate, bias=None, *, gate_index=None, residual=False, activation=None):
+    """Gated weights written out for every gate, and a product with those of each row, in the inputs' dtype."""
+    if activation == "relu":
+        x = torch.relu(x)
+    elif activation is not None:
+        x = torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    _, rows, columns = gate.shape
+    factor = gate.to(x.dtype) + 1.0 if residual else gate.to(x.dtype)
+    factor = factor.repeat_interleave(weight.shape[1] // rows, 1).repeat_interleave(weight.shape[0] // columns, 2)
+    weights = factor.mT * weight  # (G, out, in)
+    if gate_index is not None:
+        weights = weights[gate_index]
+    if gate_index is not None and gate_index.shape == x.shape[:-1] and x.dim() == 3:
+        out = (weights @ x[..., None])[..., 0]
+    elif x.dim() == 3:
+        out = x @ weights.mT
+    else:
+        out = (weights @ x[..., None])[..., 0] if weights.shape[0] > 1 else x @ weights[0].t()
+    return out if bias is None else out + bias
+
+
+def eager_hypergrid_gate(row, column):
+    return torch.sigmoid(row[:, :, None] * column[:, None, :])
+
+
 # --- Error budgets ------------------------------------------------------------------------------------------------------
 
 

@@ -258,6 +258,51 @@ def dropout_keep(low, high, key, threshold):
     return draw >= threshold
 
 
+# --- GELU -------------------------------------------------------------------------------------------------------------------
+
+_LINEAR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2/pi)
+_CUBIC = tl.constexpr(1.5957691216057308 * 0.044715)
+_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def _tail(y, e):
+    """The normal distribution at -|y|, where e = exp(-y^2/2): e times a polynomial of 1 / (1 + 0.4 |y|) (see
+    ops/activation/README.md)."""
+    u = 1.0 / (tl.abs(y) * 0.4 + 1.0)
+    w = u * 0.03210155 - 0.17619535
+    w = w * u + 0.38083178
+    w = w * u - 0.37203285
+    w = w * u + 0.117794
+    w = w * u - 0.02591531
+    w = w * u + 0.09101176
+    w = w * u + 0.13320881
+    w = w * u + 0.15961935
+    w = w * u + 0.1595763
+    return e * (u * w)
+
+
+@triton.jit
+def gelu(y, TANH: tl.constexpr):
+    if TANH:
+        return y / (1.0 + tl.exp(-y * (y * y * _CUBIC + _LINEAR)))
+    tail = _tail(y, tl.exp(y * y * -0.5))
+    return y * tl.where(y > 0.0, 1.0 - tail, tail)
+
+
+@triton.jit
+def gelu_slope(y, TANH: tl.constexpr):
+    square = y * y
+    if TANH:
+        e = tl.exp(-y * (square * _CUBIC + _LINEAR))
+        sigmoid = 1.0 / (1.0 + e)
+        near = (e * sigmoid) * (y * sigmoid) * (square * (3.0 * _CUBIC) + _LINEAR)
+        return sigmoid + tl.where(square > 100.0, y * 0.0, near)  # beyond 10 less than 1e-36, and out of range
+    e = tl.exp(square * -0.5)
+    tail = _tail(y, e)
+    return tl.where(y > 0.0, 1.0 - tail, tail) + y * (e * _DENSITY)
+
+
 # --- Splits ---------------------------------------------------------------------------------------------------------------
 
 

@@ -10,49 +10,8 @@ import triton
 import triton.language as tl
 
 from ... import _backends
-from .._shared.kernels import ReportCase, row_parts, sum_rows
+from .._shared.kernels import ReportCase, gelu, gelu_slope, row_parts, sum_rows
 from .._shared.registration import attach_fakes
-
-_LINEAR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2/pi)
-_CUBIC = tl.constexpr(1.5957691216057308 * 0.044715)
-_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
-
-
-@triton.jit
-def _tail(y, e):
-    """The normal distribution at -|y|, where e = exp(-y^2/2): e times a polynomial of 1 / (1 + 0.4 |y|) (see README)."""
-    u = 1.0 / (tl.abs(y) * 0.4 + 1.0)
-    w = u * 0.03210155 - 0.17619535
-    w = w * u + 0.38083178
-    w = w * u - 0.37203285
-    w = w * u + 0.117794
-    w = w * u - 0.02591531
-    w = w * u + 0.09101176
-    w = w * u + 0.13320881
-    w = w * u + 0.15961935
-    w = w * u + 0.1595763
-    return e * (u * w)
-
-
-@triton.jit
-def _gelu(y, TANH: tl.constexpr):
-    if TANH:
-        return y / (1.0 + tl.exp(-y * (y * y * _CUBIC + _LINEAR)))
-    tail = _tail(y, tl.exp(y * y * -0.5))
-    return y * tl.where(y > 0.0, 1.0 - tail, tail)
-
-
-@triton.jit
-def _slope(y, TANH: tl.constexpr):
-    square = y * y
-    if TANH:
-        e = tl.exp(-y * (square * _CUBIC + _LINEAR))
-        sigmoid = 1.0 / (1.0 + e)
-        near = (e * sigmoid) * (y * sigmoid) * (square * (3.0 * _CUBIC) + _LINEAR)
-        return sigmoid + tl.where(square > 100.0, y * 0.0, near)  # beyond 10 less than 1e-36, and out of range
-    e = tl.exp(square * -0.5)
-    tail = _tail(y, e)
-    return tl.where(y > 0.0, 1.0 - tail, tail) + y * (e * _DENSITY)
 
 
 @triton.jit
@@ -83,7 +42,7 @@ def forward_kernel(
     y = _load(x, x_strides, r, c, mask)
     if BIASED:
         y += tl.load(bias + c * bias_stride, mask=c < columns, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + r[:, None] * columns + c[None, :], _gelu(y, TANH).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + r[:, None] * columns + c[None, :], gelu(y, TANH).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -118,7 +77,7 @@ def backward_kernel(
         y = _load(x, x_strides, r, c, mask)
         if BIASED:
             y += tl.load(bias + c * bias_stride, mask=c < columns, other=0.0).to(tl.float32)[None, :]
-        d = _load(dout, dout_strides, r, c, mask) * _slope(y, TANH)
+        d = _load(dout, dout_strides, r, c, mask) * gelu_slope(y, TANH)
         if WANTED & 1:
             tl.store(dx + r[:, None] * columns + c[None, :], d.to(dx.dtype.element_ty), mask=mask)
         if WANTED & 2:
