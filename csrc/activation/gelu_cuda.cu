@@ -1,48 +1,12 @@
 // gelu(x + bias), element by element; the formulas are those of gelu_simd.cpp.
-#include <cmath>
-
 #include "activation/gelu_cuda.h"
+#include "common/gelu.cuh"
 #include "common/rows.cuh"
 
 namespace mmk::activation {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr float kLinear = 1.5957691216057308f, kCubic = kLinear * 0.044715f;  // of 2 sqrt(2/pi) (y + 0.044715 y^3)
-
-// The normal distribution at y, where e = exp(-y^2/2).
-__device__ __forceinline__ float probability(float y, float e) {
-  const float u = 1.0f / (fabsf(y) * 0.4f + 1.0f);
-  float w = u * 0.03210155f - 0.17619535f;
-  w = w * u + 0.38083178f;
-  w = w * u - 0.37203285f;
-  w = w * u + 0.117794f;
-  w = w * u - 0.02591531f;
-  w = w * u + 0.09101176f;
-  w = w * u + 0.13320881f;
-  w = w * u + 0.15961935f;
-  w = w * u + 0.1595763f;
-  const float tail = e * (u * w);
-  return y > 0.0f ? 1.0f - tail : tail;
-}
-
-template <bool kTanh>
-__device__ __forceinline__ float value(float y) {
-  if constexpr (kTanh) return y / (1.0f + expf(-y * (y * y * kCubic + kLinear)));
-  return y * probability(y, expf(y * y * -0.5f));
-}
-
-template <bool kTanh>
-__device__ __forceinline__ float slope(float y) {
-  const float square = y * y;
-  if constexpr (kTanh) {
-    const float e = expf(-y * (square * kCubic + kLinear)), sigmoid = 1.0f / (1.0f + e);
-    const float near = (e * sigmoid) * (y * sigmoid) * (square * (3.0f * kCubic) + kLinear);
-    return sigmoid + (square > 100.0f ? y * 0.0f : near);
-  }
-  const float e = expf(square * -0.5f);
-  return probability(y, e) + y * (e * 0.3989422804f);
-}
 
 // Blocks of columns in a row.
 template <int V>
@@ -59,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Gelu g) {
   load_elements<T, V>(y, static_cast<const T*>(g.x.data) + r * g.x.row, c, g.x.column, g.x.by_four);
   load_parameter<T, V>(bias, g.bias, 0, c, 0.0f);
 #pragma unroll
-  for (int i = 0; i < V; ++i) y[i] = value<kTanh>(y[i] + bias[i]);
+  for (int i = 0; i < V; ++i) y[i] = gelu<kTanh>(y[i] + bias[i]);
   store_elements<T, V>(static_cast<T*>(g.out) + r * g.columns, c, y);
 }
 
@@ -78,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Gelu g) {
     load_elements<T, V>(d, static_cast<const T*>(g.dout.data) + r * g.dout.row, c, g.dout.column, g.dout.by_four);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      d[i] *= slope<kTanh>(y[i] + bias[i]);
+      d[i] *= gelu_slope<kTanh>(y[i] + bias[i]);
       sums[i] += d[i];
     }
     if (g.out) store_elements<T, V>(static_cast<T*>(g.out) + r * g.columns, c, d);

@@ -191,6 +191,22 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// Two values of T in a register, negative ones replaced by 0; NaN stays.
+template <class T>
+__device__ __forceinline__ uint32_t relu_pair(uint32_t x);
+template <>
+__device__ __forceinline__ uint32_t relu_pair<bf16>(uint32_t x) {
+  uint32_t r;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(0));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t relu_pair<fp16>(uint32_t x) {
+  uint32_t r;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(0));
+  return r;
+}
+
 }  // namespace ptx
 }  // namespace mmk
 #endif

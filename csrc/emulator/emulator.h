@@ -322,6 +322,11 @@ inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (u + 0x1000) & ~0x1fffu : u;
 }
 inline float exp2(float x) { return std::exp2(x); }
+template <class T>
+uint32_t relu_pair(uint32_t x) {
+  auto half = [](uint16_t bits) -> uint32_t { return to_float(T{bits}) < 0.0f || bits == 0x8000 ? 0 : bits; };
+  return half(static_cast<uint16_t>(x)) | half(static_cast<uint16_t>(x >> 16)) << 16;
+}
 
 }  // namespace ptx
 }  // namespace mmk

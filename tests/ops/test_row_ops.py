@@ -1,5 +1,5 @@
-"""`film_layer_norm` and `bias_gelu` inside torch: registration, compilation, export, autocast, checkpoints, transforms;
-instruction sets and threads of the C++ kernels."""
+"""`film_layer_norm`, `bias_gelu` and HyperGrid's ops inside torch: registration, compilation, export, autocast, checkpoints,
+transforms; instruction sets and threads of the C++ kernels."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mmkernels
 from mmkernels import testing
-from mmkernels.ops import bias_gelu, film_layer_norm
+from mmkernels.ops import bias_gelu, film_layer_norm, hypergrid_gate, hypergrid_linear
 from mmkernels.ops._shared.registration import forward_backward
+from mmkernels.ops.hypergrid import api as hypergrid_api
 
 
 def norm_inputs(generator, batch=2, length=9, dtype=torch.float32):
@@ -32,24 +33,64 @@ def gelu_inputs(generator, batch=2, length=9, dtype=torch.float32):
     return {n: torch.randn(s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
 
 
-OPS = {"norm": (norm, norm_inputs), "gelu": (bias_gelu, gelu_inputs)}
+def grid_inputs(generator, batch=2, length=9, dtype=torch.float32):
+    shapes = {"x": (batch, length, 24), "weight": (16, 24), "gate": (batch, 3, 2), "bias": (16,)}
+    return {n: torch.randn(s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+def grid(x, weight, gate, bias, backend):
+    return hypergrid_linear(x, weight, gate, bias, residual=True, activation="gelu", backend=backend)
+
+
+def gate_inputs(generator, batch=2, length=9, dtype=torch.float32):
+    shapes = {"row": (batch, length), "column": (1, 5)}
+    return {n: torch.randn(s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+OPS = {
+    "norm": (norm, norm_inputs),
+    "gelu": (bias_gelu, gelu_inputs),
+    "grid": (grid, grid_inputs),
+    "gate": (hypergrid_gate, gate_inputs),
+}
+FAMILIES = {"norm": ("norm", ""), "gelu": ("activation", "bias_gelu"), "grid": ("hypergrid", "")}
+FAMILIES |= {"gate": ("hypergrid", "hypergrid_gate")}
 each_op = pytest.mark.parametrize("op", OPS)
 
 
+@pytest.fixture(autouse=True)
+def skip_what_has_no_cpu_kernel(request):
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    name = {"grid": "hypergrid_linear", "gate": "hypergrid_gate"}.get(parameters.get("op"))
+    if name and parameters.get("backend", "cpp") == "cpp" and not hypergrid_api._ON_CPU[name]:
+        pytest.skip("the cpu library has no kernel of it")
+
+
 def registered(op, backend):
-    return forward_backward("norm", backend) if op == "norm" else forward_backward("activation", backend, "bias_gelu")
+    family, name = FAMILIES[op]
+    return forward_backward(family, backend, name)
 
 
 def arguments(op, tensors):
     """Of the registered forward, with the place of its tensors by name."""
     if op == "gelu":
         return [tensors["x"], tensors["bias"], True]
+    if op == "grid":
+        x = tensors["x"]
+        return [x.flatten(0, 1), tensors["weight"], tensors["gate"], tensors["bias"], None, x.shape[1], True, 2, 0.0, None]
+    if op == "gate":
+        return [tensors["row"], tensors["column"]]
     return [[tensors["x"], tensors["x2"]], *(tensors[n] for n in ("residual", "residual_bias", "gain", "bias")), 1e-5]
 
 
 def gradient_arguments(op, tensors, results, incoming):
     if op == "gelu":
         return [incoming[0], tensors["x"], tensors["bias"], True, 3]
+    if op == "grid":
+        x, weight, gate, _, *options = arguments(op, tensors)
+        return [incoming[0], x, weight, gate, *options, True, True, True, True]
+    if op == "gate":
+        return [incoming[0], tensors["row"], tensors["column"]]
     return [*incoming, [results[1]], *results[2:], tensors["gain"], 15]
 
 
@@ -57,7 +98,8 @@ def gradient_arguments(op, tensors, results, incoming):
 def test_opcheck(backend, generator, op):
     tensors = {n: t.detach() for n, t in OPS[op][1](generator).items()}
     forward, backward = registered(op, backend)
-    tensors["x"] = tensors["x"].mT.contiguous().mT
+    first = next(iter(tensors))
+    tensors[first] = tensors[first].mT.contiguous().mT
     inputs = arguments(op, tensors)
     results = forward(*inputs)
     results = results if isinstance(results, tuple) else (results,)
@@ -77,8 +119,8 @@ def test_opcheck(backend, generator, op):
 def test_a_compiler_may_change_the_strides_of_anything(backend, generator, op):
     tensors = {n: t.detach() for n, t in OPS[op][1](generator).items()}
     forward, backward = registered(op, backend)
-    shape = (2, 12, 24) if op == "norm" else (2, 9, 24)
-    incoming = [torch.randn(shape, generator=generator) for _ in range(2)]
+    shapes = {"norm": (2, 12, 24), "gelu": (2, 9, 24), "grid": (18, 16), "gate": (2, 9, 5)}
+    incoming = [torch.randn(shapes[op], generator=generator) for _ in range(2)]
 
     def reversed_dimensions(t):
         order = list(reversed(range(t.dim())))
@@ -189,10 +231,11 @@ def test_activation_checkpoint(backend, generator, op):
 def test_vmap_is_refused_with_a_sentence(backend, generator, op):
     function, make = OPS[op]
     tensors = make(generator)
-    stacked = torch.stack([tensors["x"]] * 3)
+    first = next(iter(tensors))
+    stacked = torch.stack([tensors[first]] * 3)
     with pytest.raises(RuntimeError, match="no vmap rule.* or use backend='reference'"):
-        torch.vmap(lambda x: function(**{**tensors, "x": x}, backend=backend))(stacked)
-    out = torch.vmap(lambda x: function(**{**tensors, "x": x}, backend="reference"))(stacked)
+        torch.vmap(lambda x: function(**{**tensors, first: x}, backend=backend))(stacked)
+    out = torch.vmap(lambda x: function(**{**tensors, first: x}, backend="reference"))(stacked)
     torch.testing.assert_close(out[1], function(**tensors, backend="reference"))
 
 
@@ -201,9 +244,11 @@ def test_second_derivatives_are_refused_and_the_reference_has_them(backend, gene
     function, make = OPS[op]
     tensors = make(generator)
 
+    x = next(iter(tensors.values()))
+
     def twice(name):
-        (first,) = torch.autograd.grad(function(**tensors, backend=name).square().sum(), tensors["x"], create_graph=True)
-        return torch.autograd.grad(first.square().sum(), tensors["x"])
+        (first,) = torch.autograd.grad(function(**tensors, backend=name).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)
 
     with pytest.raises(RuntimeError, match="no second derivative on this backend: use backend='reference'"):
         twice(backend)
@@ -211,7 +256,7 @@ def test_second_derivatives_are_refused_and_the_reference_has_them(backend, gene
         assert twice("auto")[0].isfinite().all()
 
 
-@each_op
+@pytest.mark.parametrize("op", ["norm", "gelu", "grid"])
 def test_rows_further_apart_than_32_bits_reach(backend, generator, op):
     """Examples and rows across 2^31 elements, in virtual memory of which only the rows are touched."""
     function, make = OPS[op]

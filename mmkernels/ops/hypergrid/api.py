@@ -1,7 +1,5 @@
 """`ops.hypergrid_linear` and `ops.hypergrid_gate`: signatures, validation, choice of backend."""
 
-import math
-
 import torch
 
 from ... import _backends, _library
@@ -65,17 +63,16 @@ def hypergrid_linear(
     elif seed is None:
         seed = dropout.draw_seed(x.device)
     rows = x.reshape(-1, x.shape[-1])
-    rows_per_gate = _rows_per_gate(x, index)
     if name == "reference":
         keep = None if seed is None else dropout.keep_mask(seed, (1, 1, *rows.shape), dropout_p)[0, 0]
         row_gate = index
         if row_gate is None and gate.shape[0] != 1:
             row_gate = torch.arange(gate.shape[0], device=x.device)
         if row_gate is not None:
-            row_gate = row_gate[:, None].expand(-1, rows_per_gate).reshape(-1)
+            row_gate = row_gate[:, None].expand(-1, autograd.rows_per_gate(rows, gate, index)).reshape(-1)
         y = reference.hypergrid_linear(rows, weight, gate, bias, row_gate, residual, activation, keep, dropout_p)
     else:
-        options = rows_per_gate, residual, number, dropout_p, seed
+        options = residual, number, dropout_p, seed
         y = autograd.hypergrid_linear(name, rows, weight, gate, bias, index, *options)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -156,13 +153,6 @@ def _refusals(name, x, op="hypergrid_linear"):
     elif name == "cpp" and not reasons and not _ON_CPU[op]:
         reasons.append("the cpu library has no kernel of it")
     return reasons
-
-
-def _rows_per_gate(x, index) -> int:
-    """How many rows one after another have the same gate, or the same number in `index`."""
-    if index is None or index.shape[0] == x.shape[0]:
-        return math.prod(x.shape[1:-1]) if x.dim() > 1 else 1
-    return 1
 
 
 def _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed):

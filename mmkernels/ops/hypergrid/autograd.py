@@ -54,13 +54,20 @@ def gate_count(row, column):
     return row.shape[0] if column.shape[0] == 1 else column.shape[0]
 
 
+def rows_per_gate(x, gate, index) -> int:
+    """How many rows one after another have the same gate, or the same number in `index`.
+
+    From shapes: a compiler takes an integer given to an autograd function for a constant.
+    """
+    groups = (gate if index is None else index).shape[0]
+    return x.shape[0] // groups if groups else 0
+
+
 class _HyperGrid(torch.autograd.Function):
     @staticmethod
     def forward(backend, x, weight, gate, bias, index, seed, *options):
-        rows_per_gate, residual, activation, dropout_p = options
-        return forward_backward("hypergrid", backend)[0](
-            x, weight, gate, bias, index, rows_per_gate, residual, activation, dropout_p, seed
-        )
+        rows = rows_per_gate(x, gate, index)
+        return forward_backward("hypergrid", backend)[0](x, weight, gate, bias, index, rows, *options, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -71,14 +78,14 @@ class _HyperGrid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, gate, index, seed = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:5]
+        wanted, rows = ctx.needs_input_grad[1:5], rows_per_gate(x, gate, index)
         with torch.no_grad():
             dx, dweight, dgate, dbias = forward_backward("hypergrid", ctx.backend)[1](
-                dy, x, weight, gate, index, *ctx.options, seed, *wanted
+                dy, x, weight, gate, index, rows, *ctx.options, seed, *wanted
             )
             found = (dx, dweight, dgate.to(gate.dtype), dbias if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype))
             found = tuple(grad if need else None for need, grad in zip(wanted, found, strict=True))
-        gradients = (None, *found, *(None,) * 6)
+        gradients = (None, *found, *(None,) * 5)
         return once_differentiable("mmkernels.ops.hypergrid_linear", gradients, (dy, x, weight, gate))
 
     @staticmethod
@@ -115,12 +122,14 @@ class _Gate(torch.autograd.Function):
         )
 
 
-def hypergrid_linear(backend, x, weight, gate, bias, index, rows_per_gate, residual, activation, dropout_p, seed):
+def hypergrid_linear(backend, x, weight, gate, bias, index, residual, activation, dropout_p, seed):
     """(M, out) on one of the kernel backends; differentiable when a gradient is wanted."""
-    options = rows_per_gate, residual, activation, dropout_p
+    options = residual, activation, dropout_p
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, gate, bias)):
         return _HyperGrid.apply(backend, x, weight, gate, bias, index, seed, *options)
-    return forward_backward("hypergrid", backend)[0](x, weight, gate, bias, index, *options, seed)
+    return forward_backward("hypergrid", backend)[0](
+        x, weight, gate, bias, index, rows_per_gate(x, gate, index), *options, seed
+    )
 
 
 def hypergrid_gate(backend, row, column):

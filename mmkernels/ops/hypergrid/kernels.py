@@ -531,10 +531,10 @@ def hypergrid_bwd(
     dx = x.new_empty(x.shape if want_x else (0,))
     dweight = x.new_empty((n, k) if want_weight else (0,))
     dgate = x.new_empty(gate.shape if want_gate else (0,), dtype=torch.float32)
+    x, dy = _dense_rows(x), _dense_rows(dy)
     dbias = dy.sum(0, dtype=torch.float32) if want_bias else x.new_empty(0, dtype=torch.float32)
     if x.shape[0] == 0:
         return dx, dweight.zero_(), dgate.zero_(), dbias
-    x, dy = _dense_rows(x), _dense_rows(dy)
     with torch.cuda.device_of(x):
         if want_x:
             turned = gate.transpose(1, 2)
