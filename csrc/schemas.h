@@ -71,11 +71,11 @@ void define_schemas(Library& m) {
   // there is one gate only (without rows rows_per_gate may be 0).  a: activation (0 none, 1 relu, 2 gelu by erf, 3 gelu by tanh), then dropout by counter with
   // row m and key k of common/dropout.h and seed int64 (1), which is absent without dropout. -> y (M,out) of x's dtype.
   m.def(
-      "hypergrid_fwd(Tensor x, Tensor weight, Tensor gate, Tensor? bias, Tensor? index, int rows_per_gate, "
+      "hypergrid_fwd(Tensor x, Tensor weight, Tensor gate, Tensor? bias, Tensor? index, SymInt rows_per_gate, "
       "bool residual, int activation, float dropout_p, Tensor? seed) -> Tensor");
   // -> dx and dweight of x's dtype, dgate (as gate) and dbias float32; (0) where not wanted.
   m.def(
-      "hypergrid_bwd(Tensor dy, Tensor x, Tensor weight, Tensor gate, Tensor? index, int rows_per_gate, "
+      "hypergrid_bwd(Tensor dy, Tensor x, Tensor weight, Tensor gate, Tensor? index, SymInt rows_per_gate, "
       "bool residual, int activation, float dropout_p, Tensor? seed, bool want_x, bool want_weight, bool want_gate, "
       "bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   // row (G|1,R)  column (G|1,C) of its dtype -> sigmoid(row column^T) (G,R,C) of that dtype.

@@ -57,7 +57,7 @@ def gate_count(row, column):
 def rows_per_gate(x, gate, index) -> int:
     """How many rows one after another have the same gate, or the same number in `index`.
 
-    From shapes: a compiler takes an integer given to an autograd function for a constant.
+    From shapes, not an argument: a compiler takes an integer given to an autograd function for a constant.
     """
     groups = (gate if index is None else index).shape[0]
     return x.shape[0] // groups if groups else 0

@@ -751,7 +751,7 @@ def report_cases():
 
 # --- Registration ---------------------------------------------------------------------------------------------------------
 
-_OPTIONS = "Tensor? index, int rows_per_gate, bool residual, int activation, float dropout_p, Tensor? seed"
+_OPTIONS = "Tensor? index, SymInt rows_per_gate, bool residual, int activation, float dropout_p, Tensor? seed"
 _SCHEMAS = {
     hypergrid_fwd: f"(Tensor x, Tensor weight, Tensor gate, Tensor? bias, {_OPTIONS}) -> Tensor",
     hypergrid_bwd: f"(Tensor dy, Tensor x, Tensor weight, Tensor gate, {_OPTIONS}, bool want_x, bool want_weight, "
