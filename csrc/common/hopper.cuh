@@ -1,8 +1,8 @@
-// Instructions of sm_90a: mbarrier, named barriers, wgmma on operands in shared memory, setmaxnreg. Only kernels for
+// Instructions of sm_90a: mbarrier, TMA, named barriers, wgmma on operands in shared memory, setmaxnreg. Only kernels for
 // compute capability 9.0 may call them; their bodies stand inside `#ifdef MMK_HOPPER`.
 //
-// Operands of a wgmma lie in shared memory without swizzle, as "core matrices" of 8 x 16 bytes = 128 bytes in a row. A
-// tile of n rows by c 16-bit channels is stored at
+// Operands of a wgmma lie in shared memory as TMA brings them (`swizzled_descriptor`) or, without swizzle, as "core
+// matrices" of 8 x 16 bytes = 128 bytes in a row. A tile of n rows by c 16-bit channels is then stored at
 //
 //     address(row, channel) = channel / 8 * n * 16 + row * 16 + channel % 8 * 2
 //
@@ -21,6 +21,8 @@
 #endif
 
 #ifndef MMK_EMULATOR
+#include <cuda.h>
+
 #include <type_traits>
 
 namespace mmk::ptx {
@@ -41,6 +43,61 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
       "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
           "r"(shared_address(barrier)),
       "r"(parity)
+      : "memory");
+}
+
+// Arrives, and keeps the phase open until copies have brought `bytes` more.
+__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// --- TMA ---
+
+using TensorMap = CUtensorMap;
+
+// The first address from p on that is a multiple of 1024, as swizzled tiles want it.
+__device__ __forceinline__ unsigned char* align_to_1024(unsigned char* p) {
+  return p + (-shared_address(p) & 1023);
+}
+
+// On the host: a tensor of 16-bit elements that is copied in boxes whose rows are 128 bytes; sizes from the innermost
+// dimension outwards, strides in bytes of the two outer ones. Elements outside of it are copied as zeros. Returns a CUDA
+// error code.
+template <class T>
+int make_tensor_map(TensorMap& map, const void* data, const int64_t (&size)[3], const int64_t (&stride)[2],
+                    const int (&box)[3]) {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess) return static_cast<int>(error);
+  if (found != cudaDriverEntryPointSuccess || !entry) return static_cast<int>(cudaErrorSymbolNotFound);
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(size[0]), static_cast<cuuint64_t>(size[1]),
+                               static_cast<cuuint64_t>(size[2])};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(stride[0]), static_cast<cuuint64_t>(stride[1])};
+  const cuuint32_t boxes[3] = {static_cast<cuuint32_t>(box[0]), static_cast<cuuint32_t>(box[1]),
+                               static_cast<cuuint32_t>(box[2])};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
+      &map, std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
+      const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? 0 : static_cast<int>(cudaErrorInvalidValue);
+}
+
+// One thread starts the copy of the box whose first element has these numbers; `barrier` must expect its bytes. The
+// address is a multiple of 1024; within it, bits 4 to 6 of an address are xored with bits 7 to 9.
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int i0, int i1, int i2,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(i0), "r"(i1), "r"(i2)
       : "memory");
 }
 
@@ -72,6 +129,12 @@ __device__ __forceinline__ void release_registers() {
 __device__ __forceinline__ uint64_t descriptor(const void* operand, int leading, int stride) {
   return uint64_t{(shared_address(operand) & 0x3ffff) >> 4} | uint64_t(leading >> 4) << 16 |
          uint64_t(stride >> 4) << 32;
+}
+
+// Of a K-major operand in rows of 128 bytes as `copy_box` brings them: 8 rows are 1024 bytes. A step of 16 along the depth
+// is 32 bytes further.
+__device__ __forceinline__ uint64_t swizzled_descriptor(const void* operand) {
+  return descriptor(operand, 16, 1024) | uint64_t{1} << 62;
 }
 
 // Before the first wgmma, and wherever registers that it uses have been written by other instructions.
@@ -129,6 +192,7 @@ __device__ __forceinline__ void wgmma_wait() {
   if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19);   \
   if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27);   \
   if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35);   \
+  if constexpr (N == 128) MMK_WGMMA(128, TYPE, 64, 65, 66, 67); \
   if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75); \
   if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91); \
   if constexpr (N == 192) MMK_WGMMA(192, TYPE, 96, 97, 98, 99); \
@@ -141,7 +205,7 @@ __device__ __forceinline__ void wgmma_wait() {
 template <class T, bool ByColumns, int Registers>
 __device__ __forceinline__ void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep) {
   constexpr int N = 2 * Registers;
-  static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 144 || N == 176 || N == 192 || N == 256);
+  static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 128 || N == 144 || N == 176 || N == 192 || N == 256);
   if constexpr (std::is_same_v<T, bf16>) {
     MMK_WGMMA_OF("bf16");
   } else {

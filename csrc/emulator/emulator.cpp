@@ -124,8 +124,16 @@ struct NamedBarrier {
   int arrived = 0, threads = 0;
 };
 
+struct BoxCopy {
+  TensorMap map;
+  int at[3];
+  ptrdiff_t to;  // in shared memory
+};
+
 struct MBarrier {
   int expected, pending, phase = 0;
+  int64_t bytes = 0;           // that copies have not brought yet
+  std::vector<BoxCopy> boxes;  // under way
 };
 
 struct Failure {};  // ends the fiber that found a fault
@@ -590,22 +598,89 @@ void mbarrier_init(const void* barrier, int arrivals, const Where& where) {
   worker->mbarriers[barrier_offset(barrier, "mbarrier.init", where)] = {arrivals, arrivals};
 }
 
+// Ends the phase when everybody has arrived and every byte is there.
+static void settle(MBarrier& b, ptrdiff_t offset) {
+  if (b.pending != 0 || b.bytes != 0) return;
+  b.pending = b.expected;
+  b.phase ^= 1;
+  worker->wake(State::at_mbarrier, offset);
+}
+
+static void land(const BoxCopy& copy);
+static void deliver(MBarrier& b, ptrdiff_t offset) {
+  for (const BoxCopy& copy : b.boxes) {
+    land(copy);
+    b.bytes -= copy.map.box[0] * copy.map.box[1] * copy.map.box[2] * 2;
+  }
+  b.boxes.clear();
+  settle(b, offset);
+}
+
 void mbarrier_arrive(const void* barrier, const Where& where) {
   const ptrdiff_t offset = barrier_offset(barrier, "mbarrier.arrive", where);
   MBarrier& b = mbarrier_at(offset, "mbarrier.arrive", where);
-  if (--b.pending == 0) {
-    b.pending = b.expected;
-    b.phase ^= 1;
-    worker->wake(State::at_mbarrier, offset);
-  }
+  --b.pending;
+  settle(b, offset);
   worker->pause("mbarrier.arrive", where);  // who has waited for this acts first
+}
+
+void mbarrier_expect(const void* barrier, int bytes, const Where& where) {
+  const ptrdiff_t offset = barrier_offset(barrier, "mbarrier.arrive.expect_tx", where);
+  MBarrier& b = mbarrier_at(offset, "mbarrier.arrive.expect_tx", where);
+  b.bytes += bytes;
+  --b.pending;
+  settle(b, offset);
+}
+
+// A box in rows of 128 bytes, swizzled: bits 4 to 6 of an address are those of its place in the box xor bits 7 to 9.
+static void land(const BoxCopy& copy) {
+  const TensorMap& m = copy.map;
+  Worker& w = *worker;
+  ptrdiff_t place = copy.to;
+  for (int i2 = 0; i2 < m.box[2]; ++i2) {
+    for (int i1 = 0; i1 < m.box[1]; ++i1) {
+      for (int i0 = 0; i0 < m.box[0]; ++i0, place += 2) {
+        const int64_t at[3] = {copy.at[0] + i0, copy.at[1] + i1, copy.at[2] + i2};
+        uint16_t value = 0;  // outside of the tensor
+        if (std::all_of(at, at + 3, [&](const int64_t& x) { return x >= 0 && x < m.size[&x - at]; })) {
+          std::memcpy(&value, m.data + at[0] * 2 + at[1] * m.stride[0] + at[2] * m.stride[1], 2);
+        }
+        const ptrdiff_t swizzled = place ^ (place >> 7 & 7) << 4;
+        std::memcpy(w.shared.get() + swizzled, &value, 2);
+        w.writers[swizzled / 4] = 0;  // by the proxy that wgmma reads through
+      }
+    }
+  }
+}
+
+void copy_box(void* shared, const TensorMap& map, const int (&at)[3], const void* barrier, const Where& where) {
+  Worker& w = *worker;
+  const ptrdiff_t offset = barrier_offset(barrier, "cp.async.bulk.tensor", where);
+  MBarrier& b = mbarrier_at(offset, "cp.async.bulk.tensor", where);
+  const int bytes = map.box[0] * map.box[1] * map.box[2] * 2;
+  const ptrdiff_t to = static_cast<unsigned char*>(shared) - w.shared.get();
+  if (to < 0 || to % 1024 != 0 || to + bytes > static_cast<ptrdiff_t>(w.shared_bytes)) {
+    fail("cp.async.bulk.tensor to shared offset " + std::to_string(to) +
+             ", which must be a multiple of 1024 with room for " + std::to_string(bytes) + " bytes",
+         where);
+  }
+  std::memset(shared, kPoison, bytes);
+  b.boxes.push_back({map, {at[0], at[1], at[2]}, to});
+  const bool awaited = std::any_of(w.lanes.begin(), w.lanes.end(), [&](const Lane& lane) {
+    return lane.state == State::at_mbarrier && lane.waits_for == offset;
+  });
+  if (awaited || !late()) deliver(b, offset);
 }
 
 void mbarrier_wait(const void* barrier, int parity, const Where& where) {
   const ptrdiff_t offset = barrier_offset(barrier, "mbarrier.try_wait", where);
-  const MBarrier& b = mbarrier_at(offset, "mbarrier.try_wait", where);
+  MBarrier& b = mbarrier_at(offset, "mbarrier.try_wait", where);
   if (parity != 0 && parity != 1) fail("mbarrier.try_wait for parity " + std::to_string(parity), where);
   while (b.phase == parity) {
+    if (!b.boxes.empty()) {  // no later than this
+      deliver(b, offset);
+      continue;
+    }
     worker->lanes[worker->current].waits_for = offset;
     worker->suspend(State::at_mbarrier, "mbarrier.try_wait", where);
   }
@@ -636,8 +711,13 @@ static void read_line(const GroupMultiply& g, const char* name, uint64_t descrip
                       float (&values)[8]) {
   const ptrdiff_t start = (descriptor & 0x3fff) << 4, across_bytes = (descriptor >> 32 & 0x3fff) << 4,
                   along_bytes = (descriptor >> 16 & 0x3fff) << 4;
-  if (descriptor >> 46) fail("wgmma with a swizzled operand or a base offset, which is not modelled", g.where);
-  const ptrdiff_t offset = start + across * across_bytes + along * along_bytes + line * 16;
+  const int swizzle = static_cast<int>(descriptor >> 62);
+  if (descriptor >> 46 & 0xffff || swizzle > 1 || (swizzle && g.by_columns)) {
+    fail("wgmma with a base offset, or swizzled but not in rows of 128 bytes along the depth, which is not modelled",
+         g.where);
+  }
+  ptrdiff_t offset = start + across * across_bytes + (swizzle ? along * 16 + line * 128 : along * along_bytes + line * 16);
+  if (swizzle) offset ^= (offset >> 7 & 7) << 4;
   Worker& w = *worker;
   if (offset + 16 > static_cast<ptrdiff_t>(w.shared_bytes)) {
     fail(std::string("wgmma reads ") + name + " at offset " + std::to_string(offset) + ", outside of shared memory",

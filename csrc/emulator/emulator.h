@@ -6,11 +6,11 @@
 // in random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait
 // allows, or at random, and what it will overwrite is NaN until then. A wgmma reads its operands through descriptors,
 // as the manual lays core matrices out, at once, as late as its wait allows, or at random; its accumulators are NaN
-// until waited for. Found and explained: a collective that part of a warp never reaches, barriers that not every thread
+// until waited for. A TMA copy lands at once, or as late as the wait for its mbarrier. Found and explained: a collective that part of a warp never reaches, barriers that not every thread
 // reaches, misaligned or out-of-bounds operands of cp.async, ldmatrix and wgmma, an mbarrier with too many arrivals or
 // none of its own, a wgmma without its fence, operands of a wgmma that were written without a proxy fence (by cp.async
 // or store_shared), writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing,
-// other memory ordering, bank conflicts, occupancy, swizzled operands; masks other than all 32 lanes are refused.
+// other memory ordering, bank conflicts, occupancy, swizzles but that of 128 bytes along the depth; masks other than all 32 lanes are refused.
 //
 // MMKERNELS_EMULATOR_SEED             the random order (default 0)
 // MMKERNELS_EMULATOR_COPIES           early, late or random (default late)
@@ -146,6 +146,13 @@ void mbarrier_init(const void* barrier, int arrivals, const Where& where);
 void mbarrier_arrive(const void* barrier, const Where& where);
 void mbarrier_wait(const void* barrier, int parity, const Where& where);
 void named_barrier(int barrier, int threads, const Where& where);
+struct TensorMap {  // of 16-bit elements; strides in bytes, the innermost is 2
+  const char* data;
+  int64_t size[3], stride[2];
+  int box[3];
+};
+void mbarrier_expect(const void* barrier, int bytes, const Where& where);
+void copy_box(void* shared, const TensorMap& map, const int (&at)[3], const void* barrier, const Where& where);
 struct GroupMultiply {
   Type type;
   float* d;
@@ -301,6 +308,22 @@ inline uint64_t descriptor(const void* operand, int leading, int stride) {
   const auto offset = static_cast<const unsigned char*>(operand) - emulator::shared();
   return static_cast<uint64_t>((offset & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32;
+}
+inline uint64_t swizzled_descriptor(const void* operand) { return descriptor(operand, 16, 1024) | uint64_t{1} << 62; }
+inline unsigned char* align_to_1024(unsigned char* p) { return p; }  // addresses here are offsets
+using emulator::TensorMap;
+template <class T>
+int make_tensor_map(TensorMap& map, const void* data, const int64_t (&size)[3], const int64_t (&stride)[2],
+                    const int (&box)[3]) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 || stride[0] % 16 || stride[1] % 16 || box[0] * sizeof(T) != 128) return 1;
+  map = {static_cast<const char*>(data), {size[0], size[1], size[2]}, {stride[0], stride[1]}, {box[0], box[1], box[2]}};
+  return 0;
+}
+inline void mbarrier_expect(uint64_t* barrier, int bytes, MMK_WHERE) {
+  emulator::mbarrier_expect(barrier, bytes, where);
+}
+inline void copy_box(void* shared, const TensorMap& map, int i0, int i1, int i2, uint64_t* barrier, MMK_WHERE) {
+  emulator::copy_box(shared, map, {i0, i1, i2}, barrier, where);
 }
 inline void wgmma_fence(MMK_WHERE) { emulator::meet("wgmma.fence", where, nullptr, emulator::group_fence); }
 inline void wgmma_commit(MMK_WHERE) { emulator::meet("wgmma.commit_group", where, nullptr, emulator::group_commit); }

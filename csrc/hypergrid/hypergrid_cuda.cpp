@@ -57,8 +57,8 @@ struct Call {
     STD_TORCH_CHECK(in < INT32_MAX / 8 && out < INT32_MAX / 8, "weight has shape ", shape_text(weight.sizes()),
                     "; its sizes must be below 2^28");
     if (rows > 0) {
-      STD_TORCH_CHECK(rows_per_gate >= 1 && rows % rows_per_gate == 0, "rows_per_gate is ", rows_per_gate,
-                      "; it must divide the ", rows, " rows of x");
+      STD_TORCH_CHECK(rows_per_gate >= 1 && rows % rows_per_gate == 0, "x has ", rows,
+                      " rows; they must be a multiple of rows_per_gate, ", rows_per_gate);
       if (index) check_rows(*index, "index", x, ScalarType::Long, {rows / rows_per_gate});
       STD_TORCH_CHECK(index || gates == 1 || gates * rows_per_gate == rows, "gate has shape ",
                       shape_text(gate.sizes()), "; without index it must have 1 or ", rows / rows_per_gate, " gates");
@@ -98,6 +98,8 @@ struct Call {
     return a;
   }
 };
+
+constexpr int64_t kTurnFrom = 512;  // rows of x from which on the weight is turned for wgmma
 
 // Starts a product whose operands are set, with as many splits as fill the device.
 void start(Product& d, Dtype dtype, const Tensor& like, int64_t columns, void* stream) {
@@ -225,6 +227,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
     d.gates = call.of_rows(true);
     d.epilogue = call.of_x();
     d.out = dx.mutable_data_ptr();
+    // wgmma's kernel takes the weight turned, which is a copy of one weight.
+    Product turned = d;
+    Tensor turned_weight = empty(x, {0}, call.type);
+    turned.transposed = false, turned.splits = 1, turned.right_row = call.out;
+    if (call.rows >= kTurnFrom && mmk_hypergrid_takes_hopper(call.dtype, &turned)) {
+      turned_weight = torch::stable::contiguous(torch::stable::transpose(call.weight, 0, 1));
+      turned.right = turned_weight.const_data_ptr();
+      d = turned;
+    }
     start(d, call.dtype, x, call.in, device.stream);
   }
   if (want_weight || want_gate) weight_gradient(call, dy, dweight, dgate, want_weight, want_gate, device.stream);

@@ -4,11 +4,9 @@
 // mmkernels/ops/hypergrid has the derivation and the time model.
 #include <climits>
 
-#include "common/dropout.h"
-#include "common/gelu.cuh"
 #include "common/rows.cuh"
 #include "common/tile.cuh"
-#include "hypergrid/hypergrid_cuda.h"
+#include "hypergrid/hypergrid_epilogue.cuh"
 
 namespace mmk::hypergrid {
 namespace {
@@ -183,29 +181,6 @@ __device__ __forceinline__ void await_stage(int stages) {
 }
 
 // --- Results ---
-
-__device__ __forceinline__ float activated(float x, int activation) {
-  if (activation == 1) return x < 0.0f ? 0.0f : x;
-  if (activation == 2) return gelu<false>(x);
-  return activation == 3 ? gelu<true>(x) : x;
-}
-
-__device__ __forceinline__ float activation_slope(float x, int activation) {
-  if (activation == 1) return x > 0.0f ? 1.0f : 0.0f;
-  return activation == 2 ? gelu_slope<false>(x) : gelu_slope<true>(x);
-}
-
-// Element (m, n) of the result from its sum.
-template <class T>
-__device__ __forceinline__ float finished(const Epilogue& e, float sum, int64_t m, int64_t n) {
-  if (e.bias) sum += to_float(static_cast<const T*>(e.bias)[n]);
-  if (e.activation) sum *= activation_slope(to_float(static_cast<const T*>(e.x)[m * e.x_row + n]), e.activation);
-  if (e.seed) {
-    const DropoutRow row = dropout_row(static_cast<uint64_t>(*e.seed), static_cast<uint64_t>(m));
-    sum = dropout_bits(row, static_cast<uint32_t>(n)) >= e.threshold ? sum * e.gain : 0.0f;
-  }
-  return sum;
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const Epilogue e, const float* partial, T* out, int splits,
@@ -729,6 +704,7 @@ int start_gate(const GateFactors& d, bool backward, void* stream) {
 }  // namespace mmk::hypergrid
 
 int mmk_hypergrid_product(mmk::Dtype dtype, const mmk::hypergrid::Product* product, void* stream) {
+  if (mmk_hypergrid_takes_hopper(dtype, product)) return mmk_hypergrid_hopper(dtype, product, stream);
   return mmk::with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     return product->transposed ? mmk::hypergrid::start_product<T, true>(*product, stream)

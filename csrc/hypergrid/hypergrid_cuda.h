@@ -78,6 +78,9 @@ constexpr int tile_rows(Dtype dtype) { return dtype == Dtype::fp32 ? 64 : 128; }
 
 extern "C" {
 int mmk_hypergrid_product(mmk::Dtype dtype, const mmk::hypergrid::Product* product, void* stream);
+// The same with wgmma and TMA, and whether it takes a product.
+bool mmk_hypergrid_takes_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product* product);
+int mmk_hypergrid_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product* product, void* stream);
 int mmk_hypergrid_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight, void* stream);
 // a(x) of rows of consecutive elements.
 int mmk_hypergrid_activate(mmk::Dtype dtype, const mmk::hypergrid::Epilogue* what, int64_t rows, int64_t columns,

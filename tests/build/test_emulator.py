@@ -112,6 +112,20 @@ for dtype, batch, n, m, content, shared in (
     position, mask = torch.randn(m, shared, dtype=dtype) if shared else None, torch.rand(batch, m) < 0.7
     out, lse = ops.latent_fwd(q, x, position, mask, 0.3, 1e-5)
     ops.latent_bwd(torch.randn_like(out), lse, q, x, position, mask, out, lse, 0.3, 1e-5, 7)
+for dtype, rows, fan_in, fan_out, grid, index, per_gate in (
+    (torch.bfloat16, 74, 48, 24, (2, 3, 3), None, 37),
+    (torch.float32, 33, 45, 66, (3, 5, 6), torch.randint(3, (33,)), 1),
+    (torch.float16, 100, 63, 97, (1, 7, 1), None, 100),
+    (torch.bfloat16, 576, 96, 200, (3, 1, 25), None, 192),
+    (torch.float16, 640, 72, 33, (4, 9, 3), torch.randint(4, (5,)), 128),
+):
+    x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((rows, fan_in), (fan_out, fan_in), (fan_out,)))
+    gate, seed = torch.rand(grid), torch.tensor([1])
+    for activation, p, one in ((1, 0.0, None), (2, 0.2, seed)):
+        y = ops.hypergrid_fwd(x, weight, gate, bias, index, per_gate, True, activation, p, one)
+        ops.hypergrid_bwd(y, x, weight, gate, index, per_gate, True, activation, p, one, True, True, True, True)
+row, column = torch.randn(5, 33), torch.randn(1, 7)
+ops.hypergrid_gate_bwd(ops.hypergrid_gate_fwd(row, column), row, column)
 print("clean")
 """
 
@@ -159,7 +173,7 @@ def test_kernels_under_address_sanitizer(tmp_path):
     torch_folder = Path(torch.__file__).parent
     flags = [*FLAGS, "-O1", "-g1", "-fPIC", "-fsanitize=address", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     sources = [path for kind in ("*/*_cuda.cu", "*/*_cuda.cpp", "emulator/*.cpp") for path in (ROOT / "csrc").glob(kind)]
-    assert {"attention", "latent", "common", "emulator"} <= {source.parent.name for source in sources}
+    assert {"attention", "hypergrid", "latent", "common", "emulator"} <= {source.parent.name for source in sources}
 
     def compiled(source):
         built = tmp_path / f"{source.name}.o"

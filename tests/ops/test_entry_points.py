@@ -177,3 +177,54 @@ def test_bias_gelu(native, generator):
     call_with_mutations(backward, inputs, ("dout", "x", "bias"), lambda a: False)
     with pytest.raises(RuntimeError, match="x has shape"):
         forward(torch.tensor(1.0), None, True)
+
+
+def hypergrid_arguments(generator):
+    shapes = ((6, 16), (24, 16), (2, 2, 3), (24,))
+    tensors = [torch.randn(s, generator=generator) for s in shapes]
+    return [*tensors, torch.tensor([1, 0]), 3, False, 2, 0.0, None]
+
+
+def is_hypergrid(x, weight, gate, bias, index, rows_per_gate):
+    floats = all(t.dtype == torch.float32 for t in (x, weight, gate, bias))
+    if not floats or index.dtype != torch.int64 or (x.dim(), weight.dim(), gate.dim(), bias.dim()) != (2, 2, 3, 1):
+        return False
+    divided = all(s % n == 0 and (n == 1 or s // n >= 8) for s, n in zip(weight.shape[::-1], gate.shape[1:], strict=True))
+    rows = x.shape[0] % rows_per_gate == 0 and index.shape == (x.shape[0] // rows_per_gate,)
+    return divided and rows and x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
+
+
+# The CUDA binding alone here: a C++ one is held to the same by its own tests.
+@pytest.mark.parametrize("native", ["cuda"], indirect=True)
+def test_hypergrid(native, generator):
+    forward, backward = forward_backward("hypergrid", native)
+    names = ("x", "weight", "gate", "bias", "index")
+    arguments = hypergrid_arguments(generator)
+    call_with_mutations(forward, arguments, names, lambda a: is_hypergrid(*a[:6]))
+    dy = torch.randn(6, 24, generator=generator)
+
+    def legal(a):
+        same = a[0].dtype == torch.float32 and a[0].dim() == 2 and a[0].shape == (a[1].shape[0], a[2].shape[0])
+        return same and is_hypergrid(*a[1:4], arguments[3], *a[4:6])
+
+    inputs = [dy, *arguments[:3], *arguments[4:], True, True, True, True]
+    call_with_mutations(backward, inputs, ("dy", "x", "weight", "gate", "index"), legal)
+    for place, wrong, message in ((5, 4, "x has 6 rows"), (7, 4, "activation is 4"), (8, 1.0, "dropout_p is 1")):
+        with pytest.raises(RuntimeError, match=message):
+            forward(*arguments[:place], wrong, *arguments[place + 1 :])
+    with pytest.raises(RuntimeError, match="gate has shape .*without index it must have 1 or 3 gates"):
+        forward(*arguments[:4], None, 2, *arguments[6:])
+
+
+@pytest.mark.parametrize("native", ["cuda"], indirect=True)
+def test_hypergrid_gate(native, generator):
+    forward, backward = forward_backward("hypergrid", native, "hypergrid_gate")
+    row, column = torch.randn(2, 5, generator=generator), torch.randn(1, 7, generator=generator)
+
+    def legal(row, column):
+        alike = row.dtype == column.dtype == torch.float32 and row.dim() == column.dim() == 2
+        return alike and (row.shape[0] == column.shape[0] or 1 in (row.shape[0], column.shape[0]))
+
+    call_with_mutations(forward, [row, column], ("row", "column"), lambda a: legal(*a))
+    right = lambda a: legal(*a[1:]) and a[0].dtype == torch.float32 and a[0].shape == forward(*a[1:]).shape  # noqa: E731
+    call_with_mutations(backward, [torch.ones(2, 5, 7), row, column], ("dgate", "row", "column"), right)

@@ -269,6 +269,32 @@ def test_the_emulator_in_every_order(on, generator, monkeypatch, copies, seed, m
     check(generator, make(generator, (100, 96), 40, (3, 1, 5), torch.float32, index="rows"), "cuda")
 
 
+# Rows that fill tiles of 256 and not, gates of 64 rows and more, blocks of one to four steps of wgmma and of several tiles.
+WGMMA_PROBLEMS = {
+    "gates of 192 rows": ((3, 192, 96), 200, (3, 1, 25), "", dict(activation="relu", residual=True)),
+    "numbered gates": ((5, 128, 64), 136, (2, 8, 17), "examples", dict(activation="gelu")),
+    "gates of 64 rows": ((9, 64, 136), 264, (9, 1, 3), "", dict(activation="relu")),
+    "a gate for all": ((1, 700, 48), 33, (1, 1, 3), "", {}),
+}
+
+
+@pytest.mark.parametrize("copies, seed", [("early", 1), ("late", 2), ("random", 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", WGMMA_PROBLEMS)
+def test_wgmma_and_tma(on, generator, monkeypatch, problem, dtype, copies, seed):
+    on("cuda")
+    monkeypatch.setenv("MMKERNELS_EMULATOR_COPIES", copies)
+    monkeypatch.setenv("MMKERNELS_EMULATOR_SEED", str(seed))
+    x, out, grid, index, options = WGMMA_PROBLEMS[problem]
+    tensors = make(generator, x, out, grid, dtype, index=index)
+    check(generator, tensors, "cuda", **options)
+    monkeypatch.setenv("MMKERNELS_EMULATOR_SHARED", "166912")  # of sm_80: too little for them, so they did run
+    with pytest.raises(RuntimeError, match="bytes of shared memory"):
+        linear(**tensors, backend="cuda")
+    monkeypatch.setenv("MMKERNELS_EMULATOR_CAPABILITY", "8")  # where mma.sync takes the same problem
+    check(generator, tensors, "cuda", **options)
+
+
 # --- The gate ---------------------------------------------------------------------------------------------------------------
 
 

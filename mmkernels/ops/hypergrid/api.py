@@ -57,7 +57,7 @@ def hypergrid_linear(
     x, weight, bias, index, number, dropout_p, seed = _check(
         x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed
     )
-    name = _backends.choose("hypergrid_linear", backend, _order(x, gate), lambda name: _refusals(name, x))
+    name = _backends.choose("hypergrid_linear", backend, _order(x, index, gate.shape[0]), lambda name: _refusals(name, x))
     if dropout_p == 0.0:
         seed = None
     elif seed is None:
@@ -114,8 +114,8 @@ def explain_hypergrid_linear(
     backend="auto",
 ):
     """The `explain` of `hypergrid_linear`."""
-    x, *_ = _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed)
-    name = _backends.choose("hypergrid_linear", backend, _order(x, gate), lambda name: _refusals(name, x))
+    x, _, _, index, *_ = _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed)
+    name = _backends.choose("hypergrid_linear", backend, _order(x, index, gate.shape[0]), lambda name: _refusals(name, x))
     return _backends.Explanation("hypergrid_linear", name, "", {n: _refusals(n, x) for n in _backends.NAMES})
 
 
@@ -130,11 +130,18 @@ def explain_hypergrid_gate(row, column, *, backend="auto"):
     return _backends.Explanation("hypergrid_gate", name, "", {n: refusals(n) for n in _backends.NAMES})
 
 
-ORDER = ("cpp", "triton", "cuda", "reference")
+ORDER = ("cpp", "triton", "cuda", "reference")  # of the gate
+CUDA_FIRST = ("cpp", "cuda", "triton", "reference")
 
 
-def _order(x, gate):
-    """What `auto` tries first; README.md has the time models that say so."""
+def _order(x, index, gates):
+    """What `auto` tries first, by README.md's time models: on a GPU CUDA C++ in 16 bits too where its kernels for sm_90 or
+    its splits for few rows run. A prediction until both have been measured."""
+    if x.device.type == "cuda" and x.dtype != torch.float32 and not _backends.platform_refusals("cuda", x.device, x.dtype):
+        groups = gates if index is None else index.shape[0]
+        few = groups > 1 and x.shape[:-1].numel() < 16 * groups
+        if few or _backends.capability(x.device)[0] == 9:
+            return CUDA_FIRST
     return _backends.preference(x.dtype)
 
 
