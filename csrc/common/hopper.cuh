@@ -101,6 +101,42 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int
       : "memory");
 }
 
+// The same into every block of the cluster whose bit is set in `ranks`: to the same place, and for the barrier at the same
+// place, in each of them.
+__device__ __forceinline__ void copy_box_to_cluster(void* shared, const TensorMap& map, int i0, int i1, int i2,
+                                                    uint64_t* barrier, unsigned ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(i0), "r"(i1), "r"(i2), "h"(static_cast<uint16_t>(ranks))
+      : "memory");
+}
+
+// --- Clusters ---
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// What mbarrier_init has written may be used by the cluster and by copies once others know of it.
+__device__ __forceinline__ void mbarrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// At the barrier in the same place of another block of the cluster, or of this one.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // All `threads` of the block that name this barrier (1 to 15).
 __device__ __forceinline__ void named_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

@@ -58,10 +58,11 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return mmk_dynamic_shared;
 }
 
-// Starts a kernel; returns the CUDA error code (0: none). Asks for shared memory above 48 KB where it is needed.
+// Starts a kernel whose blocks come in clusters; returns the CUDA error code (0: none). Asks for shared memory above 48 KB
+// where it is needed.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-           Arguments... arguments) {
+int launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                    void* stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
@@ -73,7 +74,18 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+           Arguments... arguments) {
+  return launch_clusters(1, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 namespace ptx {

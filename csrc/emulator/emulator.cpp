@@ -54,6 +54,7 @@ namespace mmk::emulator {
 namespace {
 
 constexpr size_t kStack = 256 * 1024, kGuard = 4096;
+constexpr int kMaxCluster = 8;
 constexpr size_t kMaxShared = 227 * 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 #ifdef __SANITIZE_ADDRESS__
@@ -138,17 +139,21 @@ struct MBarrier {
 
 struct Failure {};  // ends the fiber that found a fault
 
-// One OS thread's share: runs blocks one after another and keeps their stacks.
+// One OS thread's share: runs blocks one after another and keeps their stacks. The blocks of a cluster run side by side,
+// their lanes and their shared memory one behind the other.
 struct Worker {
   std::vector<Lane> lanes;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   size_t shared_bytes = 0;
   bool burst = false;  // the warp that runs may go on
-  std::array<NamedBarrier, 16> named;
+  std::array<NamedBarrier, 16 * kMaxCluster> named;  // 0 of the first block: all threads of the cluster
   std::map<ptrdiff_t, MBarrier> mbarriers;
   std::vector<uint16_t> writers;  // of each word of shared memory that wgmma must not read yet: lane + 1, or 0
-  int current = -1, threads = 0, at_barrier = 0, finished = 0;
+  int current = -1, threads = 0, block_threads = 0, finished = 0;
+  size_t block_shared = 0;  // bytes from one block's shared memory to the next's
+  dim3 first_block;         // of the cluster
+  std::array<int, kMaxCluster> at_barrier;
   void* scheduler = nullptr;
   Random random{0};
   int late_of_256 = 256;
@@ -162,7 +167,9 @@ struct Worker {
       if (lane.stack) munmap(lane.stack - kGuard, kStack + kGuard);
     }
   }
-  void prepare(int count, size_t bytes);
+  void prepare(int count, size_t bytes, int cluster);
+  int rank() const { return current / block_threads; }
+  unsigned char* own_shared() const { return shared.get() + rank() * block_shared; }
   void run_block();
   void resume(int lane);
   void suspend(State state, const char* what, const Where& where);
@@ -199,14 +206,18 @@ void fiber() {
   mmk_emulator_switch(&me.pointer, w.scheduler);
 }
 
-void Worker::prepare(int count, size_t bytes) {
-  threads = count;
+void Worker::prepare(int count, size_t bytes, int cluster) {
+  block_threads = count;
+  block_shared = cluster > 1 ? (bytes + 1023) / 1024 * 1024 : bytes;
+  if (cluster > 1) bytes = block_shared * cluster;
+  threads = count *= cluster;
   if (static_cast<int>(lanes.size()) < count) lanes.resize(count);
   warps.assign(count / 32, Warp{});
   named.fill({});
   mbarriers.clear();
   writers.assign(bytes / 4, 0);
-  at_barrier = finished = 0;
+  at_barrier.fill(0);
+  finished = 0;
   shared_bytes = bytes;
   shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes + kFence + 1023) / 1024 * 1024)));
 #ifdef __SANITIZE_ADDRESS__
@@ -231,7 +242,7 @@ void Worker::prepare(int count, size_t bytes) {
     lane.open.clear();
     lane.groups.clear();
     lane.unfenced.clear();
-    const unsigned u = i;
+    const unsigned u = i % block_threads;
     lane.index = dim3(u % blockDim.x, u / blockDim.x % blockDim.y, u / blockDim.x / blockDim.y);
     // What a switch pops: six registers, then the address of `fiber`, entered with the stack that the ABI wants.
     void** top = reinterpret_cast<void**>(lane.stack + kStack - 16);
@@ -245,6 +256,8 @@ void Worker::prepare(int count, size_t bytes) {
 void Worker::resume(int i) {
   current = i;
   threadIdx = lanes[i].index;
+  blockIdx = first_block;
+  blockIdx.x += rank();
 #ifdef __SANITIZE_ADDRESS__
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, lanes[i].stack, kStack);
@@ -347,7 +360,7 @@ int shared_memory_limit() { return static_cast<int>(environment("MMKERNELS_EMULA
 
 int capability() { return static_cast<int>(environment("MMKERNELS_EMULATOR_CAPABILITY", 9)); }
 
-int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+int run(int cluster, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static std::mutex one_launch;
   static std::array<Worker, 2> workers;
   std::lock_guard<std::mutex> lock(one_launch);
@@ -360,6 +373,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
         std::to_string(shared_bytes) + " bytes of shared memory; a block has " + std::to_string(shared_memory_limit());
   } else if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
     launch_error = "a grid of more than 2147483647 x 65535 x 65535 blocks";
+  } else if (cluster < 1 || cluster > kMaxCluster || grid.x % cluster != 0) {
+    launch_error = "clusters of " + std::to_string(cluster) + " blocks in a grid of " + std::to_string(grid.x);
   }
   if (!launch_error.empty()) return 1;
 
@@ -375,11 +390,11 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
     mine.late_of_256 = copies == "early" ? 0 : copies == "random" ? 128 : 256;
     gridDim = grid;
     blockDim = block;
-    for (uint64_t i; !failed && (i = next++) < blocks;) {
-      blockIdx = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+    for (uint64_t i; !failed && (i = next.fetch_add(cluster)) < blocks;) {
+      blockIdx = mine.first_block = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                       static_cast<unsigned>(i / grid.x / grid.y));
       mine.random.state = seed * 0x632BE59BD9B4E019ull + i;
-      mine.prepare(static_cast<int>(threads), shared_bytes);
+      mine.prepare(static_cast<int>(threads), shared_bytes, cluster);
       mine.run_block();
       mine.shared.reset();
       if (!mine.error.empty()) failed = true;
@@ -403,13 +418,19 @@ void fail(const std::string& what, const Where& where) {
   throw Failure{};
 }
 
-unsigned char* shared() { return worker->shared.get(); }
+unsigned char* shared() { return worker->own_shared(); }
+
+int cluster_rank() { return worker->rank(); }
+
+const void* of_rank(const void* p, int rank) {
+  return static_cast<const unsigned char*>(p) + (rank - worker->rank()) * static_cast<ptrdiff_t>(worker->block_shared);
+}
 
 void check_shared(const void* p, int bytes, const char* what, const Where& where) {
-  const ptrdiff_t offset = static_cast<const unsigned char*>(p) - worker->shared.get();
-  if (offset < 0 || offset + bytes > static_cast<ptrdiff_t>(worker->shared_bytes)) {
+  const ptrdiff_t offset = static_cast<const unsigned char*>(p) - worker->own_shared();
+  if (offset < 0 || offset + bytes > static_cast<ptrdiff_t>(worker->block_shared)) {
     fail(std::string(what) + " at offset " + std::to_string(offset) + " outside the " +
-             std::to_string(worker->shared_bytes) + " bytes of shared memory",
+             std::to_string(worker->block_shared) + " bytes of shared memory",
          where);
   }
   if (offset % bytes != 0) {
@@ -421,9 +442,10 @@ void check_shared(const void* p, int bytes, const char* what, const Where& where
 
 void barrier(const Where& where) {
   Worker& w = *worker;
-  if (++w.at_barrier < w.threads) return w.suspend(State::at_barrier, "__syncthreads", where);
-  w.at_barrier = 0;
-  for (int i = 0; i < w.threads; ++i) {
+  const int rank = w.rank();
+  if (++w.at_barrier[rank] < w.block_threads) return w.suspend(State::at_barrier, "__syncthreads", where);
+  w.at_barrier[rank] = 0;
+  for (int i = rank * w.block_threads; i < (rank + 1) * w.block_threads; ++i) {
     if (w.lanes[i].state == State::at_barrier) w.lanes[i].state = State::ready, ++w.warps[i / 32].ready;
   }
 }
@@ -583,9 +605,14 @@ void proxy_fence() {
   me.unfenced.clear();
 }
 
+// In the shared memory of the cluster.
 static ptrdiff_t barrier_offset(const void* barrier, const char* what, const Where& where) {
-  check_shared(barrier, 8, what, where);
-  return static_cast<const unsigned char*>(barrier) - worker->shared.get();
+  const ptrdiff_t offset = static_cast<const unsigned char*>(barrier) - worker->shared.get();
+  const auto rank = worker->block_shared ? offset / static_cast<ptrdiff_t>(worker->block_shared) : 0;
+  // Where it would be in this block: of_rank moves by the difference of two ranks.
+  const bool inside = offset >= 0 && rank * worker->block_threads < worker->threads;
+  check_shared(inside ? of_rank(barrier, 2 * worker->rank() - static_cast<int>(rank)) : barrier, 8, what, where);
+  return offset;
 }
 
 static MBarrier& mbarrier_at(ptrdiff_t offset, const char* what, const Where& where) {
@@ -686,21 +713,27 @@ void mbarrier_wait(const void* barrier, int parity, const Where& where) {
   }
 }
 
-void named_barrier(int barrier, int threads, const Where& where) {
+static void arrive_at_named(int number, int threads, const char* what, const Where& where) {
   Worker& w = *worker;
-  if (barrier < 1 || barrier > 15) fail("bar.sync on barrier " + std::to_string(barrier), where);
-  NamedBarrier& b = w.named[barrier];
+  NamedBarrier& b = w.named[number];
   if (b.arrived && b.threads != threads) {
     fail("bar.sync for " + std::to_string(threads) + " threads, others wait for " + std::to_string(b.threads), where);
   }
   b.threads = threads;
   if (++b.arrived < threads) {
-    w.lanes[w.current].waits_for = barrier;
-    return w.suspend(State::at_named_barrier, "bar.sync", where);
+    w.lanes[w.current].waits_for = number;
+    return w.suspend(State::at_named_barrier, what, where);
   }
   b.arrived = 0;
-  w.wake(State::at_named_barrier, barrier);
+  w.wake(State::at_named_barrier, number);
 }
+
+void named_barrier(int barrier, int threads, const Where& where) {
+  if (barrier < 1 || barrier > 15) fail("bar.sync on barrier " + std::to_string(barrier), where);
+  arrive_at_named(worker->rank() * 16 + barrier, threads, "bar.sync", where);
+}
+
+void cluster_barrier(const Where& where) { arrive_at_named(0, worker->threads, "barrier.cluster", where); }
 
 static float value_of(Type type, uint16_t bits) {
   return type == Type::bf16 ? __uint_as_float(uint32_t{bits} << 16) : half_value(bits);
@@ -719,11 +752,12 @@ static void read_line(const GroupMultiply& g, const char* name, uint64_t descrip
   ptrdiff_t offset = start + across * across_bytes + (swizzle ? along * 16 + line * 128 : along * along_bytes + line * 16);
   if (swizzle) offset ^= (offset >> 7 & 7) << 4;
   Worker& w = *worker;
-  if (offset + 16 > static_cast<ptrdiff_t>(w.shared_bytes)) {
+  if (offset + 16 > static_cast<ptrdiff_t>(w.block_shared)) {
     fail(std::string("wgmma reads ") + name + " at offset " + std::to_string(offset) + ", outside of shared memory",
          g.where);
   }
-  for (ptrdiff_t word = offset / 4; word < offset / 4 + 4; ++word) {
+  const ptrdiff_t first = (offset + w.rank() * static_cast<ptrdiff_t>(w.block_shared)) / 4;
+  for (ptrdiff_t word = first; word < first + 4; ++word) {
     if (w.writers[word]) {
       fail(std::string("wgmma reads ") + name + " at offset " + std::to_string(offset) + ", which thread " +
                std::to_string(w.writers[word] - 1) + " has written without fence.proxy.async",
@@ -731,7 +765,7 @@ static void read_line(const GroupMultiply& g, const char* name, uint64_t descrip
     }
   }
   uint16_t bits[8];
-  std::memcpy(bits, w.shared.get() + offset, 16);
+  std::memcpy(bits, w.own_shared() + offset, 16);
   for (int i = 0; i < 8; ++i) values[i] = value_of(g.type, bits[i]);
 }
 

@@ -82,7 +82,7 @@ using Where = std::source_location;
 // What the last failed launch of this process found; empty when there was none.
 const std::string& last_error();
 // Runs every block of a grid; returns 0, or 1 with the reason in `last_error()`.
-int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+int run(int cluster, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 int multiprocessors();
 int shared_memory_limit();
 int capability();
@@ -146,6 +146,9 @@ void mbarrier_init(const void* barrier, int arrivals, const Where& where);
 void mbarrier_arrive(const void* barrier, const Where& where);
 void mbarrier_wait(const void* barrier, int parity, const Where& where);
 void named_barrier(int barrier, int threads, const Where& where);
+void cluster_barrier(const Where& where);
+int cluster_rank();
+const void* of_rank(const void* p, int rank);  // the same place in the shared memory of another block of the cluster
 struct TensorMap {  // of 16-bit elements; strides in bytes, the innermost is 2
   const char* data;
   int64_t size[3], stride[2];
@@ -238,8 +241,14 @@ uint32_t pack(float low, float high) {
 inline unsigned char* shared_memory() { return emulator::shared(); }
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*, Arguments... arguments) {
-  return emulator::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+int launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+                    Arguments... arguments) {
+  return emulator::run(cluster, grid, block, shared_bytes, [&] { kernel(arguments...); });
+}
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+           Arguments... arguments) {
+  return launch_clusters(1, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 namespace ptx {
@@ -324,6 +333,20 @@ inline void mbarrier_expect(uint64_t* barrier, int bytes, MMK_WHERE) {
 }
 inline void copy_box(void* shared, const TensorMap& map, int i0, int i1, int i2, uint64_t* barrier, MMK_WHERE) {
   emulator::copy_box(shared, map, {i0, i1, i2}, barrier, where);
+}
+inline void copy_box_to_cluster(void* shared, const TensorMap& map, int i0, int i1, int i2, uint64_t* barrier,
+                                unsigned ranks, MMK_WHERE) {
+  for (int rank = 0; ranks >> rank; ++rank) {
+    if (ranks >> rank & 1)
+      emulator::copy_box(const_cast<void*>(emulator::of_rank(shared, rank)), map, {i0, i1, i2},
+                         emulator::of_rank(barrier, rank), where);
+  }
+}
+inline int cluster_rank() { return emulator::cluster_rank(); }
+inline void cluster_sync(MMK_WHERE) { emulator::cluster_barrier(where); }
+inline void mbarrier_fence() {}
+inline void mbarrier_arrive_at(uint64_t* barrier, int rank, MMK_WHERE) {
+  emulator::mbarrier_arrive(emulator::of_rank(barrier, rank), where);
 }
 inline void wgmma_fence(MMK_WHERE) { emulator::meet("wgmma.fence", where, nullptr, emulator::group_fence); }
 inline void wgmma_commit(MMK_WHERE) { emulator::meet("wgmma.commit_group", where, nullptr, emulator::group_commit); }

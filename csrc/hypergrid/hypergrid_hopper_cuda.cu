@@ -1,7 +1,8 @@
 // The forward and the gradient of x for compute capability 9.0, 16-bit inputs: wgmma on tiles that TMA brings, with the
 // warps specialised. README.md in mmkernels/ops/hypergrid has the schedule and the time model.
 //
-// A block makes 256 rows by 128 columns. One thread of the third warpgroup brings the tiles; the three other warps of it
+// A block makes 256 rows by 128 columns, and two blocks with the same rows are a cluster: each brings half of the rows'
+// tile for both, since the L2 would not keep up otherwise. One thread of the third warpgroup brings the tiles; the three other warps of it
 // write the factors of every block p of the grid, one for each column and each 64 rows. The first two warpgroups own 128
 // rows each. They multiply 64 rows at a time into a partial sum and add that with its factors, and while one of them does
 // so the other keeps the tensor cores busy.
@@ -40,15 +41,20 @@ struct Shared {
 constexpr int kSharedBytes =
     1024 + kStages * kStageBytes + kTables * kTableFloats * 4 + (2 * kStages + 2 * kTables + kRows / kGroupRows) * 8;
 
+// Of 128 columns, whole clusters of them.
+__host__ __device__ __forceinline__ int column_tiles(int64_t columns, int cluster) {
+  return static_cast<int>((columns + kColumns * cluster - 1) / (kColumns * cluster)) * cluster;
+}
+
 #ifdef MMK_HOPPER
 
 struct Work {
-  int first_column, columns, chunks, steps;
+  int first_column, columns, chunks, steps, cluster;
   int64_t first_row;
 
-  __device__ explicit Work(const Product& d) {
+  __device__ Work(const Product& d, int cluster) : cluster(cluster) {
     columns = d.q * d.kq;
-    const int tiles = (columns + kColumns - 1) / kColumns;
+    const int tiles = column_tiles(columns, cluster);
     first_column = static_cast<int>(blockIdx.x) % tiles * kColumns;
     first_row = int64_t{static_cast<int>(blockIdx.x) / tiles} * kRows;
     chunks = (d.kp + kDepth - 1) / kDepth;
@@ -63,7 +69,14 @@ __device__ void bring_tiles(const Work& work, const Shared& shared, const ptx::T
     unsigned char* to = shared.stages + stage * kStageBytes;
     ptx::mbarrier_wait(shared.empty + stage, (step / kStages & 1) ^ 1);
     ptx::mbarrier_expect(shared.full + stage, kStageBytes);
-    ptx::copy_box(to, left, k, p, static_cast<int>(work.first_row), shared.full + stage);
+    const int row = static_cast<int>(work.first_row);
+    if (work.cluster == 2) {
+      const int half = ptx::cluster_rank();
+      ptx::copy_box_to_cluster(to + half * (kLeftBytes / 2), left, k, p, row + half * (kRows / 2), shared.full + stage, 3);
+    } else {
+      ptx::copy_box(to, left, k, p, row, shared.full + stage);
+      ptx::copy_box(to + kLeftBytes / 2, left, k, p, row + kRows / 2, shared.full + stage);
+    }
     ptx::copy_box(to + kLeftBytes, right, k, p, work.first_column, shared.full + stage);
   }
 }
@@ -135,7 +148,7 @@ __device__ void consume(const Product& d, const Work& work, const Shared& shared
       }
       if (h == kParts - 1) {
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(shared.empty + stage);
+        if (lane < work.cluster) ptx::mbarrier_arrive_at(shared.empty + stage, lane);  // copies go into both blocks
       }
       const float* factors = shared.tables + table * kTableFloats + (group * kParts + h) * kColumns + lane % 4 * 2;
 #pragma unroll
@@ -183,22 +196,22 @@ __device__ void consume(const Product& d, const Work& work, const Shared& shared
 #endif
 
 template <class T>
-__global__ void __launch_bounds__(kAllThreads, 1) hopper_product_kernel(const Product d,
+__global__ void __launch_bounds__(kAllThreads, 1) hopper_product_kernel(const Product d, int cluster,
                                                                         const __grid_constant__ ptx::TensorMap left,
                                                                         const __grid_constant__ ptx::TensorMap right) {
 #ifdef MMK_HOPPER
   const Shared shared(shared_memory());
-  const Work work(d);
+  const Work work(d, cluster);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(shared.full + i, 1);
-      ptx::mbarrier_init(shared.empty + i, kConsumerWarps);
+      ptx::mbarrier_init(shared.empty + i, kConsumerWarps * cluster);
     }
     for (int i = 0; i < kTables; ++i) {
       ptx::mbarrier_init(shared.factors_full + i, kFactorThreads);
       ptx::mbarrier_init(shared.factors_empty + i, kConsumerWarps);
     }
-    ptx::fence_proxy_async();
+    ptx::mbarrier_fence();
     for (int i = 0; i < kRows / kGroupRows; ++i) {
       const int64_t row = work.first_row + i * kGroupRows;
       int64_t g = 0;
@@ -209,7 +222,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) hopper_product_kernel(const Pr
       shared.numbers[i] = g >= 0 && g < d.gates.count ? g * d.gates.stride[0] : -1;
     }
   }
-  __syncthreads();
+  ptx::cluster_sync();
   if (threadIdx.x < kConsumers) {
     ptx::claim_registers<232>();
     consume<T>(d, work, shared);
@@ -217,24 +230,28 @@ __global__ void __launch_bounds__(kAllThreads, 1) hopper_product_kernel(const Pr
     ptx::release_registers<40>();
     if (threadIdx.x == kConsumers) bring_tiles(work, shared, left, right);
     if (threadIdx.x >= kConsumers + 32) write_factors(d, work, shared);
+    __syncwarp();
   }
+  ptx::cluster_sync();  // nobody leaves before its barriers and its memory are done with
 #endif
 }
 
 template <class T>
 int start(const Product& d, void* stream) {
   const int64_t columns = int64_t{d.q} * d.kq;
-  const int64_t blocks = (d.rows + kRows - 1) / kRows * ((columns + kColumns - 1) / kColumns);
+  const int cluster = columns > kColumns ? 2 : 1;
+  const int64_t blocks = (d.rows + kRows - 1) / kRows * column_tiles(columns, cluster);
   if (blocks > INT_MAX) return 1;
   ptx::TensorMap left, right;
   const int64_t block_bytes = d.kp * 2;
-  int code = ptx::make_tensor_map<T>(left, d.left, {d.kp, d.p, d.rows}, {block_bytes, d.left_row * 2}, {kDepth, 1, kRows});
+  int code = ptx::make_tensor_map<T>(left, d.left, {d.kp, d.p, d.rows}, {block_bytes, d.left_row * 2},
+                                     {kDepth, 1, kRows / 2});
   if (code == 0)
     code = ptx::make_tensor_map<T>(right, d.right, {d.kp, d.p, columns}, {block_bytes, d.right_row * 2},
                                    {kDepth, 1, kColumns});
   if (code) return code;
-  return launch(hopper_product_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kAllThreads), kSharedBytes, stream,
-                d, left, right);
+  return launch_clusters(cluster, hopper_product_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kAllThreads),
+                         kSharedBytes, stream, d, cluster, left, right);
 }
 
 }  // namespace
