@@ -153,6 +153,15 @@ def test_reference_in_float64_has_two_derivatives(generator):
     )
 
 
+def test_a_gate_for_every_weight_runs_on_the_reference(generator):
+    """The limit of full gates: blocks of one, which no kernel takes."""
+    tensors = make(generator, (2, 3, 5), 4, (2, 5, 4))
+    weights = tensors["gate"].mT * tensors["weight"]
+    torch.testing.assert_close(linear(**tensors), tensors["x"] @ weights.mT + tensors["bias"])
+    explanation = mmkernels.explain("hypergrid_linear", **tensors)
+    assert explanation.backend == "reference" and "blocks over in are 1 wide" in str(explanation)
+
+
 def test_gates_of_one_are_a_linear_layer(backend, generator):
     tensors = make(generator, (2, 9, 32), 24, (2, 2, 3))
     tensors["gate"] = torch.ones_like(tensors["gate"])
@@ -335,9 +344,13 @@ def arguments(**changes):
         (dict(x=torch.zeros(2, 3, 0)), ValueError, r"x has shape \(2, 3, 0\)"),
         (dict(weight=torch.zeros(32, 24)), ValueError, r"weight has shape \(32, 24\); it must be \(out, 32\).*transposed"),
         (dict(weight=torch.zeros(24, 32).half()), TypeError, "weight has dtype torch.float16; it must be x's"),
-        (dict(gate=torch.zeros(2, 3, 3)), ValueError, "R = 3 must divide in = 32 into blocks of 8"),
-        (dict(gate=torch.zeros(2, 2, 5)), ValueError, "C = 5 must divide out = 24 into blocks of 8"),
-        (dict(gate=torch.zeros(2, 2, 6)), ValueError, "C = 6 must divide out = 24 into blocks of 8"),
+        (dict(gate=torch.zeros(2, 3, 3)), ValueError, "R = 3 must divide in = 32"),
+        (dict(gate=torch.zeros(2, 2, 5)), ValueError, "C = 5 must divide out = 24"),
+        (
+            dict(gate=torch.zeros(2, 2, 6), backend="cpp"),
+            mmkernels.BackendError,
+            "blocks over out are 4 wide, it takes 8 or more",
+        ),
         (dict(gate=torch.zeros(2, 2, 0)), ValueError, "C = 0 must divide out = 24"),
         (dict(gate=torch.zeros(3, 2, 3)), ValueError, "without gate_index G must be 1 or 2, the first size of x"),
         (dict(gate=torch.zeros(2, 2)), ValueError, r"gate has shape \(2, 2\); it must have 3 dimensions"),

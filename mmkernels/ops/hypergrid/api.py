@@ -57,7 +57,9 @@ def hypergrid_linear(
     x, weight, bias, index, number, dropout_p, seed = _check(
         x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed
     )
-    name = _backends.choose("hypergrid_linear", backend, _order(x, index, gate.shape[0]), lambda name: _refusals(name, x))
+    name = _backends.choose(
+        "hypergrid_linear", backend, _order(x, index, gate.shape[0]), lambda name: _linear_refusals(name, x, weight, gate)
+    )
     if dropout_p == 0.0:
         seed = None
     elif seed is None:
@@ -114,9 +116,13 @@ def explain_hypergrid_linear(
     backend="auto",
 ):
     """The `explain` of `hypergrid_linear`."""
-    x, _, _, index, *_ = _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed)
-    name = _backends.choose("hypergrid_linear", backend, _order(x, index, gate.shape[0]), lambda name: _refusals(name, x))
-    return _backends.Explanation("hypergrid_linear", name, "", {n: _refusals(n, x) for n in _backends.NAMES})
+    x, weight, _, index, *_ = _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed)
+
+    def refusals(name):
+        return _linear_refusals(name, x, weight, gate)
+
+    name = _backends.choose("hypergrid_linear", backend, _order(x, index, gate.shape[0]), refusals)
+    return _backends.Explanation("hypergrid_linear", name, "", {n: refusals(n) for n in _backends.NAMES})
 
 
 def explain_hypergrid_gate(row, column, *, backend="auto"):
@@ -162,6 +168,15 @@ def _refusals(name, x, op="hypergrid_linear"):
     return reasons
 
 
+def _linear_refusals(name, x, weight, gate):
+    reasons = _refusals(name, x)
+    if name not in ("reference", "sdpa"):
+        for count, size, side in ((gate.shape[1], weight.shape[1], "in"), (gate.shape[2], weight.shape[0], "out")):
+            if count > 1 and size // count < LEAST_BLOCK:
+                reasons.append(f"blocks over {side} are {size // count} wide, it takes {LEAST_BLOCK} or more")
+    return reasons
+
+
 def _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed):
     """Validates, applies autocast. Returns (x, weight, bias, flat index, number of the activation, dropout_p, seed)."""
     check_dense("x", x)
@@ -189,11 +204,8 @@ def _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, d
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({out},)")
     gates, rows, columns = gate.shape
     for letter, count, side, size in (("R", rows, "in", channels), ("C", columns, "out", out)):
-        if count == 0 or size % count or (count > 1 and size // count < LEAST_BLOCK):
-            raise ValueError(
-                f"gate has shape {tuple(gate.shape)}; {letter} = {count} must divide {side} = {size} into blocks of "
-                f"{LEAST_BLOCK} or more, or be 1"
-            )
+        if count == 0 or size % count:
+            raise ValueError(f"gate has shape {tuple(gate.shape)}; {letter} = {count} must divide {side} = {size}")
     batch = x.shape[0] if x.dim() > 1 else 1
     index = None
     if gate_index is None:
