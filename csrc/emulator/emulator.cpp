@@ -778,7 +778,7 @@ static void compute(Product& product, int warp) {
   float values[8];
   for (int row = 0; row < 16; ++row) {
     for (int half = 0; half < 2; ++half) {
-      read_line(g, "a", g.a, warp % 4 * 2 + row / 8, half, row % 8, values);
+      read_line(g, "a", g.a, warp % (worker->block_threads / 32) % 4 * 2 + row / 8, half, row % 8, values);
       std::copy(values, values + 8, &a[row * 16 + half * 8]);
     }
   }

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL, HOPPER = (Path(__file__).with_name(name) for name in ("pipelined_matmul.cu", "hopper_matmul.cu"))
+NAMES = ("pipelined_matmul.cu", "hopper_matmul.cu", "cluster_matmul.cu")
+KERNEL, HOPPER, CLUSTER = (Path(__file__).with_name(name) for name in NAMES)
 FLAGS = ["-std=c++20", "-DMMK_EMULATOR", f"-I{ROOT / 'csrc'}", "-Wno-unknown-pragmas", "-pthread"]
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
@@ -23,6 +24,8 @@ FAULTS += ["MISALIGNED_LDMATRIX", "PAST_THE_END", "UNINITIALISED"]
 HOPPER_FAULTS = ["NONE", "NO_FENCE_AFTER_COPY", "NO_FENCE_AFTER_STORE", "NO_WGMMA_FENCE", "NO_WGMMA_WAIT", "SWAPPED_STRIDES"]
 HOPPER_FAULTS += ["SWAPPED_STRIDES_BY_COLUMNS", "WRONG_MAJOR", "EARLY_RELEASE", "WRONG_PARITY", "NO_FULL_WAIT"]
 HOPPER_FAULTS += ["MISSING_ARRIVAL", "UNINITIALISED_BARRIER", "WRONG_THREADS", "PAST_THE_END"]
+CLUSTER_FAULTS = ["NONE", "NO_SWIZZLE", "TOO_MANY_BYTES", "TOO_FEW_BYTES", "NO_FULL_WAIT", "EARLY_RELEASE"]
+CLUSTER_FAULTS += ["RELEASE_TO_ITSELF", "RELEASE_TO_NOBODY", "MISALIGNED_BOX", "NO_CLUSTER_SYNC"]
 
 
 def build(kernel, faults, folder):
@@ -47,6 +50,11 @@ def matmul(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hopper_matmul(tmp_path_factory):
     return build(HOPPER, HOPPER_FAULTS, tmp_path_factory.mktemp("hopper"))
+
+
+@pytest.fixture(scope="module")
+def cluster_matmul(tmp_path_factory):
+    return build(CLUSTER, CLUSTER_FAULTS, tmp_path_factory.mktemp("cluster"))
 
 
 @pytest.mark.parametrize("copies", ["early", "late", "random"])
@@ -162,6 +170,31 @@ def test_a_race_of_hopper_is_noticed_in_some_order(hopper_matmul, fault):
     """Races that some orders of the threads hide: why the tests of kernels run with several seeds."""
     results = {hopper_matmul(fault, "late", seed) for seed in range(12)}
     assert any("it must be" in result for result in results)
+
+
+@pytest.mark.parametrize("copies", ["early", "late", "random"])
+def test_a_right_cluster_is_right(cluster_matmul, copies):
+    assert [cluster_matmul("NONE", copies, seed) for seed in range(8)] == ["right"] * 8
+
+
+@pytest.mark.parametrize(
+    "fault, copies, message",
+    [
+        ("NO_SWIZZLE", "early", ", it must be"),
+        ("TOO_MANY_BYTES", "early", "wait at mbarrier.try_wait"),
+        ("NO_FULL_WAIT", "late", "nan, it must be"),
+        ("RELEASE_TO_NOBODY", "early", "wait at mbarrier.try_wait"),
+        ("MISALIGNED_BOX", "early", "which must be a multiple of 1024"),
+    ],
+)
+def test_a_fault_of_a_cluster_is_noticed(cluster_matmul, fault, copies, message):
+    assert message in cluster_matmul(fault, copies)
+
+
+@pytest.mark.parametrize("fault", ["TOO_FEW_BYTES", "EARLY_RELEASE", "RELEASE_TO_ITSELF", "NO_CLUSTER_SYNC"])
+def test_a_race_of_a_cluster_is_noticed_in_some_order(cluster_matmul, fault):
+    results = {cluster_matmul(fault, copies, seed) for seed in range(12) for copies in ("early", "late")}
+    assert results != {"right"}
 
 
 @pytest.mark.slow
