@@ -173,6 +173,12 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(const void* operand) {
   return descriptor(operand, 16, 1024) | uint64_t{1} << 62;
 }
 
+// Of an MN-major operand in such rows, of 64 of its rows or columns each; rows are the depth, and a step of 16 is 2048 bytes
+// further. The next 64 rows or columns are `next` bytes away.
+__device__ __forceinline__ uint64_t swizzled_descriptor_by_columns(const void* operand, int next) {
+  return descriptor(operand, next, 1024) | uint64_t{1} << 62;
+}
+
 // Before the first wgmma, and wherever registers that it uses have been written by other instructions.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -217,28 +223,29 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MMK_D224 MMK_D208, MMK_D(104)
 #define MMK_D240 MMK_D224, MMK_D(112)
 #define MMK_D256 MMK_D240, MMK_D(120)
-// A, B, Keep, Major: the numbers of the operands after the registers.
-#define MMK_WGMMA(N, TYPE, A, B, KEEP, MAJOR)                                                                \
+// A, B, Keep, Left, Right: the numbers of the operands after the registers.
+#define MMK_WGMMA(N, TYPE, A, B, KEEP, RIGHT, LEFT)                                                          \
   asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
-               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, %" #A ", %" #B ", keep, 1, 1, 0, %" #MAJOR ";\n}"  \
+               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, %" #A ", %" #B ", keep, 1, 1, %" #LEFT ", %" #RIGHT  \
+               ";\n}"                                                                                         \
                : MMK_D##N                                                                                    \
-               : "l"(a), "l"(b), "r"(keep), "n"(ByColumns))
+               : "l"(a), "l"(b), "r"(keep), "n"(ByColumns), "n"(LeftByColumns))
 #define MMK_WGMMA_OF(TYPE)                                      \
-  if constexpr (N == 16) MMK_WGMMA(16, TYPE, 8, 9, 10, 11);     \
-  if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19);   \
-  if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27);   \
-  if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35);   \
-  if constexpr (N == 128) MMK_WGMMA(128, TYPE, 64, 65, 66, 67); \
-  if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75); \
-  if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91); \
-  if constexpr (N == 192) MMK_WGMMA(192, TYPE, 96, 97, 98, 99); \
-  if constexpr (N == 256) MMK_WGMMA(256, TYPE, 128, 129, 130, 131)
+  if constexpr (N == 16) MMK_WGMMA(16, TYPE, 8, 9, 10, 11, 12);     \
+  if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19, 20);   \
+  if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27, 28);   \
+  if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35, 36);   \
+  if constexpr (N == 128) MMK_WGMMA(128, TYPE, 64, 65, 66, 67, 68); \
+  if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75, 76); \
+  if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91, 92); \
+  if constexpr (N == 192) MMK_WGMMA(192, TYPE, 96, 97, 98, 99, 100); \
+  if constexpr (N == 256) MMK_WGMMA(256, TYPE, 128, 129, 130, 131, 132)
 
 // d (64 x N) = keep ? d + a b : a b over a depth of 16, T in, fp32 out, for the 128 threads of a warpgroup. a is
-// K-major; b is K-major, or MN-major with ByColumns. Asynchronous: d, a and b are the tensor cores' until a wgmma_wait.
+// K-major, or MN-major with LeftByColumns; b K-major, or MN-major with ByColumns. Asynchronous: d, a and b are the tensor cores' until a wgmma_wait.
 // With g = lane / 4, t = lane % 4, element i of d is row 16 (warp % 4) + g + 8 (i / 2 % 2), column 8 (i / 4) + 2 t +
 // i % 2.
-template <class T, bool ByColumns, int Registers>
+template <class T, bool ByColumns, bool LeftByColumns = false, int Registers>
 __device__ __forceinline__ void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep) {
   constexpr int N = 2 * Registers;
   static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 128 || N == 144 || N == 176 || N == 192 || N == 256);

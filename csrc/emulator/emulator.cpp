@@ -740,16 +740,22 @@ static float value_of(Type type, uint16_t bits) {
 }
 
 // 8 elements of an operand, 16 bytes of a core matrix, which begins with row or depth `line`.
-static void read_line(const GroupMultiply& g, const char* name, uint64_t descriptor, int across, int along, int line,
-                      float (&values)[8]) {
+static void read_line(const GroupMultiply& g, const char* name, uint64_t descriptor, bool by_columns, int across, int along,
+                      int line, float (&values)[8]) {
   const ptrdiff_t start = (descriptor & 0x3fff) << 4, across_bytes = (descriptor >> 32 & 0x3fff) << 4,
                   along_bytes = (descriptor >> 16 & 0x3fff) << 4;
   const int swizzle = static_cast<int>(descriptor >> 62);
-  if (descriptor >> 46 & 0xffff || swizzle > 1 || (swizzle && g.by_columns)) {
-    fail("wgmma with a base offset, or swizzled but not in rows of 128 bytes along the depth, which is not modelled",
-         g.where);
+  if (descriptor >> 46 & 0xffff || swizzle > 1) {
+    fail("wgmma with a base offset, or swizzled but not in rows of 128 bytes, which is not modelled", g.where);
   }
-  ptrdiff_t offset = start + across * across_bytes + (swizzle ? along * 16 + line * 128 : along * along_bytes + line * 16);
+  ptrdiff_t offset = start;
+  if (!swizzle) {
+    offset += across * across_bytes + along * along_bytes + line * 16;
+  } else if (by_columns) {  // rows of 128 bytes are the depth: 64 columns, and the next 64 at the leading distance
+    offset += across / 8 * along_bytes + across % 8 * 16 + along * across_bytes + line * 128;
+  } else {
+    offset += across * across_bytes + along * 16 + line * 128;
+  }
   if (swizzle) offset ^= (offset >> 7 & 7) << 4;
   Worker& w = *worker;
   if (offset + 16 > static_cast<ptrdiff_t>(w.block_shared)) {
@@ -776,16 +782,22 @@ static void compute(Product& product, int warp) {
   const GroupMultiply& g = product.what;
   std::vector<float> a(16 * 16), b(16 * g.columns), line(8);
   float values[8];
-  for (int row = 0; row < 16; ++row) {
+  const int first_block = warp % (worker->block_threads / 32) % 4 * 2;
+  for (int block = 0; block < 2; ++block) {
     for (int half = 0; half < 2; ++half) {
-      read_line(g, "a", g.a, warp % (worker->block_threads / 32) % 4 * 2 + row / 8, half, row % 8, values);
-      std::copy(values, values + 8, &a[row * 16 + half * 8]);
+      for (int i = 0; i < 8; ++i) {
+        read_line(g, "a", g.a, g.left_by_columns, first_block + block, half, i, values);
+        for (int j = 0; j < 8; ++j) {
+          const int row = block * 8 + (g.left_by_columns ? j : i), depth = half * 8 + (g.left_by_columns ? i : j);
+          a[row * 16 + depth] = values[j];
+        }
+      }
     }
   }
   for (int block = 0; block < g.columns / 8; ++block) {
     for (int half = 0; half < 2; ++half) {
       for (int i = 0; i < 8; ++i) {
-        read_line(g, "b", g.b, block, half, i, values);  // a column's depths, or a depth's columns
+        read_line(g, "b", g.b, g.by_columns, block, half, i, values);  // a column's depths, or a depth's columns
         for (int j = 0; j < 8; ++j) {
           const int column = block * 8 + (g.by_columns ? j : i), depth = half * 8 + (g.by_columns ? i : j);
           b[depth * g.columns + column] = values[j];

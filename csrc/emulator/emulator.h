@@ -10,7 +10,7 @@
 // reaches, misaligned or out-of-bounds operands of cp.async, ldmatrix and wgmma, an mbarrier with too many arrivals or
 // none of its own, a wgmma without its fence, operands of a wgmma that were written without a proxy fence (by cp.async
 // or store_shared), writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing,
-// other memory ordering, bank conflicts, occupancy, swizzles but that of 128 bytes along the depth; masks other than all 32 lanes are refused.
+// other memory ordering, bank conflicts, occupancy, swizzles but that of 128 bytes; masks other than all 32 lanes are refused.
 //
 // MMKERNELS_EMULATOR_SEED             the random order (default 0)
 // MMKERNELS_EMULATOR_COPIES           early, late or random (default late)
@@ -161,7 +161,7 @@ struct GroupMultiply {
   float* d;
   int columns;
   uint64_t a, b;
-  bool by_columns, keep;
+  bool by_columns, left_by_columns, keep;
   Where where;
 };
 void group_multiply(void* const* lanes);
@@ -319,6 +319,9 @@ inline uint64_t descriptor(const void* operand, int leading, int stride) {
          static_cast<uint64_t>(stride >> 4) << 32;
 }
 inline uint64_t swizzled_descriptor(const void* operand) { return descriptor(operand, 16, 1024) | uint64_t{1} << 62; }
+inline uint64_t swizzled_descriptor_by_columns(const void* operand, int next) {
+  return descriptor(operand, next, 1024) | uint64_t{1} << 62;
+}
 inline unsigned char* align_to_1024(unsigned char* p) { return p; }  // addresses here are offsets
 using emulator::TensorMap;
 template <class T>
@@ -355,11 +358,12 @@ void wgmma_wait(MMK_WHERE) {
   int pending = Pending;
   emulator::meet("wgmma.wait_group", where, &pending, emulator::group_wait);
 }
-template <class T, bool ByColumns, int Registers>
+template <class T, bool ByColumns, bool LeftByColumns = false, int Registers>
 void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep, MMK_WHERE) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
   const auto type = std::is_same_v<T, bf16> ? emulator::Type::bf16 : emulator::Type::fp16;
-  emulator::GroupMultiply mine{type, d, 2 * Registers, a, b, ByColumns, keep != 0, where};
+  emulator::GroupMultiply mine{type, d,    2 * Registers, a, b, ByColumns, LeftByColumns,
+                               keep != 0, where};
   emulator::meet("wgmma.mma_async", where, &mine, emulator::group_multiply);
 }
 

@@ -155,7 +155,7 @@ void weight_gradient(const Call& call, const Tensor& dy, Tensor& dweight, Tensor
   WeightGradient d{};
   const Tensor left = call.left(d.relu, stream);
   d.left = left.const_data_ptr(), d.left_row = left.stride(0);
-  d.dy = dy.const_data_ptr(), d.dy_row = dy.stride(0);
+  d.dy = dy.const_data_ptr(), d.dy_row = dy.stride(0), d.rows = call.rows;
   d.weight = call.weight.const_data_ptr(), d.weight_row = call.weight.stride(0);
   d.r = static_cast<int>(call.r), d.kr = static_cast<int>(call.in / call.r);
   d.c = static_cast<int>(call.c), d.kc = static_cast<int>(call.out / call.c);

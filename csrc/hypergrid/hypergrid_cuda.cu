@@ -3,10 +3,11 @@
 // the result: the partial product of a piece is made in registers and added with its factors. README.md in
 // mmkernels/ops/hypergrid has the derivation and the time model.
 #include <climits>
+#include <type_traits>
 
 #include "common/rows.cuh"
 #include "common/tile.cuh"
-#include "hypergrid/hypergrid_epilogue.cuh"
+#include "hypergrid/hypergrid_device.cuh"
 
 namespace mmk::hypergrid {
 namespace {
@@ -383,41 +384,6 @@ int start_product(const Product& d, void* stream) {
 
 // --- The gradients of the weight and of the gate ---
 
-// The segments of a block, a stage of rows at a time: a gate's rows, or some of them.
-struct Walk {
-  int segment, end, begin_row = 0, end_row = 0, depth, chunk = 0;
-
-  __device__ __forceinline__ Walk(const WeightGradient& d, int split, int depth)
-      : segment(split * d.split_segments),
-        end(min(segment + d.split_segments, d.segments)), depth(depth) {
-    find(d);
-  }
-
-  __device__ __forceinline__ void find(const WeightGradient& d) {
-    if (segment >= end) return;
-    const int gate = segment / d.chunks, first = static_cast<int>(d.begins[gate]);
-    const int last = static_cast<int>(d.begins[gate + 1]), size = (last - first + d.chunks - 1) / d.chunks;
-    begin_row = first + segment % d.chunks * size;
-    end_row = min(begin_row + size, last);
-  }
-
-  __device__ __forceinline__ bool done() const { return segment >= end; }
-  __device__ __forceinline__ int rows() const {  // of this stage; 0 or less where a segment has none
-    return min(end_row - begin_row - chunk * depth, depth);
-  }
-  __device__ __forceinline__ bool last_of_segment() const { return end_row - begin_row <= (chunk + 1) * depth; }
-
-  __device__ __forceinline__ void advance(const WeightGradient& d) {
-    if (!last_of_segment()) {
-      ++chunk;
-    } else {
-      chunk = 0;
-      ++segment;
-      find(d);
-    }
-  }
-};
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) weight_kernel(const WeightGradient d, int stages, int left_aligned,
                                                              int right_aligned) {
@@ -613,8 +579,11 @@ int start_weight(const WeightGradient& d, void* stream) {
   const int stages = bytes(kMostStages) <= mmk_shared_memory() ? kMostStages : 2;
   const int64_t blocks = int64_t{row_tiles} * column_tiles * d.splits;
   if (blocks > INT_MAX) return 1;
-  int code = launch(weight_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), bytes(stages), stream, d,
-                    stages, alignment<T>(d.dy, d.dy_row, 8), alignment<T>(d.left, d.left_row, 8));
+  constexpr Dtype dtype = sizeof(T) == 4 ? Dtype::fp32 : std::is_same_v<T, bf16> ? Dtype::bf16 : Dtype::fp16;
+  int code = mmk_hypergrid_takes_hopper_weight(dtype, &d)
+                 ? mmk_hypergrid_hopper_weight(dtype, &d, stream)
+                 : launch(weight_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), bytes(stages), stream,
+                          d, stages, alignment<T>(d.dy, d.dy_row, 8), alignment<T>(d.left, d.left_row, 8));
   if (code == 0 && d.out && d.splits > 1) code = finish<T>({}, d.partial, d.out, d.splits, rows, columns, stream);
   if (code || !d.parts) return code;
   const int64_t count = d.gates.count * d.r * d.c;

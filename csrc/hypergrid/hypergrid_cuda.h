@@ -47,7 +47,7 @@ struct Product {
 // dgate.
 struct WeightGradient {
   const void *dy, *left, *weight;
-  int64_t dy_row, left_row, weight_row;
+  int64_t dy_row, left_row, weight_row, rows;
   bool relu;  // of left
   int r, kr, c, kc;
   Gates gates;
@@ -81,6 +81,8 @@ int mmk_hypergrid_product(mmk::Dtype dtype, const mmk::hypergrid::Product* produ
 // The same with wgmma and TMA, and whether it takes a product.
 bool mmk_hypergrid_takes_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product* product);
 int mmk_hypergrid_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product* product, void* stream);
+bool mmk_hypergrid_takes_hopper_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight);
+int mmk_hypergrid_hopper_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight, void* stream);
 int mmk_hypergrid_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight, void* stream);
 // a(x) of rows of consecutive elements.
 int mmk_hypergrid_activate(mmk::Dtype dtype, const mmk::hypergrid::Epilogue* what, int64_t rows, int64_t columns,

@@ -10,7 +10,7 @@
 
 #include "common/hopper.cuh"
 #include "common/rows.cuh"
-#include "hypergrid/hypergrid_epilogue.cuh"
+#include "hypergrid/hypergrid_device.cuh"
 
 namespace mmk::hypergrid {
 namespace {

@@ -126,6 +126,7 @@ for dtype, rows, fan_in, fan_out, grid, index, per_gate in (
     (torch.float16, 100, 63, 97, (1, 7, 1), None, 100),
     (torch.bfloat16, 576, 96, 200, (3, 1, 25), None, 192),
     (torch.float16, 640, 72, 33, (4, 9, 3), torch.randint(4, (5,)), 128),
+    (torch.bfloat16, 640, 264, 136, (4, 33, 17), torch.randint(4, (5,)), 128),
 ):
     x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((rows, fan_in), (fan_out, fan_in), (fan_out,)))
     gate, seed = torch.rand(grid), torch.tensor([1])
