@@ -65,11 +65,12 @@ void define_schemas(Library& m) {
   m.def("linear_fwd(Tensor[] x, Tensor[] weight, Tensor[] bias) -> Tensor[]");
   // wanted, of each: 1 dx, 2 dweight, 4 dbias, which is float32. -> dx, dweight, dbias of the first, of the second, ...
   m.def("linear_bwd(Tensor[] dout, Tensor[] x, Tensor[] weight, int[] wanted) -> Tensor[]");
-  // y[m, n] = sum_k (rho + gate[g(m), k R / in, n C / out]) a(x)[m, k] weight[n, k] + bias[n], rho: 1 with residual, else 0.
-  // x (M,in)  weight (out,in) and bias (out) of x's dtype  gate (G,R,C) of x's dtype or float32  index int64 (M /
-  // rows_per_gate).  Row m has the number j = m / rows_per_gate and the gate index[j]; without index gate j, or 0 where
-  // there is one gate only (without rows rows_per_gate may be 0).  a: activation (0 none, 1 relu, 2 gelu by erf, 3 gelu by tanh), then dropout by counter with
-  // row m and key k of common/dropout.h and seed int64 (1), which is absent without dropout. -> y (M,out) of x's dtype.
+  // y[m, n] = sum_k (rho + gate[g(m), k R / in, n C / out]) a(x)[m, k] weight[n, k] + bias[n], rho: 1 with residual,
+  // else 0. x (M,in)  weight (out,in) and bias (out) of x's dtype  gate (G,R,C) of x's dtype or float32  index int64 (M
+  // / rows_per_gate).  Row m has the number j = m / rows_per_gate and the gate index[j]; without index gate j, or 0
+  // where there is one gate only (without rows rows_per_gate may be 0).  a: activation (0 none, 1 relu, 2 gelu by erf,
+  // 3 gelu by tanh), then dropout by counter with row m and key k of common/dropout.h and seed int64 (1), which is
+  // absent without dropout. -> y (M,out) of x's dtype.
   m.def(
       "hypergrid_fwd(Tensor x, Tensor weight, Tensor gate, Tensor? bias, Tensor? index, SymInt rows_per_gate, "
       "bool residual, int activation, float dropout_p, Tensor? seed) -> Tensor");

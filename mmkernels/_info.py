@@ -64,6 +64,8 @@ def backends(device: str) -> dict:
         "bias_gelu": (zeros(2, 8), zeros(8)),
         "bottleneck_attention": ([zeros(1, 2, 3, 1, 8)], [zeros(1, 1, 3, 1, 8)]),
         "film_layer_norm": (zeros(1, 2, 8), None, None),
+        "hypergrid_gate": (zeros(1, 2), zeros(1, 2)),
+        "hypergrid_linear": (zeros(1, 1, 16), zeros(16, 16), zeros(1, 2, 2)),
         "latent_attention": (zeros(1, 1, 8), zeros(1, 2, 8), zeros(8, 8), zeros(8, 8)),
         "linear": (zeros(2, 8), zeros(8, 8)),
     }

@@ -6,7 +6,8 @@
 
 namespace mmk {
 
-constexpr float kGeluLinear = 1.5957691216057308f, kGeluCubic = kGeluLinear * 0.044715f;  // of 2 sqrt(2/pi) (y + 0.044715 y^3)
+constexpr float kGeluLinear = 1.5957691216057308f,
+                kGeluCubic = kGeluLinear * 0.044715f;  // of 2 sqrt(2/pi) (y + 0.044715 y^3)
 
 // The normal distribution at y, where e = exp(-y^2/2).
 __device__ __forceinline__ float normal_probability(float y, float e) {

@@ -1,5 +1,5 @@
-// Instructions of sm_90a: mbarrier, TMA, named barriers, wgmma on operands in shared memory, setmaxnreg. Only kernels for
-// compute capability 9.0 may call them; their bodies stand inside `#ifdef MMK_HOPPER`.
+// Instructions of sm_90a: mbarrier, TMA, named barriers, wgmma on operands in shared memory, setmaxnreg. Only kernels
+// for compute capability 9.0 may call them; their bodies stand inside `#ifdef MMK_HOPPER`.
 //
 // Operands of a wgmma lie in shared memory as TMA brings them (`swizzled_descriptor`) or, without swizzle, as "core
 // matrices" of 8 x 16 bytes = 128 bytes in a row. A tile of n rows by c 16-bit channels is then stored at
@@ -57,13 +57,11 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
 using TensorMap = CUtensorMap;
 
 // The first address from p on that is a multiple of 1024, as swizzled tiles want it.
-__device__ __forceinline__ unsigned char* align_to_1024(unsigned char* p) {
-  return p + (-shared_address(p) & 1023);
-}
+__device__ __forceinline__ unsigned char* align_to_1024(unsigned char* p) { return p + (-shared_address(p) & 1023); }
 
 // On the host: a tensor of 16-bit elements that is copied in boxes whose rows are 128 bytes; sizes from the innermost
-// dimension outwards, strides in bytes of the two outer ones. Elements outside of it are copied as zeros. Returns a CUDA
-// error code.
+// dimension outwards, strides in bytes of the two outer ones. Elements outside of it are copied as zeros. Returns a
+// CUDA error code.
 template <class T>
 int make_tensor_map(TensorMap& map, const void* data, const int64_t (&size)[3], const int64_t (&stride)[2],
                     const int (&box)[3]) {
@@ -95,14 +93,14 @@ int make_tensor_map(TensorMap& map, const void* data, const int64_t (&size)[3], 
 __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int i0, int i1, int i2,
                                          uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
-          "r"(shared_address(shared)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(barrier)), "r"(i0), "r"(i1), "r"(i2)
       : "memory");
 }
 
-// The same into every block of the cluster whose bit is set in `ranks`: to the same place, and for the barrier at the same
-// place, in each of them.
+// The same into every block of the cluster whose bit is set in `ranks`: to the same place, and for the barrier at the
+// same place, in each of them.
 __device__ __forceinline__ void copy_box_to_cluster(void* shared, const TensorMap& map, int i0, int i1, int i2,
                                                     uint64_t* barrier, unsigned ranks) {
   asm volatile(
@@ -167,14 +165,14 @@ __device__ __forceinline__ uint64_t descriptor(const void* operand, int leading,
          uint64_t(stride >> 4) << 32;
 }
 
-// Of a K-major operand in rows of 128 bytes as `copy_box` brings them: 8 rows are 1024 bytes. A step of 16 along the depth
-// is 32 bytes further.
+// Of a K-major operand in rows of 128 bytes as `copy_box` brings them: 8 rows are 1024 bytes. A step of 16 along the
+// depth is 32 bytes further.
 __device__ __forceinline__ uint64_t swizzled_descriptor(const void* operand) {
   return descriptor(operand, 16, 1024) | uint64_t{1} << 62;
 }
 
-// Of an MN-major operand in such rows, of 64 of its rows or columns each; rows are the depth, and a step of 16 is 2048 bytes
-// further. The next 64 rows or columns are `next` bytes away.
+// Of an MN-major operand in such rows, of 64 of its rows or columns each; rows are the depth, and a step of 16 is 2048
+// bytes further. The next 64 rows or columns are `next` bytes away.
 __device__ __forceinline__ uint64_t swizzled_descriptor_by_columns(const void* operand, int next) {
   return descriptor(operand, next, 1024) | uint64_t{1} << 62;
 }
@@ -224,27 +222,26 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MMK_D240 MMK_D224, MMK_D(112)
 #define MMK_D256 MMK_D240, MMK_D(120)
 // A, B, Keep, Left, Right: the numbers of the operands after the registers.
-#define MMK_WGMMA(N, TYPE, A, B, KEEP, RIGHT, LEFT)                                                          \
-  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
-               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, %" #A ", %" #B ", keep, 1, 1, %" #LEFT ", %" #RIGHT  \
-               ";\n}"                                                                                         \
-               : MMK_D##N                                                                                    \
+#define MMK_WGMMA(N, TYPE, A, B, KEEP, RIGHT, LEFT)                                                                  \
+  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
+               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, %" #A ", %" #B ", keep, 1, 1, %" #LEFT ", %" #RIGHT ";\n}" \
+               : MMK_D##N                                                                                            \
                : "l"(a), "l"(b), "r"(keep), "n"(ByColumns), "n"(LeftByColumns))
-#define MMK_WGMMA_OF(TYPE)                                      \
-  if constexpr (N == 16) MMK_WGMMA(16, TYPE, 8, 9, 10, 11, 12);     \
-  if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19, 20);   \
-  if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27, 28);   \
-  if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35, 36);   \
-  if constexpr (N == 128) MMK_WGMMA(128, TYPE, 64, 65, 66, 67, 68); \
-  if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75, 76); \
-  if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91, 92); \
+#define MMK_WGMMA_OF(TYPE)                                           \
+  if constexpr (N == 16) MMK_WGMMA(16, TYPE, 8, 9, 10, 11, 12);      \
+  if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19, 20);    \
+  if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27, 28);    \
+  if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35, 36);    \
+  if constexpr (N == 128) MMK_WGMMA(128, TYPE, 64, 65, 66, 67, 68);  \
+  if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75, 76);  \
+  if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91, 92);  \
   if constexpr (N == 192) MMK_WGMMA(192, TYPE, 96, 97, 98, 99, 100); \
   if constexpr (N == 256) MMK_WGMMA(256, TYPE, 128, 129, 130, 131, 132)
 
 // d (64 x N) = keep ? d + a b : a b over a depth of 16, T in, fp32 out, for the 128 threads of a warpgroup. a is
-// K-major, or MN-major with LeftByColumns; b K-major, or MN-major with ByColumns. Asynchronous: d, a and b are the tensor cores' until a wgmma_wait.
-// With g = lane / 4, t = lane % 4, element i of d is row 16 (warp % 4) + g + 8 (i / 2 % 2), column 8 (i / 4) + 2 t +
-// i % 2.
+// K-major, or MN-major with LeftByColumns; b K-major, or MN-major with ByColumns. Asynchronous: d, a and b are the
+// tensor cores' until a wgmma_wait. With g = lane / 4, t = lane % 4, element i of d is row 16 (warp % 4) + g + 8 (i / 2
+// % 2), column 8 (i / 4) + 2 t + i % 2.
 template <class T, bool ByColumns, bool LeftByColumns = false, int Registers>
 __device__ __forceinline__ void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep) {
   constexpr int N = 2 * Registers;

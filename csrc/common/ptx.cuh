@@ -58,8 +58,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return mmk_dynamic_shared;
 }
 
-// Starts a kernel whose blocks come in clusters; returns the CUDA error code (0: none). Asks for shared memory above 48 KB
-// where it is needed.
+// Starts a kernel whose blocks come in clusters; returns the CUDA error code (0: none). Asks for shared memory above 48
+// KB where it is needed.
 template <class... Parameters, class... Arguments>
 int launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                     void* stream, Arguments... arguments) {

@@ -139,14 +139,14 @@ struct MBarrier {
 
 struct Failure {};  // ends the fiber that found a fault
 
-// One OS thread's share: runs blocks one after another and keeps their stacks. The blocks of a cluster run side by side,
-// their lanes and their shared memory one behind the other.
+// One OS thread's share: runs blocks one after another and keeps their stacks. The blocks of a cluster run side by
+// side, their lanes and their shared memory one behind the other.
 struct Worker {
   std::vector<Lane> lanes;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   size_t shared_bytes = 0;
-  bool burst = false;  // the warp that runs may go on
+  bool burst = false;                                // the warp that runs may go on
   std::array<NamedBarrier, 16 * kMaxCluster> named;  // 0 of the first block: all threads of the cluster
   std::map<ptrdiff_t, MBarrier> mbarriers;
   std::vector<uint16_t> writers;  // of each word of shared memory that wgmma must not read yet: lane + 1, or 0
@@ -392,7 +392,7 @@ int run(int cluster, dim3 grid, dim3 block, size_t shared_bytes, const std::func
     blockDim = block;
     for (uint64_t i; !failed && (i = next.fetch_add(cluster)) < blocks;) {
       blockIdx = mine.first_block = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                      static_cast<unsigned>(i / grid.x / grid.y));
+                                         static_cast<unsigned>(i / grid.x / grid.y));
       mine.random.state = seed * 0x632BE59BD9B4E019ull + i;
       mine.prepare(static_cast<int>(threads), shared_bytes, cluster);
       mine.run_block();
@@ -740,8 +740,8 @@ static float value_of(Type type, uint16_t bits) {
 }
 
 // 8 elements of an operand, 16 bytes of a core matrix, which begins with row or depth `line`.
-static void read_line(const GroupMultiply& g, const char* name, uint64_t descriptor, bool by_columns, int across, int along,
-                      int line, float (&values)[8]) {
+static void read_line(const GroupMultiply& g, const char* name, uint64_t descriptor, bool by_columns, int across,
+                      int along, int line, float (&values)[8]) {
   const ptrdiff_t start = (descriptor & 0x3fff) << 4, across_bytes = (descriptor >> 32 & 0x3fff) << 4,
                   along_bytes = (descriptor >> 16 & 0x3fff) << 4;
   const int swizzle = static_cast<int>(descriptor >> 62);

@@ -6,11 +6,13 @@
 // in random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait
 // allows, or at random, and what it will overwrite is NaN until then. A wgmma reads its operands through descriptors,
 // as the manual lays core matrices out, at once, as late as its wait allows, or at random; its accumulators are NaN
-// until waited for. A TMA copy lands at once, or as late as the wait for its mbarrier. Found and explained: a collective that part of a warp never reaches, barriers that not every thread
-// reaches, misaligned or out-of-bounds operands of cp.async, ldmatrix and wgmma, an mbarrier with too many arrivals or
-// none of its own, a wgmma without its fence, operands of a wgmma that were written without a proxy fence (by cp.async
-// or store_shared), writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing,
-// other memory ordering, bank conflicts, occupancy, swizzles but that of 128 bytes; masks other than all 32 lanes are refused.
+// until waited for. A TMA copy lands at once, or as late as the wait for its mbarrier; the blocks of a cluster run side
+// by side, other blocks one after another. Found and explained: a collective that part of a warp never reaches,
+// barriers that not every thread reaches, misaligned or out-of-bounds operands of cp.async, ldmatrix and wgmma, an
+// mbarrier with too many arrivals or none of its own, a wgmma without its fence, operands of a wgmma that were written
+// without a proxy fence (by cp.async or store_shared), writes past the end of shared memory (plain reads past it:
+// AddressSanitizer). Not modelled: timing, other memory ordering, bank conflicts, occupancy, swizzles but that of 128
+// bytes; masks other than all 32 lanes are refused.
 //
 // MMKERNELS_EMULATOR_SEED             the random order (default 0)
 // MMKERNELS_EMULATOR_COPIES           early, late or random (default late)
@@ -149,7 +151,7 @@ void named_barrier(int barrier, int threads, const Where& where);
 void cluster_barrier(const Where& where);
 int cluster_rank();
 const void* of_rank(const void* p, int rank);  // the same place in the shared memory of another block of the cluster
-struct TensorMap {  // of 16-bit elements; strides in bytes, the innermost is 2
+struct TensorMap {                             // of 16-bit elements; strides in bytes, the innermost is 2
   const char* data;
   int64_t size[3], stride[2];
   int box[3];
@@ -362,8 +364,7 @@ template <class T, bool ByColumns, bool LeftByColumns = false, int Registers>
 void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep, MMK_WHERE) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
   const auto type = std::is_same_v<T, bf16> ? emulator::Type::bf16 : emulator::Type::fp16;
-  emulator::GroupMultiply mine{type, d,    2 * Registers, a, b, ByColumns, LeftByColumns,
-                               keep != 0, where};
+  emulator::GroupMultiply mine{type, d, 2 * Registers, a, b, ByColumns, LeftByColumns, keep != 0, where};
   emulator::meet("wgmma.mma_async", where, &mine, emulator::group_multiply);
 }
 

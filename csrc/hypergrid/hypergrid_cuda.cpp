@@ -36,10 +36,18 @@ struct Call {
   double residual, dropout_p;
   int activation;
 
-  Call(const Tensor& x_, const Tensor& weight_, const Tensor& gate_, const OptionalTensor& index_, int64_t rows_per_gate,
-       bool residual, int64_t activation, double dropout_p, const OptionalTensor& seed_)
-      : dtype(row_dtype(x_, "x")), type(x_.scalar_type()), rows_per_gate(rows_per_gate), x(x_), weight(weight_),
-        gate(gate_), index(index_), seed(seed_), residual(residual), dropout_p(dropout_p),
+  Call(const Tensor& x_, const Tensor& weight_, const Tensor& gate_, const OptionalTensor& index_,
+       int64_t rows_per_gate, bool residual, int64_t activation, double dropout_p, const OptionalTensor& seed_)
+      : dtype(row_dtype(x_, "x")),
+        type(x_.scalar_type()),
+        rows_per_gate(rows_per_gate),
+        x(x_),
+        weight(weight_),
+        gate(gate_),
+        index(index_),
+        seed(seed_),
+        residual(residual),
+        dropout_p(dropout_p),
         activation(static_cast<int>(activation)) {
     STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 1, "x has shape ", shape_text(x.sizes()), "; it must be (M, in)");
     rows = x.size(0), in = x.size(1);
@@ -60,8 +68,8 @@ struct Call {
       STD_TORCH_CHECK(rows_per_gate >= 1 && rows % rows_per_gate == 0, "x has ", rows,
                       " rows; they must be a multiple of rows_per_gate, ", rows_per_gate);
       if (index) check_rows(*index, "index", x, ScalarType::Long, {rows / rows_per_gate});
-      STD_TORCH_CHECK(index || gates == 1 || gates * rows_per_gate == rows, "gate has shape ",
-                      shape_text(gate.sizes()), "; without index it must have 1 or ", rows / rows_per_gate, " gates");
+      STD_TORCH_CHECK(index || gates == 1 || gates * rows_per_gate == rows, "gate has shape ", shape_text(gate.sizes()),
+                      "; without index it must have 1 or ", rows / rows_per_gate, " gates");
     }
     if (index) index = torch::stable::contiguous(*index);
     STD_TORCH_CHECK(activation >= 0 && activation <= 3, "activation is ", activation, "; it must be 0 to 3");

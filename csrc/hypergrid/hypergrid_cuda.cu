@@ -1,6 +1,6 @@
 // HyperGrid's products on tensor cores by mma.sync, for compute capability 8.0 and newer. Each of the three is a matrix
-// product whose sum has pieces - blocks of the grid, or the rows of a gate - with one factor for every piece and block of
-// the result: the partial product of a piece is made in registers and added with its factors. README.md in
+// product whose sum has pieces - blocks of the grid, or the rows of a gate - with one factor for every piece and block
+// of the result: the partial product of a piece is made in registers and added with its factors. README.md in
 // mmkernels/ops/hypergrid has the derivation and the time model.
 #include <climits>
 #include <type_traits>
@@ -13,7 +13,7 @@ namespace mmk::hypergrid {
 namespace {
 
 constexpr int kThreads = 256, kWarpColumns = 32, kMostStages = 3;
-constexpr int kMostBlocks = 16;             // of the grid that a tile of 128 columns meets
+constexpr int kMostBlocks = 16;               // of the grid that a tile of 128 columns meets
 constexpr int kTablePitch = kMostBlocks + 1;  // floats, odd: rows fall into different banks
 
 // A block has 2 x 4 warps; the tile of a warp is kFragments x 16 rows and 32 columns.
@@ -40,8 +40,8 @@ __device__ __forceinline__ void copy_pieces(unsigned char* tile, int pitch, int 
   }
 }
 
-// `count` rows of `width` bytes, of which `valid` exist; zeros elsewhere and where source(row) is null. All addresses are
-// multiples of `aligned` (16, 4 or 2). The copies belong to the next cp_async_commit().
+// `count` rows of `width` bytes, of which `valid` exist; zeros elsewhere and where source(row) is null. All addresses
+// are multiples of `aligned` (16, 4 or 2). The copies belong to the next cp_async_commit().
 template <class Source>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, int pitch, int count, int width, int valid, int aligned,
                                           const void* base, Source source) {
@@ -65,8 +65,8 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, int pitch, int co
 // What divides the addresses of a matrix's pieces that begin every `step` elements.
 template <class T>
 int alignment(const void* data, int64_t row, int64_t step) {
-  const uint64_t bits =
-      reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(row * sizeof(T)) | static_cast<uint64_t>(step * sizeof(T));
+  const uint64_t bits = reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(row * sizeof(T)) |
+                        static_cast<uint64_t>(step * sizeof(T));
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
 }
 
@@ -128,7 +128,8 @@ __device__ __forceinline__ void right_operand(uint32_t (&b)[4], const unsigned c
   }
 }
 
-// Where a warp and a lane stand in the tile of a block: element i of fragment (f, j) is row(f, i / 2), column(j, i % 2).
+// Where a warp and a lane stand in the tile of a block: element i of fragment (f, j) is row(f, i / 2), column(j, i %
+// 2).
 template <class T>
 struct Place {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -184,8 +185,8 @@ __device__ __forceinline__ void await_stage(int stages) {
 // --- Results ---
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const Epilogue e, const float* partial, T* out, int splits,
-                                                          int64_t count, int64_t columns) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const Epilogue e, const float* partial, T* out, int splits, int64_t count, int64_t columns) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= count) return;
   float sum = 0.0f;
@@ -194,7 +195,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Epilogue e, cons
 }
 
 template <class T>
-int finish(const Epilogue& e, const float* partial, void* out, int splits, int64_t rows, int64_t columns, void* stream) {
+int finish(const Epilogue& e, const float* partial, void* out, int splits, int64_t rows, int64_t columns,
+           void* stream) {
   const int64_t count = rows * columns;
   return launch(finish_kernel<T>, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)), dim3(kThreads), 0,
                 stream, e, partial, static_cast<T*>(out), splits, count, columns);
@@ -221,8 +223,8 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(const Epilogue e, T*
 // --- The forward and the gradient of x ---
 
 template <class T, bool Transposed>
-__global__ void __launch_bounds__(kThreads, 1) product_kernel(const Product d, int stages, bool by_row, int left_aligned,
-                                                              int right_aligned) {
+__global__ void __launch_bounds__(kThreads, 1)
+    product_kernel(const Product d, int stages, bool by_row, int left_aligned, int right_aligned) {
   using Shape = Tile<T>;
   constexpr int kSize = sizeof(T), kLeftBytes = Shape::kRows * kRowBytes;
   constexpr int kRightPitch = Transposed ? Shape::kColumnsPitch : kRowBytes;
@@ -265,20 +267,18 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const Product d, i
       const int block = step / chunks, chunk = step % chunks, p = first_p + block;
       const int64_t k = int64_t{p} * d.kp + chunk * Shape::kDepth;
       const int rest = min(d.kp - chunk * Shape::kDepth, Shape::kDepth);
-      copy_rows(stage, kRowBytes, Shape::kRows, kChunkBytes, rest * kSize, left_aligned, left, [&](int row) {
-        return row < count ? left + ((first_row + row) * d.left_row + k) * kSize : nullptr;
-      });
+      copy_rows(stage, kRowBytes, Shape::kRows, kChunkBytes, rest * kSize, left_aligned, left,
+                [&](int row) { return row < count ? left + ((first_row + row) * d.left_row + k) * kSize : nullptr; });
       if constexpr (Transposed) {
         copy_rows(stage + kLeftBytes, kRightPitch, Shape::kDepth, kColumns * kSize,
                   min(columns - first_column, kColumns) * kSize, right_aligned, right, [&](int row) {
                     return row < rest ? right + ((k + row) * d.right_row + first_column) * kSize : nullptr;
                   });
       } else {
-        copy_rows(stage + kLeftBytes, kRightPitch, kColumns, kChunkBytes, rest * kSize, right_aligned, right,
-                  [&](int row) {
-                    return first_column + row < columns ? right + ((first_column + row) * d.right_row + k) * kSize
-                                                        : nullptr;
-                  });
+        copy_rows(
+            stage + kLeftBytes, kRightPitch, kColumns, kChunkBytes, rest * kSize, right_aligned, right, [&](int row) {
+              return first_column + row < columns ? right + ((first_column + row) * d.right_row + k) * kSize : nullptr;
+            });
       }
       if (chunk == 0) {
         float* table = tables + block % stages * table_size;
@@ -299,7 +299,8 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const Product d, i
 
   int block_of[8];  // of the grid, for the columns of this lane
 #pragma unroll
-  for (int j = 0; j < 8; ++j) block_of[j] = min(first_column + place.column(j / 2, j % 2), columns - 1) / d.kq - first_q;
+  for (int j = 0; j < 8; ++j)
+    block_of[j] = min(first_column + place.column(j / 2, j % 2), columns - 1) / d.kq - first_q;
 
   Sums<T> acc, part;
   clear<T>(acc);
@@ -370,9 +371,7 @@ int start_product(const Product& d, void* stream) {
   const int left = static_cast<int>(Shape::kRows * kRowBytes);
   const int right = Transposed ? Shape::kDepth * Shape::kColumnsPitch : kColumns * kRowBytes;
   const int table = (by_row ? Shape::kRows : 1) * kTablePitch * 4;
-  auto bytes = [&](int stages) {
-    return stages * (left + right + table) + (by_row ? Shape::kRows : 1) * 8;
-  };
+  auto bytes = [&](int stages) { return stages * (left + right + table) + (by_row ? Shape::kRows : 1) * 8; };
   const int stages = bytes(kMostStages) <= mmk_shared_memory() ? kMostStages : 2;
   const int left_aligned = alignment<T>(d.left, d.left_row, d.kp);
   const int right_aligned = alignment<T>(d.right, d.right_row, Transposed ? 8 : d.kp);
@@ -385,8 +384,8 @@ int start_product(const Product& d, void* stream) {
 // --- The gradients of the weight and of the gate ---
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) weight_kernel(const WeightGradient d, int stages, int left_aligned,
-                                                             int right_aligned) {
+__global__ void __launch_bounds__(kThreads, 1)
+    weight_kernel(const WeightGradient d, int stages, int left_aligned, int right_aligned) {
   using Shape = Tile<T>;
   constexpr int kSize = sizeof(T), kLeftBytes = Shape::kDepth * Shape::kRowsPitch;
   constexpr int kStage = kLeftBytes + Shape::kDepth * Shape::kColumnsPitch;
@@ -411,15 +410,15 @@ __global__ void __launch_bounds__(kThreads, 1) weight_kernel(const WeightGradien
     if (!ahead.done()) {
       unsigned char* stage = shared + loaded % stages * kStage;
       const int count = ahead.rows();
-      const int first = ahead.begin_row + ahead.chunk * Shape::kDepth, group_rows = static_cast<int>(d.gates.group_rows);
+      const int first = ahead.begin_row + ahead.chunk * Shape::kDepth,
+                group_rows = static_cast<int>(d.gates.group_rows);
       auto source_row = [&](int row) {
         const int m = first + row;
         return d.order ? d.order[m / group_rows] * group_rows + m % group_rows : int64_t{m};
       };
       copy_rows(stage, Shape::kRowsPitch, Shape::kDepth, Shape::kRows * kSize,
-                min(rows - first_row, Shape::kRows) * kSize, left_aligned, dy, [&](int row) {
-                  return row < count ? dy + (source_row(row) * d.dy_row + first_row) * kSize : nullptr;
-                });
+                min(rows - first_row, Shape::kRows) * kSize, left_aligned, dy,
+                [&](int row) { return row < count ? dy + (source_row(row) * d.dy_row + first_row) * kSize : nullptr; });
       copy_rows(stage + kLeftBytes, Shape::kColumnsPitch, Shape::kDepth, kColumns * kSize,
                 min(columns - first_column, kColumns) * kSize, right_aligned, left, [&](int row) {
                   return row < count ? left + (source_row(row) * d.left_row + first_column) * kSize : nullptr;
@@ -443,8 +442,10 @@ __global__ void __launch_bounds__(kThreads, 1) weight_kernel(const WeightGradien
   int r_of[8];  // blocks of the grid that this lane's columns lie in
 #pragma unroll
   for (int j = 0; j < 8; ++j) r_of[j] = min(first_column + place.column(j / 2, j % 2), columns - 1) / d.kr - first_r;
-  const int unit_r = min(first_column + place.first_column, columns - 1) / d.kr - first_r;  // of this warp's first column
-  const int unit_met = min(first_column + place.first_column + kWarpColumns - 1, columns - 1) / d.kr - first_r - unit_r + 1;
+  const int unit_r =
+      min(first_column + place.first_column, columns - 1) / d.kr - first_r;  // of this warp's first column
+  const int unit_met =
+      min(first_column + place.first_column + kWarpColumns - 1, columns - 1) / d.kr - first_r - unit_r + 1;
   constexpr int kUnitBlocks = kWarpColumns / 8 + 1;
 
   Sums<T> acc, part;
@@ -520,7 +521,8 @@ __global__ void __launch_bounds__(kThreads, 1) weight_kernel(const WeightGradien
             sum += products[(w * Shape::kRows + row) * kUnitBlocks + r - r0];
           for (int bits = 16; bits; bits /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bits);
           if (place.lane == 0)
-            d.parts[(int64_t{segment} * (row_tiles + d.c) + row_tile + first_c + c) * (units + d.r) + unit + w + r] = sum;
+            d.parts[(int64_t{segment} * (row_tiles + d.c) + row_tile + first_c + c) * (units + d.r) + unit + w + r] =
+                sum;
         }
       }
     }
@@ -551,8 +553,8 @@ __global__ void __launch_bounds__(kThreads, 1) weight_kernel(const WeightGradien
 }
 
 // dgate from what the tiles that a block lies in have of it, in order.
-__global__ void __launch_bounds__(kThreads) gate_sum_kernel(const WeightGradient d, int tile_rows, int row_tiles,
-                                                            int units, int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    gate_sum_kernel(const WeightGradient d, int tile_rows, int row_tiles, int units, int64_t count) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= count) return;
   const int r = static_cast<int>(i / d.c % d.r), c = static_cast<int>(i % d.c);
@@ -591,8 +593,8 @@ int start_weight(const WeightGradient& d, void* stream) {
                 stream, d, int{Shape::kRows}, row_tiles, column_tiles * 4, count);
 }
 
-__global__ void __launch_bounds__(kThreads) begins_kernel(const int64_t* sorted, int64_t count, int64_t gates,
-                                                          int64_t rows, int64_t* begins) {
+__global__ void __launch_bounds__(kThreads)
+    begins_kernel(const int64_t* sorted, int64_t count, int64_t gates, int64_t rows, int64_t* begins) {
   const int64_t g = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (g > gates) return;
   int64_t low = g;
@@ -682,8 +684,8 @@ int mmk_hypergrid_product(mmk::Dtype dtype, const mmk::hypergrid::Product* produ
 }
 
 int mmk_hypergrid_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight, void* stream) {
-  return mmk::with_dtype(
-      dtype, [&](auto zero) { return mmk::hypergrid::start_weight<decltype(zero)>(*weight, stream); });
+  return mmk::with_dtype(dtype,
+                         [&](auto zero) { return mmk::hypergrid::start_weight<decltype(zero)>(*weight, stream); });
 }
 
 int mmk_hypergrid_activate(mmk::Dtype dtype, const mmk::hypergrid::Epilogue* what, int64_t rows, int64_t columns,

@@ -26,7 +26,8 @@ struct Gates {
   int64_t group_rows = 1;  // rows one after another that have the same gate
 };
 
-// out[m, n] = sum over blocks p of (residual + gate[g(m), p, q(n)]) left_p right_p^T: the forward, and the gradient of x.
+// out[m, n] = sum over blocks p of (residual + gate[g(m), p, q(n)]) left_p right_p^T: the forward, and the gradient of
+// x.
 struct Product {
   const void *left, *right;
   int64_t left_row, right_row;
@@ -65,8 +66,8 @@ struct GateFactors {
   int64_t row_strides[2], column_strides[2], dgate_strides[3];
   int64_t gates;
   int r, c;
-  void* out;                // (G, R, C)
-  float *drow, *dcolumn;    // backward
+  void* out;              // (G, R, C)
+  float *drow, *dcolumn;  // backward
   bool row_shared, column_shared;
 };
 

@@ -1,5 +1,5 @@
-// What the kernels of mma.sync and of wgmma share: a(x), what becomes of a sum before it is stored, and the walk over the
-// rows of gates.
+// What the kernels of mma.sync and of wgmma share: a(x), what becomes of a sum before it is stored, and the walk over
+// the rows of gates.
 #pragma once
 #include "common/dropout.h"
 #include "common/gelu.cuh"
@@ -37,8 +37,7 @@ struct Walk {
   int segment, end, begin_row = 0, end_row = 0, depth, chunk = 0;
 
   __device__ __forceinline__ Walk(const WeightGradient& d, int split, int depth)
-      : segment(split * d.split_segments),
-        end(min(segment + d.split_segments, d.segments)), depth(depth) {
+      : segment(split * d.split_segments), end(min(segment + d.split_segments, d.segments)), depth(depth) {
     find(d);
   }
 

@@ -2,10 +2,10 @@
 // warps specialised. README.md in mmkernels/ops/hypergrid has the schedule and the time model.
 //
 // A block makes 256 rows by 128 columns, and two blocks with the same rows are a cluster: each brings half of the rows'
-// tile for both, since the L2 would not keep up otherwise. One thread of the third warpgroup brings the tiles; the three other warps of it
-// write the factors of every block p of the grid, one for each column and each 64 rows. The first two warpgroups own 128
-// rows each. They multiply 64 rows at a time into a partial sum and add that with its factors, and while one of them does
-// so the other keeps the tensor cores busy.
+// tile for both, since the L2 would not keep up otherwise. One thread of the third warpgroup brings the tiles; the
+// three other warps of it write the factors of every block p of the grid, one for each column and each 64 rows. The
+// first two warpgroups own 128 rows each. They multiply 64 rows at a time into a partial sum and add that with its
+// factors, and while one of them does so the other keeps the tensor cores busy.
 #include <climits>
 
 #include "common/hopper.cuh"
@@ -18,7 +18,8 @@ namespace {
 constexpr int kRows = 256, kGroupRows = 64, kDepth = 64, kRowBytes = 128, kStages = 4, kTables = 4;
 constexpr int kGroup = 128, kConsumers = 2 * kGroup, kAllThreads = 3 * kGroup, kConsumerWarps = kConsumers / 32;
 constexpr int kFactorThreads = 96;  // three warps
-constexpr int kLeftBytes = kRows * kRowBytes, kRightBytes = kColumns * kRowBytes, kStageBytes = kLeftBytes + kRightBytes;
+constexpr int kLeftBytes = kRows * kRowBytes, kRightBytes = kColumns * kRowBytes,
+              kStageBytes = kLeftBytes + kRightBytes;
 constexpr int kTableFloats = kRows / kGroupRows * kColumns;
 
 struct Shared {
@@ -72,7 +73,8 @@ __device__ void bring_tiles(const Work& work, const Shared& shared, const ptx::T
     const int row = static_cast<int>(work.first_row);
     if (work.cluster == 2) {
       const int half = ptx::cluster_rank();
-      ptx::copy_box_to_cluster(to + half * (kLeftBytes / 2), left, k, p, row + half * (kRows / 2), shared.full + stage, 3);
+      ptx::copy_box_to_cluster(to + half * (kLeftBytes / 2), left, k, p, row + half * (kRows / 2), shared.full + stage,
+                               3);
     } else {
       ptx::copy_box(to, left, k, p, row, shared.full + stage);
       ptx::copy_box(to + kLeftBytes / 2, left, k, p, row + kRows / 2, shared.full + stage);
@@ -116,7 +118,8 @@ __device__ __forceinline__ void multiply(float (&part)[kColumns / 2], const unsi
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Steps; ++k)
-    ptx::wgmma<T, false>(part, ptx::swizzled_descriptor(rows + k * 32), ptx::swizzled_descriptor(columns + k * 32), k > 0);
+    ptx::wgmma<T, false>(part, ptx::swizzled_descriptor(rows + k * 32), ptx::swizzled_descriptor(columns + k * 32),
+                         k > 0);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
 }
@@ -196,9 +199,9 @@ __device__ void consume(const Product& d, const Work& work, const Shared& shared
 #endif
 
 template <class T>
-__global__ void __launch_bounds__(kAllThreads, 1) hopper_product_kernel(const Product d, int cluster,
-                                                                        const __grid_constant__ ptx::TensorMap left,
-                                                                        const __grid_constant__ ptx::TensorMap right) {
+__global__ void __launch_bounds__(kAllThreads, 1)
+    hopper_product_kernel(const Product d, int cluster, const __grid_constant__ ptx::TensorMap left,
+                          const __grid_constant__ ptx::TensorMap right) {
 #ifdef MMK_HOPPER
   const Shared shared(shared_memory());
   const Work work(d, cluster);
@@ -244,8 +247,8 @@ int start(const Product& d, void* stream) {
   if (blocks > INT_MAX) return 1;
   ptx::TensorMap left, right;
   const int64_t block_bytes = d.kp * 2;
-  int code = ptx::make_tensor_map<T>(left, d.left, {d.kp, d.p, d.rows}, {block_bytes, d.left_row * 2},
-                                     {kDepth, 1, kRows / 2});
+  int code =
+      ptx::make_tensor_map<T>(left, d.left, {d.kp, d.p, d.rows}, {block_bytes, d.left_row * 2}, {kDepth, 1, kRows / 2});
   if (code == 0)
     code = ptx::make_tensor_map<T>(right, d.right, {d.kp, d.p, columns}, {block_bytes, d.right_row * 2},
                                    {kDepth, 1, kColumns});
@@ -260,7 +263,9 @@ int start(const Product& d, void* stream) {
 // Rows of 64 must share a gate, and TMA asks for blocks and rows that are multiples of 16 bytes.
 bool mmk_hypergrid_takes_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product* product) {
   const mmk::hypergrid::Product& d = *product;
-  auto aligned = [](const void* data, int64_t row) { return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0; };
+  auto aligned = [](const void* data, int64_t row) {
+    return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0;
+  };
   return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && !d.transposed && d.splits == 1 && d.rows >= 128 &&
          d.rows < INT_MAX - mmk::hypergrid::kRows && d.kp % 8 == 0 && aligned(d.left, d.left_row) &&
          aligned(d.right, d.right_row) &&

@@ -1,9 +1,10 @@
-// The gradients of the weight and of the gate for compute capability 9.0, 16-bit inputs: wgmma on tiles that TMA brings,
-// both operands read across their rows. README.md in mmkernels/ops/hypergrid has the schedule and the time model.
+// The gradients of the weight and of the gate for compute capability 9.0, 16-bit inputs: wgmma on tiles that TMA
+// brings, both operands read across their rows. README.md in mmkernels/ops/hypergrid has the schedule and the time
+// model.
 //
-// A block makes 128 x 128 of the result, and four of them, two by two, are a cluster: of the four boxes of 64 rows by 64
-// columns that a stage is, a block brings two, one of dy for the block beside it too and one of a(x) for the one below. One
-// thread of the third warpgroup does that; the first two own 64 rows of the result each.
+// A block makes 128 x 128 of the result, and four of them, two by two, are a cluster: of the four boxes of 64 rows by
+// 64 columns that a stage is, a block brings two, one of dy for the block beside it too and one of a(x) for the one
+// below. One thread of the third warpgroup does that; the first two own 64 rows of the result each.
 #include <climits>
 
 #include "common/hopper.cuh"
@@ -80,8 +81,8 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// What this block has of the gradient of one gate: part o weight, summed over the columns of a block of the grid in every
-// 32 columns, then over its rows.
+// What this block has of the gradient of one gate: part o weight, summed over the columns of a block of the grid in
+// every 32 columns, then over its rows.
 template <class T>
 __device__ __forceinline__ void sum_gate(const WeightGradient& d, const Work& work, const float (&part)[kTile / 2],
                                          int segment, bool empty) {
@@ -125,7 +126,8 @@ __device__ __forceinline__ void sum_gate(const WeightGradient& d, const Work& wo
     const int r0 = first / d.kr, r1 = (min(first + kUnit, work.columns) - 1) / d.kr;
     for (int r = r0; r <= r1; ++r) {
       float sum = 0.0f;
-      for (int row = begin + lane; row <= end; row += 32) sum += work.products[(w * kTile + row) * kUnitBlocks + r - r0];
+      for (int row = begin + lane; row <= end; row += 32)
+        sum += work.products[(w * kTile + row) * kUnitBlocks + r - r0];
       for (int bits = 16; bits; bits /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bits);
       if (lane == 0)
         d.parts[(int64_t{segment} * (work.row_tiles + d.c) + work.row_tile + c) * (work.column_tiles * kUnits + d.r) +
@@ -151,9 +153,9 @@ __device__ void consume(const WeightGradient& d, const Work& work) {
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k)
-      ptx::wgmma<T, true, true>(part, ptx::swizzled_descriptor_by_columns(boxes + group * kBoxBytes + k * 2048, kBoxBytes),
-                                ptx::swizzled_descriptor_by_columns(boxes + 2 * kBoxBytes + k * 2048, kBoxBytes),
-                                walk.chunk > 0 || k > 0);
+      ptx::wgmma<T, true, true>(
+          part, ptx::swizzled_descriptor_by_columns(boxes + group * kBoxBytes + k * 2048, kBoxBytes),
+          ptx::swizzled_descriptor_by_columns(boxes + 2 * kBoxBytes + k * 2048, kBoxBytes), walk.chunk > 0 || k > 0);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     __syncwarp();
@@ -208,9 +210,9 @@ __device__ void consume(const WeightGradient& d, const Work& work) {
 #endif
 
 template <class T>
-__global__ void __launch_bounds__(kAllThreads, 1) hopper_weight_kernel(const WeightGradient d,
-                                                                       const __grid_constant__ ptx::TensorMap dy,
-                                                                       const __grid_constant__ ptx::TensorMap left) {
+__global__ void __launch_bounds__(kAllThreads, 1)
+    hopper_weight_kernel(const WeightGradient d, const __grid_constant__ ptx::TensorMap dy,
+                         const __grid_constant__ ptx::TensorMap left) {
 #ifdef MMK_HOPPER
   const Work work(d);
   if (threadIdx.x == 0) {
@@ -241,7 +243,8 @@ int start(const WeightGradient& d, void* stream) {
   ptx::TensorMap dy, left;
   int code = ptx::make_tensor_map<T>(dy, d.dy, {rows, 1, d.rows}, {d.dy_row * 2, d.dy_row * 2}, {64, 1, kDepth});
   if (code == 0)
-    code = ptx::make_tensor_map<T>(left, d.left, {columns, 1, d.rows}, {d.left_row * 2, d.left_row * 2}, {64, 1, kDepth});
+    code =
+        ptx::make_tensor_map<T>(left, d.left, {columns, 1, d.rows}, {d.left_row * 2, d.left_row * 2}, {64, 1, kDepth});
   if (code) return code;
   return launch_clusters(kCluster, hopper_weight_kernel<T>, dim3(static_cast<unsigned>(clusters * kCluster * d.splits)),
                          dim3(kAllThreads), kSharedBytes, stream, d, dy, left);
@@ -254,7 +257,9 @@ int start(const WeightGradient& d, void* stream) {
 bool mmk_hypergrid_takes_hopper_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight) {
   const mmk::hypergrid::WeightGradient& d = *weight;
   const int rows = d.c * d.kc, columns = d.r * d.kr;
-  auto aligned = [](const void* data, int64_t row) { return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0; };
+  auto aligned = [](const void* data, int64_t row) {
+    return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0;
+  };
   return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && rows > 128 && columns > 128 && rows % 8 == 0 &&
          columns % 8 == 0 && aligned(d.dy, d.dy_row) && aligned(d.left, d.left_row) &&
          (d.gates.group_rows == d.rows || d.gates.group_rows % mmk::hypergrid::kSegmentRows == 0);

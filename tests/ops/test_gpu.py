@@ -5,7 +5,7 @@ import torch
 
 import mmkernels
 from mmkernels import testing
-from mmkernels.ops import attention, latent_attention
+from mmkernels.ops import attention, hypergrid_linear, latent_attention
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")
@@ -47,6 +47,25 @@ def test_full_size_matches_float64_with_the_same_bits_every_time(generator, name
     first = testing.check_op(op, eager, tensors, wanted, name, grad, key_mask=mask)
     for _ in range(20):
         again = testing.run(op, tensors, wanted, grad, backend=name, key_mask=mask)
+        assert torch.equal(first.output, again.output)
+        assert all(torch.equal(first.gradients[n], again.gradients[n]) for n in wanted)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("length", (512, 62, 1))
+def test_full_size_hypergrid_matches_float64_with_the_same_bits_every_time(generator, name, length, dtype):
+    """Clusters, their multicast copies and their barriers show what they really do here alone."""
+    sizes = {"x": (24, length, 3072), "weight": (768, 3072), "bias": (768,)}
+    tensors = {n: torch.randn(s, generator=generator) for n, s in sizes.items()}
+    tensors["gate"] = torch.rand(24, 32, 32, generator=generator)
+    tensors["weight"] *= 3072**-0.5
+    tensors = {n: t.to(dtype) for n, t in tensors.items()}
+    grad, wanted = torch.randn(24, length, 768, generator=generator).to(dtype), tuple(tensors)
+    options = dict(activation="relu", residual=True)
+    first = testing.check_op(hypergrid_linear, testing.eager_hypergrid_linear, tensors, wanted, name, grad, **options)
+    for _ in range(20):
+        again = testing.run(hypergrid_linear, tensors, wanted, grad, backend=name, **options)
         assert torch.equal(first.output, again.output)
         assert all(torch.equal(first.gradients[n], again.gradients[n]) for n in wanted)
 

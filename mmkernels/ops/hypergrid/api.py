@@ -58,7 +58,7 @@ def hypergrid_linear(
         x, weight, gate, bias, gate_index, residual, activation, dropout_p, dropout_seed
     )
     name = _backends.choose(
-        "hypergrid_linear", backend, _order(x, index, gate.shape[0]), lambda name: _linear_refusals(name, x, weight, gate)
+        "hypergrid_linear", backend, _order(x, weight, gate, index), lambda name: _linear_refusals(name, x, weight, gate)
     )
     if dropout_p == 0.0:
         seed = None
@@ -121,7 +121,7 @@ def explain_hypergrid_linear(
     def refusals(name):
         return _linear_refusals(name, x, weight, gate)
 
-    name = _backends.choose("hypergrid_linear", backend, _order(x, index, gate.shape[0]), refusals)
+    name = _backends.choose("hypergrid_linear", backend, _order(x, weight, gate, index), refusals)
     return _backends.Explanation("hypergrid_linear", name, "", {n: refusals(n) for n in _backends.NAMES})
 
 
@@ -140,13 +140,15 @@ ORDER = ("cpp", "triton", "cuda", "reference")  # of the gate
 CUDA_FIRST = ("cpp", "cuda", "triton", "reference")
 
 
-def _order(x, index, gates):
+def _order(x, weight, gate, index):
     """What `auto` tries first, by README.md's time models: on a GPU CUDA C++ in 16 bits too where its kernels for sm_90 or
     its splits for few rows run. A prediction until both have been measured."""
+    gates, rows, columns = gate.shape
     if x.device.type == "cuda" and x.dtype != torch.float32 and not _backends.platform_refusals("cuda", x.device, x.dtype):
         groups = gates if index is None else index.shape[0]
         few = groups > 1 and x.shape[:-1].numel() < 16 * groups
-        if few or _backends.capability(x.device)[0] == 9:
+        whole = weight.shape[1] // rows % 8 == 0 and weight.shape[0] // columns % 8 == 0
+        if few or (whole and _backends.capability(x.device)[0] == 9):
             return CUDA_FIRST
     return _backends.preference(x.dtype)
 
