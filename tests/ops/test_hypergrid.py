@@ -81,6 +81,8 @@ def test_matches_float64(backend, generator, problem, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_tiles(backend, generator, dtype):
     """Several tiles in every direction, several stages of a pipeline in a block of the grid, whole tiles in a group."""
+    if backend == "triton" and dtype == torch.float32 and generator.device.type == "cpu":
+        pytest.skip("four seconds of the interpreter, which bfloat16 spends for both")
     length = 40 if backend == "triton" else 140
     check(generator, make(generator, (2, length, 200), 136, (2, 1, 17), dtype), backend, activation="relu")
     check(generator, make(generator, (1, 128, 80), 144, (1, 2, 3), dtype), backend, residual=True)
