@@ -2,12 +2,14 @@
 
 from .backend import set_backend
 from .bottleneck import BottleneckFusionLayer, MultimodalEncoder
+from .hypergrid import HyperGridLinear
 from .latent import LatentCrossAttention, LatentSelfAttention
 from .positions import FourierPositions
 
 __all__ = [
     "BottleneckFusionLayer",
     "FourierPositions",
+    "HyperGridLinear",
     "LatentCrossAttention",
     "LatentSelfAttention",
     "MultimodalEncoder",

@@ -38,6 +38,11 @@ def check_backend(backend):
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
 
 
+def own_backend(backend):
+    """The backend of what is no attention, in a module that has one for both."""
+    return "auto" if backend == "sdpa" else backend
+
+
 def split_heads(tensor, num_heads):
     """(B, N, H D) -> (B, H, N, D)."""
     return torch.unflatten(tensor, -1, (num_heads, -1)).transpose(1, 2)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops._shared.arguments import check_key_mask
-from .backend import WithBackend, eager_attention
+from .backend import WithBackend, eager_attention, own_backend
 
 ROWS = ("all", "cls")
 UPDATES = ("mean", "sequential")
@@ -71,15 +71,10 @@ class EncoderBlock(nn.Module):
 # `rows` is a list of one or two tensors, such as [x_m] or [x_m, z], which stand behind each other in what is computed.
 
 
-def _own(backend):
-    """The backend of what is no attention."""
-    return "auto" if backend == "sdpa" else backend
-
-
 def _norm(norm, rows, backend, **residual):
     """LN(rows) as one tensor; with a residual (LN(rows + residual), rows + residual)."""
     rows = rows[0] if len(rows) == 1 else tuple(rows)
-    return ops.film_layer_norm(rows, norm.weight, norm.bias, eps=norm.eps, backend=_own(backend), **residual)
+    return ops.film_layer_norm(rows, norm.weight, norm.bias, eps=norm.eps, backend=own_backend(backend), **residual)
 
 
 def _linear(rows, weights, biases, backend):
@@ -113,7 +108,7 @@ def _finish(blocks, sources, attended, keeps, backend):
     hidden = _linear(normed, [block.fc1.weight for block in blocks], None, backend)
     normed.clear()
     for i, block in enumerate(blocks):
-        hidden[i] = ops.bias_gelu(hidden[i], block.fc1.bias, backend=_own(backend))
+        hidden[i] = ops.bias_gelu(hidden[i], block.fc1.bias, backend=own_backend(backend))
         hidden[i] = F.dropout(hidden[i], block.dropout, block.training)
     out = _linear(hidden, [block.fc2.weight for block in blocks], [block.fc2.bias for block in blocks], backend)
     hidden.clear()
