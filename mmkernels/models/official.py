@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .registry import InputError, require
+from .registry import InputError, read_json, read_tensors, require
 
 ATTENTION = "MultiHeadDotProductAttention"
 
@@ -18,6 +18,43 @@ def check_mappings(config, state_dict) -> None:
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"state_dict has {name!r}: a {type(tensor).__name__}; it must map names to tensors")
+
+
+def read_huggingface(folder) -> tuple:
+    """(config, state dict) of a checkpoint as Hugging Face's `save_pretrained` writes it, without its library.
+
+    Reads config.json, and model.safetensors or pytorch_model.bin, in one file or in the shards of an index.
+
+    Raises InputError for files that are missing, truncated or something else.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            files = [name]
+        elif index.is_file():
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+                raise InputError(f"{index} has no 'weight_map'; it must map names of tensors to files")
+            files = sorted(set(places.values()))
+        else:
+            continue
+        state = {}
+        for file in files:
+            state |= (read_tensors if name.endswith(".safetensors") else _read_pickle)(folder / file)
+        return config, state
+    raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of one of them")
+
+
+def _read_pickle(path):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch have no common one
+        raise InputError(f"{path} cannot be read as tensors of PyTorch: {error}") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}; it must hold tensors by name")
+    return state
 
 
 def haiku_linear(state: dict, source: str, target: str) -> dict:

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import torch
 
-SYSTEMS = ("mbt", "perceiver")  # modules of this package with CONFIGS (name -> config), CONFIG (class) and MODEL (class)
+SYSTEMS = (
+    "hypergrid_t5",
+    "mbt",
+    "perceiver",
+)  # modules of this package with CONFIGS (name -> config), CONFIG (class) and MODEL (class)
 
 
 class InputError(ValueError):

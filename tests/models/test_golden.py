@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from mmkernels import _library
-from mmkernels.models import mbt, official, perceiver
-from mmkernels.modules import BottleneckFusionLayer
+from mmkernels.models import hypergrid_t5, mbt, official, perceiver
+from mmkernels.modules import BottleneckFusionLayer, HyperGridLinear
+from mmkernels.modules.hypergrid import VARIANTS
 
 ROOTS = [Path(__file__).parents[1] / "golden"]
 if os.environ.get("MMKERNELS_GOLDEN"):
@@ -67,8 +68,58 @@ def run_fusion_layer(config, weights, inputs, backend):
     return {**outputs, "bottleneck": bottleneck}
 
 
+def run_hypergrid(config, weights, inputs, backend):
+    """The layer, or the sub-layer of T5, and its grid."""
+    backend = "auto" if backend == "cpp" else backend  # kernels take blocks of 8 and more, most cases have narrower ones
+    weights = {name.removeprefix("hypergrid/"): tensor for name, tensor in weights.items()}
+    state = inputs.get("local_state")
+    if "context" in inputs:  # a gate of its own for every weight
+        layer = HyperGridLinear(*weights["weights"].shape, weights["weights"].shape, variant="GG", bias=False, backend=backend)
+        logits = torch.nn.functional.linear(inputs["context"], *(weights[f"contextual_projection/{n}"] for n in _AFFINE))
+        gate = torch.sigmoid(logits).unflatten(1, layer.hypergrid.grid)
+        own = {"weight": weights["weights"].T}
+        return {"y": torch.func.functional_call(layer, own, (inputs["x"],), {"gate": gate})}
+    kinds = tuple(next((kind for kind in "LG" if f"{kind}_{side}" in weights), "") for side in "rc")
+    options = {
+        "grid": tuple(weights[f"{kind}_{side}"].shape[-1] if kind else 1 for kind, side in zip(kinds, "rc", strict=True)),
+        "variant": next(name for name, parts in VARIANTS.items() if tuple(parts) == kinds),
+        "residual": config["residual"],
+        "backend": backend,
+    }
+    own = {f"hypergrid.{n}": tensor for n, tensor in weights.items() if n[:2] in ("L_", "G_")}
+    if "W" in weights:
+        own["weight"] = weights["W"].T
+        width = 1 if state is None else state.shape[1]
+        layer = HyperGridLinear(*weights["W"].shape, state_features=width, bias=False, **options)
+        arguments, grids = (inputs["x"], state), layer.hypergrid
+    else:
+        gated = "wi_0" in weights
+        sizes = hypergrid_t5.HyperGridT5Config(
+            d_model=config["d_model"],
+            d_ff=config["d_ff"],
+            layer_norm_epsilon=config["rms_norm_eps"],
+            feed_forward_proj="gated-gelu" if gated else config["activation"],
+            dropout_rate=0.0,
+            **options,
+        )
+        layer = hypergrid_t5.SubLayer(sizes, "DenseReluDense", hypergrid_t5.FeedForward(sizes))
+        own = {f"DenseReluDense.wo.{n}": tensor for n, tensor in own.items()}
+        own |= {f"DenseReluDense.{n}.weight": weights[n].T for n in ("wi_0", "wi_1", "wi", "wo") if n in weights}
+        own["layer_norm.weight"] = weights["layer_norm/scale"]
+        arguments, grids = (inputs["x"],), layer.inner.wo.hypergrid
+    made = []
+    grids.register_forward_hook(lambda module, args, grid: made.append(grid))
+    return {"y": torch.func.functional_call(layer, own, arguments), "inter/grid": made[0]}
+
+
+_AFFINE = ("weight", "bias")
+
 # system -> (runner, why it does not know a case); a line comes with every model
-RUNNERS = {"perceiver": (run_perceiver, perceiver_refusal), "mbt": (run_mbt, lambda config: "")}
+RUNNERS = {
+    "perceiver": (run_perceiver, perceiver_refusal),
+    "mbt": (run_mbt, lambda config: ""),
+    "hypergrid": (run_hypergrid, lambda config: ""),
+}
 BACKENDS = [("reference", torch.float64), ("eager", torch.float32), ("reference", torch.float32)]
 if _library.load("cpu").loaded:
     BACKENDS.append(("cpp", torch.float32))
@@ -118,15 +169,20 @@ def compute(folder, config, expected, backend, dtype):
     )
     outputs = RUNNERS[folder.parent.name][0](config, weights, inputs, backend)
     cotangents = {name: expected[f"cotangent/{name}"].to(dtype) for name in outputs if f"cotangent/{name}" in expected}
+    for name, output in outputs.items():
+        if f"grad_{name}" in expected:  # of something on the way
+            output.retain_grad()
     loss = sum((outputs[name] * cotangent).sum() for name, cotangent in cotangents.items())
     loss.backward()
-    results = {f"out/{name}": output.detach() for name, output in outputs.items()}
+    results = {name if "/" in name else f"out/{name}": output.detach() for name, output in outputs.items()}
+    results |= {f"grad_{name}": output.grad for name, output in outputs.items() if f"grad_{name}" in expected}
     results["loss"] = loss.detach()[None]
     for kind, tensors in (("grad", weights), ("grad_input", inputs)):
         for name, tensor in tensors.items():
             if f"{kind}/{name}" in expected:  # what takes no part has the gradient zero
                 results[f"{kind}/{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-    missing = {name for name in expected if name.partition("/")[0] in ("out", "loss", "grad", "grad_input")} - set(results)
+    kinds = ("out", "loss", "grad", "grad_input", "grad_inter")
+    missing = {name for name in expected if name.partition("/")[0] in kinds} - set(results)
     assert not missing, f"not computed: {sorted(missing)}"
     assert all(results[name].shape == expected[name].shape for name in results)
     return results
