@@ -8,7 +8,7 @@ import torch
 
 import mmkernels
 from mmkernels import models, modules, ops
-from mmkernels.models import mbt, perceiver
+from mmkernels.models import hypergrid_t5, mbt, perceiver
 
 SIGNATURES = {
     ops.attention: "(q, k, v, *, key_mask=None, bias=None, scale=None, dropout_p=0.0, dropout_seed=None, return_lse=False, "
@@ -33,10 +33,23 @@ SIGNATURES = {
     "num_bottlenecks=4, test_with_bottlenecks=True, num_heads=12, mlp_channels=None, share_weights=False, dropout=0.0, "
     "stochastic_depth=0.0, eps=1e-06, backend='auto', device=None, dtype=None)",
     modules.MultimodalEncoder.forward: "(self, tokens, *, key_masks=None, rows='all')",
+    modules.HyperGridLinear: "(in_features, out_features, grid, *, state_features=None, variant='L2', residual=False, "
+    "bias=True, activation=None, dropout=0.0, backend='auto', device=None, dtype=None)",
+    modules.HyperGridLinear.forward: "(self, x, state=None, *, gate=None, gate_index=None)",
+    modules.HyperGridLinear.from_linear: "(linear, grid, **options)",
+    modules.HyperGridLinear.gate: "(self, state=None)",
     modules.FourierPositions: "(index_shape, num_bands, max_resolution=None, *, device=None, dtype=None)",
     modules.FourierPositions.forward: "(self)",
     modules.set_backend: "(model, backend)",
     models.load: "(name_or_path, *, device=None, dtype=None, **overrides)",
+    hypergrid_t5.HyperGridT5.forward: "(self, input_ids, *, attention_mask=None, labels=None, decoder_input_ids=None, "
+    "decoder_attention_mask=None, local_state=None)",
+    hypergrid_t5.HyperGridT5.generate: "(self, input_ids, *, attention_mask=None, local_state=None, max_new_tokens=64, "
+    "num_beams=1, length_penalty=1.0, early_stopping=False)",
+    hypergrid_t5.HyperGridT5.encode: "(self, input_ids, *, attention_mask=None, local_state=None)",
+    hypergrid_t5.HyperGridT5.save_pretrained: "(self, path)",
+    hypergrid_t5.from_official: "(config, state_dict, *, grid=None, variant='L2', residual=True, backend='auto')",
+    hypergrid_t5.add_grids: "(model, grid, *, variant='L2', residual=True)",
     mbt.MBT.forward: "(self, inputs, *, key_masks=None)",
     mbt.MBT.save_pretrained: "(self, path)",
     mbt.from_official: "(config, state_dict, *, backend='auto')",
@@ -69,13 +82,14 @@ def test_signature(function):
             {
                 "BottleneckFusionLayer",
                 "FourierPositions",
+                "HyperGridLinear",
                 "LatentCrossAttention",
                 "LatentSelfAttention",
                 "MultimodalEncoder",
                 "set_backend",
             },
         ),
-        (models, {"load", "mbt", "names", "perceiver"}),
+        (models, {"hypergrid_t5", "load", "mbt", "names", "perceiver"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

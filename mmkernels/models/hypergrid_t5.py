@@ -450,7 +450,8 @@ class HyperGridT5(nn.Module):
         logits = self._logits(x)
         if labels is None:
             return Output(logits, None)
-        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().long(), ignore_index=IGNORED, reduction="sum")
+        wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(wide, labels.flatten().long(), ignore_index=IGNORED, reduction="sum")
         return Output(logits, total / (labels != IGNORED).sum().clamp(min=1))
 
     def shift_right(self, labels):
