@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmkernels.modules import HyperGridLinear, set_backend
 from mmkernels.modules.hypergrid import VARIANTS
@@ -163,6 +164,18 @@ def test_low_precision_and_autocast(backend, variant):
     assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), exact, atol=0.05)
     y.sum().backward()
     assert layer.weight.grad.dtype == torch.bfloat16 and layer.hypergrid.L_r.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_checkpointing_drops_the_same_elements_again(backend):
+    layer = make(dropout=0.4, activation="relu", backend=backend)
+    results = []
+    for function in (layer, lambda *args: checkpoint(layer, *args, use_reentrant=False)):
+        torch.manual_seed(4)
+        tensors = tuple(t.requires_grad_() for t in inputs())
+        y = function(*tensors)
+        results.append((y, *gradients(y, tensors)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_compiles_into_one_graph():
