@@ -389,6 +389,39 @@ def test_activations_beyond_float16_stay_finite():
     assert model.half()(ids, labels=labels).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_begins_where_transformers_does(version):
+    sizes = VERSIONS[version] | dict(d_model=96, d_ff=200, d_kv=16, num_heads=8, vocab_size=300)
+    ours = HyperGridT5(HyperGridT5Config(**sizes, grid=(5, 4)))
+    theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).state_dict()
+    for name, parameter in ours.named_parameters():
+        if ".hypergrid." in name:
+            assert float(parameter.detach().std()) == pytest.approx(96**-0.5, rel=0.2), name
+        elif name == "lm_head.weight":  # theirs is tied by now; it begins as the embedding does
+            assert float(parameter.detach().std()) == pytest.approx(1.0, rel=0.05), name
+        elif parameter.dim() == 1:
+            assert torch.equal(parameter, theirs[name]), name
+        else:
+            assert float(parameter.detach().std()) == pytest.approx(float(theirs[name].std()), rel=0.2), name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_learns_a_few_targets_and_generates_them(version):
+    torch.manual_seed(0)
+    sizes = VERSIONS[version] | dict(num_decoder_layers=2, dropout_rate=0.0)
+    model = HyperGridT5(HyperGridT5Config(**sizes, grid=(5, 3), backend=FUSED)).train()
+    ids, mask, _ = batch(4)
+    labels = torch.tensor([[7, 3, 9, 1, -100], [4, 1, -100, -100, -100], [12, 12, 5, 6, 1], [3, 4, 1, -100, -100]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.004)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model(ids, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+    for num_beams in (1, 3):
+        made = model.eval().generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=num_beams)
+        assert torch.equal(made[:, 1:], labels.clamp(min=0))
+
+
 def test_compiles_into_one_graph():
     model = tiny(num_layers=1, num_decoder_layers=1)
     ids, mask, labels = batch(target=5)
