@@ -154,8 +154,8 @@ class Cache:
     The memory's keys and values and the gate are an example's, whatever its beams.
     """
 
-    def __init__(self, beams: int, length: int):
-        self.beams, self.max_length, self.length = beams, length, 0
+    def __init__(self, max_length: int):
+        self.max_length, self.length = max_length, 0
         self.keys = self.values = self.memory = self.gate = None
 
     def append(self, keys, values):
@@ -230,10 +230,10 @@ class Attention(WithBackend):
 
 
 def bucket(distance, num_buckets, max_distance, *, bidirectional):
-    """The number of the bias of keys that are `distance` behind the query (int64, any shape).
+    """The number of the bias of keys that are `distance` after the query, before it where negative (int64, any shape).
 
     Half of the buckets are exact distances, half grow in powers up to `max_distance`; the last one has all above. With
-    `bidirectional` one half of everything is for keys behind the query and one for those before, else only these are known.
+    `bidirectional` one half of everything is for keys after the query and one for those before, else only these are known.
     """
     if bidirectional:
         num_buckets //= 2
@@ -528,10 +528,10 @@ class HyperGridT5(nn.Module):
         if 2 * num_beams > self.config.vocab_size:
             raise ValueError(f"num_beams is {num_beams}; it must be at most half of vocab_size, {self.config.vocab_size}")
         check_number("length_penalty", length_penalty)
-        if early_stopping not in (True, False, "never"):
+        if not isinstance(early_stopping, bool) and early_stopping != "never":
             raise ValueError(f"early_stopping is {early_stopping!r}; allowed are True, False, 'never'")
         memory, mask = self._encode(input_ids, attention_mask, local_state)
-        caches = [Cache(num_beams, max_new_tokens) for _ in self.decoder.block]
+        caches = [Cache(max_new_tokens) for _ in self.decoder.block]
 
         def step(tokens):
             """Logits (B, K, vocab_size) of what follows the newest tokens (B, K) of K beams."""
@@ -541,6 +541,8 @@ class HyperGridT5(nn.Module):
 
         tokens = input_ids.new_full((input_ids.shape[0], num_beams, 1 + max_new_tokens), self.config.pad_token_id)
         tokens[:, :, 0] = self.config.decoder_start_token_id
+        if tokens.shape[0] == 0:
+            return tokens[:, 0, :1]
         if num_beams == 1:
             return greedy(step, tokens[:, 0], self.config.eos_token_id)
 
@@ -641,9 +643,8 @@ def _gather(tensor, numbers):
 # --- Checkpoints of Hugging Face ---------------------------------------------------------------------------------------------
 
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-UNUSED = (
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in T5 1.0; cross-attention has no positions
-)
+# The first checkpoints have it; cross-attention has no positions.
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def from_official(config: dict, state_dict: dict, *, grid=None, variant="L2", residual=True, backend="auto") -> HyperGridT5:

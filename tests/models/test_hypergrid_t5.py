@@ -323,6 +323,15 @@ def test_an_example_of_padding_alone():
     assert nothing == 0
 
 
+def test_empty_batches():
+    model = tiny()
+    ids, mask, labels = (tensor[:0] for tensor in batch())
+    out = model(ids, attention_mask=mask, labels=labels)
+    out.loss.backward()
+    assert out.logits.shape == (0, 20, 41) and out.loss == 0
+    assert all(model.generate(ids, num_beams=num_beams).shape[0] == 0 for num_beams in (1, 3))
+
+
 def test_later_targets_change_nothing_before_them():
     model = tiny()
     ids, mask, labels = batch(target=8)
