@@ -197,7 +197,11 @@ class HyperGridLinear(WithBackend):
         `ops.hypergrid_linear` raises.
         """
         if gate is None:
-            gate = self.gate(self._first_token(x) if state is None and self.hypergrid.is_local else state)
+            if state is None and self.hypergrid.is_local:
+                if gate_index is not None:
+                    raise ValueError("gate_index is given; it needs the states or the gates that it numbers")
+                state = self._first_token(x)
+            gate = self.gate(state)
         elif state is not None:
             raise ValueError("state and gate are given; at most one of them may be")
         dropout = self.dropout if self.training else 0.0

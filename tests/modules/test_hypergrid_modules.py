@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -178,14 +179,18 @@ def test_checkpointing_drops_the_same_elements_again(backend):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_compiles_into_one_graph():
+def test_compiles_once_for_every_length():
     layer = make(residual=True, activation="relu")
-    x, state = inputs()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    y, expected = compiled(x, state), layer(x, state)
-    assert torch.allclose(y, expected, atol=1e-6)
-    ours, theirs = (torch.autograd.grad(t.sum(), list(layer.parameters())) for t in (y, expected))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled, counts = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter), []
+    for length in (35, 50, 17):
+        x, state = inputs(torch.float32, B, length)
+        y, expected = compiled(x, state), layer(x, state)
+        assert torch.allclose(y, expected, atol=1e-6)
+        ours, theirs = (torch.autograd.grad(t.sum(), list(layer.parameters())) for t in (y, expected))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
 
 
 @pytest.mark.parametrize(
@@ -216,6 +221,7 @@ def test_bad_calls():
         (TypeError, r"state is None; variant 'L2' needs a tensor \(G, 12\)", lambda: layer.gate()),
         (TypeError, r"state is a list; variant 'L2' needs a tensor", lambda: layer(x, [1.0])),
         (ValueError, r"state has shape \(3, 5\); variant 'L2' needs a tensor \(G, 12\)", lambda: layer(x, state[:, :5])),
+        (ValueError, r"gate_index is given; it needs the states", lambda: layer(x, gate_index=torch.arange(B))),
         (ValueError, r"state and gate are given", lambda: layer(x, state, gate=layer.gate(state))),
         (ValueError, r"gate has shape \(2, 4, 3\); without gate_index G must be 1 or 3", lambda: layer(x, state[:2])),
         (
