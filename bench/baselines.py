@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import fusion, rows
+from . import fusion, products, rows
 from .registry import Inputs, Problem
 
 SDPA = F.scaled_dot_product_attention
@@ -223,6 +223,8 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
     cuda = inputs.device.type == "cuda"
     if isinstance(problem, rows.Rows):
         return _rows(problem, inputs, cuda, with_compile)
+    if isinstance(problem, products.Product):
+        return _products(problem, inputs, cuda, with_compile)
     if isinstance(problem, fusion.Fusion):
         return _networks(problem, with_compile) if problem.network else _bottleneck(problem, inputs, cuda, with_compile)
     listed = [*_ours(problem, inputs, cuda)]
@@ -372,6 +374,22 @@ def _rows(problem, inputs, cuda, with_compile):
         listed.append(Candidate("layer_norm", "baseline", plain, note="torch's own gain and bias"))
     if with_compile:
         listed.append(Candidate("torch.compile", "baseline", _compiled(plain)))
+    return listed
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------------
+
+
+def _products(problem, inputs, cuda, with_compile):
+    plain = {"eager": products.function(problem.op, "eager")}
+    if problem.op == "hypergrid_linear":
+        plain["einsum over blocks"] = products.by_blocks
+    listed = [*_ours(problem, inputs, cuda)]
+    listed += [Candidate(name, "baseline", function) for name, function in plain.items()]
+    if with_compile:
+        for name, function in plain.items():
+            label, note = ("torch.compile", "") if name == "eager" else (f"{name}, compiled", "torch.compile of it")
+            listed.append(Candidate(label, "baseline", _compiled(function), note=note))
     return listed
 
 

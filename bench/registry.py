@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import fusion, rows
+from . import fusion, products, rows
 from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
 
 class Case(NamedTuple):
-    problem: Problem | fusion.Fusion | rows.Rows
+    problem: Problem | fusion.Fusion | rows.Rows | products.Product
     pass_: str  # forward: without gradients. backward: alone. step: both. -dx: the input wants a gradient too
 
     @property
@@ -103,6 +103,7 @@ def _on_gpu(problem, batch):
     return problem._replace(dtype="bfloat16", batch=batch * (problem.batch if problem.batch > 2 else 1))
 
 
+_PRODUCTS = (products.FLOOR, products.GRID_16, products.GRID_32, products.SHORT_FLOOR, products.SHORT)
 _MODALITIES = (fusion.FRAMES_32, fusion.FRAMES_8, fusion.SECONDS_4)
 
 
@@ -117,6 +118,7 @@ def _gpu_cases():
         ("forward", "step"), *(_on_gpu(p, 8) for p in (fusion.LAYER_32, fusion.LAYER_8, fusion.LAYER, fusion.MODEL))
     )
     cases += _cases(three, *(_on_gpu(p, 8) for p in (rows.NORM, rows.GELU)))
+    cases += _cases(three, *(_on_gpu(p, 8) for p in _PRODUCTS), products.GATE._replace(dtype="bfloat16"))
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
     cases += _cases(five, *(_on_gpu(p, 8) for p in (IMAGENET_SPLIT, AUDIOSET, CONV)))
     cases += _cases(three, *(_on_gpu(p, 8) for p in (BYTES, CROSS_BYTES, BIASED, MLM, SELF_FLOW, SELF_LANGUAGE)))
@@ -129,7 +131,8 @@ PRESETS = {
     "quick": _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
     + _cases(("forward", "step"), CONV, FEW_QUERIES, FEW_KEYS)
     + _cases(("forward",), BYTES, SELF_LANGUAGE)
-    + _cases(("forward", "step"), fusion.SECONDS_4._replace(batch=1), rows.NORM, rows.GELU),
+    + _cases(("forward", "step"), fusion.SECONDS_4._replace(batch=1), rows.NORM, rows.GELU)
+    + _cases(("forward",), products.SHORT_FLOOR._replace(batch=2), products.SHORT._replace(batch=2), products.GATE),
     "paper": _cases(("forward", "step", "step-dx", "backward", "backward-dx"), IMAGENET)
     + _cases(("forward", "step"), IMAGENET, dtype="bfloat16")
     + _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
@@ -142,6 +145,7 @@ PRESETS = {
     + _cases(("forward", "step", "backward"), fusion.SECONDS_4, fusion.FRAMES_8, fusion.CLS)
     + _cases(("forward", "step"), fusion.FRAMES_32, fusion.LAYER, fusion.LAYER_8, fusion.MODEL)
     + _cases(("forward", "step", "backward"), rows.NORM, rows.GELU)
+    + _cases(("forward", "step", "backward"), products.MBT, *_PRODUCTS, products.GATE)
     # Time and memory against M.
     + _cases(("forward",), *(IMAGENET._replace(name=f"keys-{m}", keys=m) for m in (1024, 4096, 16384, 65536))),
     "gpu": _gpu_cases(),

@@ -29,12 +29,12 @@ def build_facts() -> dict:
 
 
 def _slow_mkl() -> bool:
-    """Is torch's matrix product MKL's on a processor that is not Intel's, where it uses half of the vectors' width?"""
+    """Is torch's matrix product MKL's on a processor of AMD, where `ops.linear` was measured to be faster?"""
     try:
         from . import _C_info
     except ImportError:
         return False
-    return torch.backends.mkl.is_available() and _C_info.cpu_features()["vendor"] == "amd"
+    return torch.backends.mkl.is_available() and _C_info.cpu_features().get("vendor") == "amd"
 
 
 SLOW_MKL = _slow_mkl()  # looked up at import, so that a graph being traced meets a constant

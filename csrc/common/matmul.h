@@ -25,9 +25,8 @@ inline int64_t matmul_space(int64_t columns) {
 
 // C (rows x columns, row-major with c_row floats between rows) = A B + bias.
 //
-//   pack_a(to, i, rows, p, depth)     A(i + r, p + q) to a tile of kOrder, kByColumns (with stride kTileRows) or
-//   kByChunks
-//                                     (with stride kTileRows * kWidth); may write kWidth floats beyond the tile
+//   pack_a(to, i, rows, p, depth)     A(i + r, p + q) in kOrder: kByColumns with stride kTileRows, or kByChunks with
+//                                     stride kTileRows * kWidth; may write kWidth floats beyond the tile
 //   pack_b(to, p, depth, j, columns)  to[q * kPanel + l] = B(p + q, j + l), zeros up to the next multiple of kWidth
 //
 // Every element of C is summed in an order that depends on `depth` alone.

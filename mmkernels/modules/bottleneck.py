@@ -95,16 +95,20 @@ def _projections(blocks, rows, backend, first=0, last=3):
 def _finish(blocks, sources, attended, keeps, backend):
     """From the attention's outputs (B, N, D), a list that is emptied, to those of the blocks. In inference nothing outlives
     its use."""
-    branches = _linear(attended, [block.proj.weight for block in blocks], None, backend)
+    dropping = [
+        keep[0] is not None or (block.training and block.dropout > 0.0) for block, keep in zip(blocks, keeps, strict=True)
+    ]
+    biases = [block.proj.bias if drop else None for block, drop in zip(blocks, dropping, strict=True)]
+    branches = _linear(attended, [block.proj.weight for block in blocks], biases, backend)
     attended.clear()
     normed, sums = [], []
-    for block, rows, keep in zip(blocks, sources, keeps, strict=True):
-        branch = {"residual": branches.pop(0), "residual_bias": block.proj.bias}
-        if keep[0] is not None or (block.training and block.dropout):
-            branch = {"residual": block.branch(branch["residual"] + block.proj.bias, keep[0])}
-        for results, result in zip((normed, sums), _norm(block.norm2, rows, backend, **branch), strict=True):
-            results.append(result)
-    del branch
+    for block, rows, keep, drop in zip(blocks, sources, keeps, dropping, strict=True):
+        branch = block.branch(branches.pop(0), keep[0])
+        # The norm adds the bias where nothing is dropped between the two.
+        results = _norm(block.norm2, rows, backend, residual=branch, residual_bias=None if drop else block.proj.bias)
+        normed.append(results[0])
+        sums.append(results[1])
+    del branch, results
     hidden = _linear(normed, [block.fc1.weight for block in blocks], None, backend)
     normed.clear()
     for i, block in enumerate(blocks):

@@ -32,8 +32,7 @@ def test_ids_are_unique_and_passes_known(preset):
     assert len(set(ids)) == len(ids)
     assert {case.pass_ for case in cases} <= set(registry.PASSES)
     networks = {"fusion_layer", "mbt"} if preset != "quick" else set()
-    without = {"hypergrid_gate", "hypergrid_linear", "linear"}  # no case of their own yet
-    assert {case.problem.op for case in cases} == {*ops.__all__, *networks} - without
+    assert {case.problem.op for case in cases} == {*ops.__all__, *networks}
 
 
 def test_select_names_what_is_wrong():

@@ -1,5 +1,6 @@
 """HyperGrid-T5: Hugging Face's T5 as the peer without grids, generation, published sizes, masks, files, bad input."""
 
+import copy
 import json
 
 import pytest
@@ -60,6 +61,12 @@ def tiny(seed=0, **changes):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model
+
+
+def assert_same(actual, expected, units=64):
+    """Equal but for rounding, which another order of sums changes: so many units in the last place of the largest value."""
+    bound = units * torch.finfo(expected.dtype).eps * expected.abs().max()
+    assert (actual - expected).abs().max() <= bound, (actual - expected).abs().max() / bound * units
 
 
 def batch(size=3, length=9, target=20, seed=1):
@@ -305,9 +312,9 @@ def test_padding_reaches_nothing(backend):
     memory = model.encode(ids, attention_mask=mask)
     assert (memory[~mask.bool()] == 0).all() and memory[mask.bool()].abs().min(-1).values.max() > 0
     alone = model(ids[2:, 4:], labels=labels[2:])  # its padding is on the left, and so are its gates' first tokens
-    assert torch.allclose(alone.logits, first.logits[2:], atol=1e-4)
+    assert_same(alone.logits, first.logits[2:])
     alone = model(ids[1:2, :6], labels=labels[1:2])
-    assert torch.allclose(alone.logits, first.logits[1:2], atol=1e-4)
+    assert_same(alone.logits, first.logits[1:2])
 
 
 def test_an_example_of_padding_alone():
@@ -318,7 +325,8 @@ def test_an_example_of_padding_alone():
     out.loss.backward()
     assert out.logits.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
     rest = model(ids[1:], attention_mask=mask[1:], labels=labels[1:])
-    assert torch.allclose(out.loss, rest.loss) and torch.allclose(out.logits[1:], rest.logits, atol=1e-5)
+    assert_same(out.loss, rest.loss)
+    assert_same(out.logits[1:], rest.logits)
     nothing = model(ids, labels=torch.full_like(labels, -100)).loss
     assert nothing == 0
 
@@ -347,7 +355,7 @@ def test_later_targets_change_nothing_before_them():
     padded = torch.cat([torch.full((3, 2), 9), shifted], 1)  # on the left, behind a mask
     left = torch.ones_like(padded).index_fill(1, torch.tensor([0, 1]), 0)
     behind = model(ids, attention_mask=mask, decoder_input_ids=padded, decoder_attention_mask=left)
-    assert torch.allclose(behind.logits[:, 2:], whole.logits, atol=1e-5)
+    assert_same(behind.logits[:, 2:], whole.logits)
 
 
 def test_a_local_state_of_the_callers_own():
@@ -378,12 +386,15 @@ def test_backends_agree_and_every_parameter_has_a_gradient():
 def test_low_precision(dtype):
     model = tiny()
     ids, mask, labels = batch()
-    exact = model(ids, attention_mask=mask, labels=labels)
+    exact = copy.deepcopy(model).double()(ids, attention_mask=mask, labels=labels)
+    plain = set_backend(copy.deepcopy(model), "eager")
     with torch.autocast("cpu", dtype):
-        mixed = model(ids, attention_mask=mask, labels=labels)
-    assert mixed.loss.dtype == torch.float32 and torch.allclose(mixed.loss, exact.loss, rtol=0.05)
-    out = model.to(dtype)(ids, attention_mask=mask, labels=labels)
-    assert out.logits.dtype == dtype and torch.allclose(out.loss, exact.loss, rtol=0.05)
+        mixed, eager = (m(ids, attention_mask=mask, labels=labels) for m in (model, plain))
+    assert mixed.loss.dtype == torch.float32
+    assert_within_budget(mixed.logits, exact.logits, eager.logits, "logits under autocast")
+    out, eager = (m.to(dtype)(ids, attention_mask=mask, labels=labels) for m in (model, plain))
+    assert out.logits.dtype == dtype and out.loss.isfinite()
+    assert_within_budget(out.logits, exact.logits, eager.logits, f"logits in {dtype}")
     out.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert model.generate(ids, max_new_tokens=3, num_beams=2).shape[0] == 3
@@ -436,9 +447,9 @@ def test_compiles_into_one_graph():
     ids, mask, labels = batch(target=5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     actual, expected = (m(ids, attention_mask=mask, labels=labels).loss for m in (compiled, model))
-    assert torch.allclose(actual, expected, atol=1e-5)
-    pairs = zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (actual, expected)), strict=True)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+    assert_same(actual, expected)
+    for pair in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (actual, expected)), strict=True):
+        assert_same(*pair)
 
 
 # --- Files -------------------------------------------------------------------------------------------------------------------
@@ -450,7 +461,7 @@ def test_saved_and_loaded(tmp_path):
     loaded = models.load(tmp_path, backend="eager").eval()
     assert loaded.config.grid == (5, 3) and loaded.config.variant == "LG"
     ids, mask, labels = batch()
-    assert torch.allclose(loaded(ids, labels=labels).logits, model(ids, labels=labels).logits, atol=1e-4)
+    assert_same(loaded(ids, labels=labels).logits, model(ids, labels=labels).logits)
     with pytest.raises(models.InputError, match=r"unknown"):
         models.load(tmp_path, grid=None)
 
@@ -486,7 +497,7 @@ def test_grids_beside_a_model():
             if isinstance(module, HyperGridLinear):
                 module.hypergrid.L_r.zero_()
                 module.weight.div_(1.5)
-    assert torch.allclose(model(ids, labels=labels).logits, before, atol=1e-4)
+    assert_same(model(ids, labels=labels).logits, before)
     with pytest.raises(ValueError, match=r"model has grids of \(5, 3\); it must be a T5 without"):
         hypergrid_t5.add_grids(model, (5, 3))
 

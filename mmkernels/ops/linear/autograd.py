@@ -42,6 +42,8 @@ class _Linear(torch.autograd.Function):
         places = [ctx.layers[i : i + 3] for i, d in zip(range(0, len(ctx.layers), 3), dout, strict=True) if d is not None]
         given = [d for d in dout if d is not None]
         gradients = [None] * len(tensors)
+        if not given:
+            return (None, *gradients)
 
         def add(place, gradient):
             gradients[place] = gradient if gradients[place] is None else gradients[place] + gradient
