@@ -39,9 +39,27 @@ struct Gemm {
 
 enum class Order { kByRows, kByColumns, kByChunks };  // of A's elements
 
-template <int kRows, int kVecs, Order kOrder>
+// What becomes of a tile's sums: C, or something to add to it.
+struct Add {
+  float* __restrict c;
+  int64_t c_row;
+  bool accumulate;
+
+  template <int kRows, int kVecs>
+  __attribute__((always_inline)) inline void operator()(const Vec (&acc)[kRows][kVecs]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        float* to = c + i * c_row + v * kWidth;
+        store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
+      }
+  }
+};
+
+template <int kRows, int kVecs, Order kOrder, class Finish>
 static void micro_kernel(const float* __restrict a, int64_t a_stride, const float* __restrict b, int64_t b_row,
-                         float* __restrict c, int64_t c_row, int64_t depth, bool accumulate) {
+                         int64_t depth, const Finish& finish) {
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -69,22 +87,16 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
     }
     if constexpr (kOrder == Order::kByChunks) a = next;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      float* to = c + i * c_row + v * kWidth;
-      store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
-    }
+  finish(acc);
 }
 
-template <int kVecs, Order kOrder, int kRows = kTileRows>
-static void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_row, float* c,
-                            int64_t c_row, int64_t depth, bool accumulate) {
+template <int kVecs, Order kOrder, class Finish, int kRows = kTileRows>
+static void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_row,
+                            int64_t depth, const Finish& finish) {
   if (rows == kRows)
-    micro_kernel<kRows, kVecs, kOrder>(a, a_stride, b, b_row, c, c_row, depth, accumulate);
+    micro_kernel<kRows, kVecs, kOrder>(a, a_stride, b, b_row, depth, finish);
   else if constexpr (kRows > 1)
-    micro_kernel_of<kVecs, kOrder, kRows - 1>(rows, a, a_stride, b, b_row, c, c_row, depth, accumulate);
+    micro_kernel_of<kVecs, kOrder, Finish, kRows - 1>(rows, a, a_stride, b, b_row, depth, finish);
 }
 
 template <bool kTransposed>  // A by its columns
@@ -101,8 +113,8 @@ static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bo
         const float* a = g.a + (kTransposed ? p * g.a_stride + i : i * g.a_stride + p);
         float* c = g.c + j / kPanel * g.c_panel + i * g.c_row;
         constexpr Order kOrder = kTransposed ? Order::kByColumns : Order::kByRows;
-        const auto kernel = wide ? micro_kernel_of<2, kOrder> : micro_kernel_of<1, kOrder>;
-        kernel(next - i, a, g.a_stride, b, g.b_row, c, g.c_row, length, accumulate || stretch > 0);
+        const auto kernel = wide ? micro_kernel_of<2, kOrder, Add> : micro_kernel_of<1, kOrder, Add>;
+        kernel(next - i, a, g.a_stride, b, g.b_row, length, Add{c, g.c_row, accumulate || stretch > 0});
       }
     }
   }

@@ -1,5 +1,5 @@
 // C = A B in float32 for operands of any layout and dtype, packed block by block: what a library's GEMM does, with the
-// packing in the caller's hands, who may scale or gather on the way.
+// packing in the caller's hands, who may scale or gather on the way, and so the sums of every tile.
 #pragma once
 #include <algorithm>
 
@@ -18,52 +18,84 @@ inline int64_t even_length(int64_t whole, int64_t most) {
   return round_up(ceil_div(whole, std::max<int64_t>(ceil_div(whole, most), 1)), kWidth) + (whole == 0);
 }
 
-// Floats of scratch memory for a product with so many columns.
-inline int64_t matmul_space(int64_t columns) {
-  return kBlockDepth * (round_up(columns, kPanel) + kBlockRows) + kWidth + kTileRows * kPanel;
+// C's size, and into what its sums are cut: no stretch that the micro kernel adds up crosses a multiple of `piece`,
+// which divides `depth`.
+struct Extent {
+  int64_t rows, columns, depth, piece;
+};
+
+// Floats of scratch memory.
+inline int64_t matmul_space(const Extent& e) {
+  const int64_t padding = e.piece % kWidth == 0 ? 1 : 2;  // pieces of 8 and more are padded
+  return kBlockDepth * (round_up(e.columns, kPanel) + padding * kBlockRows) + kWidth + kTileRows * kPanel;
 }
 
-// C (rows x columns, row-major with c_row floats between rows) = A B + bias.
+// A tile of C, when a stretch of its sums is there.
+struct Place {
+  int64_t row, column, depth;  // where tile and stretch begin
+  float* c;                    // columns up to the next multiple of kWidth may be read and written
+  int64_t c_row;
+  bool accumulate;  // or it is the first of the sums
+};
+
+// C (rows x columns, row-major with c_row floats between rows) = A B + bias, or C += A B with `accumulate`.
 //
 //   pack_a(to, i, rows, p, depth)     A(i + r, p + q) in kOrder: kByColumns with stride kTileRows, or kByChunks with
 //                                     stride kTileRows * kWidth; may write kWidth floats beyond the tile
 //   pack_b(to, p, depth, j, columns)  to[q * kPanel + l] = B(p + q, j + l), zeros up to the next multiple of kWidth
+//   finish_of(place)                  what is called with the sums of a stretch
 //
-// Every element of C is summed in an order that depends on `depth` alone.
-template <Order kOrder, class PackA, class PackB>
-void matmul(int64_t rows, int64_t columns, int64_t depth, const PackA& pack_a, const PackB& pack_b, float* c,
-            int64_t c_row, const float* bias, float* space) {
+// Every element of C is summed in an order that depends on `depth` and `piece` alone. C may be null where finish does
+// not touch it.
+template <Order kOrder, class PackA, class PackB, class FinishOf>
+void matmul(const Extent& e, const PackA& pack_a, const PackB& pack_b, const FinishOf& finish_of, float* c,
+            int64_t c_row, const float* bias, bool accumulate, float* space) {
   float* const panels = space;
-  float* const tiles = panels + kBlockDepth * round_up(columns, kPanel);
-  float* const edge = tiles + kBlockDepth * kBlockRows + kWidth;
+  float* const edge = panels + kBlockDepth * round_up(e.columns, kPanel);
+  float* const tiles = edge + kTileRows * kPanel;
   constexpr int64_t kAStride = kOrder == Order::kByColumns ? kTileRows : kTileRows * kWidth;
-  const int64_t chunk_length = even_length(depth, kBlockDepth);
-  for (int64_t p = 0; p == 0 || p < depth; p += chunk_length) {
-    const int64_t length = std::min(chunk_length, depth - p), tile_length = round_up(length, kWidth);
-    const int64_t stretch = even_length(length, kStretch);
-    const bool last = p + length == depth;
-    for (int64_t j = 0; j < columns; j += kPanel)
-      pack_b(panels + j * length, p, length, j, std::min<int64_t>(kPanel, columns - j));
-    for (int64_t block = 0; block < rows; block += kBlockRows) {
-      const int64_t end = std::min(block + kBlockRows, rows);
-      for (int64_t i = block; i < end; i += kTileRows)
-        pack_a(tiles + (i - block) * tile_length, i, std::min<int64_t>(kTileRows, end - i), p, length);
-      for (int64_t j = 0; j < columns; j += kPanel) {
-        const int64_t width = std::min<int64_t>(kPanel, columns - j);
-        const bool whole = width % kWidth == 0;
+  const int64_t pieces = e.depth / std::max<int64_t>(e.piece, 1);
+  const int64_t chunk_length = e.piece > kBlockDepth
+                                   ? even_length(e.piece, kBlockDepth)
+                                   : e.piece * ceil_div(pieces, ceil_div(std::max<int64_t>(pieces, 1),
+                                                                         kBlockDepth / std::max<int64_t>(e.piece, 1)));
+  for (int64_t p = 0, length; p == 0 || p < e.depth; p += std::max<int64_t>(length, 1)) {
+    length = std::min(chunk_length, e.depth - p);
+    if (e.piece > kBlockDepth) length = std::min(length, e.piece - p % e.piece);
+    const int64_t part = std::min(length, e.piece);  // what of a piece is in the chunk
+    const int64_t padded = kOrder == Order::kByChunks ? round_up(part, kWidth) : part;
+    const int64_t tile_length = part == 0 ? 0 : length / part * padded, stretch = even_length(part, kStretch);
+    const bool last = p + length == e.depth;
+    for (int64_t j = 0; j < e.columns; j += kPanel)
+      pack_b(panels + j * length, p, length, j, std::min<int64_t>(kPanel, e.columns - j));
+    for (int64_t block = 0; block < e.rows; block += kBlockRows) {
+      const int64_t end = std::min(block + kBlockRows, e.rows);
+      for (int64_t i = block; i < end; i += kTileRows) {
+        float* to = tiles + (i - block) * tile_length;
+        for (int64_t s = 0; s == 0 || s < length; s += std::max<int64_t>(part, 1), to += padded * kTileRows)
+          pack_a(to, i, std::min<int64_t>(kTileRows, end - i), p + s, part);
+      }
+      for (int64_t j = 0; j < e.columns; j += kPanel) {
+        const int64_t width = std::min<int64_t>(kPanel, e.columns - j);
+        const bool whole = width % kWidth == 0 || c == nullptr;
         for (int64_t i = block; i < end; i += kTileRows) {
           const int64_t height = std::min<int64_t>(kTileRows, end - i);
-          float* const home = c + i * c_row + j;
+          float* const home = c == nullptr ? nullptr : c + i * c_row + j;
           float* const to = whole ? home : edge;
           const int64_t to_row = whole ? c_row : kPanel;
-          if (!whole && p > 0) load_tile(edge, kPanel, home, c_row, 1, height, width, 1.0f);
-          const float* const a = tiles + (i - block) * tile_length;
+          if (!whole && (p > 0 || accumulate)) load_tile(edge, kPanel, home, c_row, 1, height, width, 1.0f);
+          const float* a = tiles + (i - block) * tile_length;
           const float* const b = panels + j * length;
-          const auto kernel = width > kWidth ? micro_kernel_of<2, kOrder> : micro_kernel_of<1, kOrder>;
-          for (int64_t q = 0; q < length; q += stretch)
-            kernel(height, a + q * kTileRows, kAStride, b + q * kPanel, kPanel, to, to_row,
-                   std::min(stretch, length - q), p > 0 || q > 0);
-          if (length == 0)
+          for (int64_t s = 0; s < length; s += part, a += padded * kTileRows)
+            for (int64_t q = 0; q < part; q += stretch) {
+              const auto finish = finish_of(Place{i, j, p + s + q, to, to_row, accumulate || p + s + q > 0});
+              using Finish = std::decay_t<decltype(finish)>;
+              const auto kernel =
+                  width > kWidth ? micro_kernel_of<2, kOrder, Finish> : micro_kernel_of<1, kOrder, Finish>;
+              kernel(height, a + q * kTileRows, kAStride, b + (s + q) * kPanel, kPanel, std::min(stretch, part - q),
+                     finish);
+            }
+          if (length == 0 && !accumulate)
             for (int64_t r = 0; r < height; ++r) std::fill_n(to + r * to_row, width, 0.0f);
           if (last && bias != nullptr)
             for (int64_t r = 0; r < height; ++r)
@@ -73,6 +105,14 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, const PackA& pack_a, c
       }
     }
   }
+}
+
+// C = A B + bias.
+template <Order kOrder, class PackA, class PackB>
+void matmul(const Extent& e, const PackA& pack_a, const PackB& pack_b, float* c, int64_t c_row, const float* bias,
+            float* space) {
+  const auto add = [](const Place& to) { return Add{to.c, to.c_row, to.accumulate}; };
+  matmul<kOrder>(e, pack_a, pack_b, add, c, c_row, bias, false, space);
 }
 
 }  // namespace mmk::MMK_ISA

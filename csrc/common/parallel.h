@@ -26,4 +26,24 @@ void for_parts(int64_t parts, int64_t threads, const F& f) {
     torch::stable::parallel_for(0, std::min(threads, parts), 1, work);
 }
 
+// What to cut a product of so many rows and columns into: several parts for a thread where there is enough, so that one
+// that is slowed down does not hold up the others. The columns are cut first: A is copied for every part of them, B,
+// which often has to be transposed, for every one of the rows.
+struct ProductCut {
+  int64_t rows, columns;
+
+  ProductCut(int64_t whole_rows, int64_t whole_columns, int64_t most_columns, int64_t threads) {
+    int64_t by_row = ceil_div(whole_rows, 2048), by_column = ceil_div(whole_columns, most_columns);
+    while (by_row * by_column < 4 * threads) {
+      if (whole_columns / (by_column + 1) >= 192)
+        ++by_column;
+      else if (whole_rows / (by_row + 1) >= 384)
+        ++by_row;
+      else
+        break;
+    }
+    rows = round_up(ceil_div(whole_rows, by_row), 12), columns = round_up(ceil_div(whole_columns, by_column), 32);
+  }
+};
+
 }  // namespace mmk

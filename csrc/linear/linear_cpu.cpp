@@ -60,20 +60,8 @@ class Products {
   }
 
  private:
-  // Several parts for a thread where there is enough, so that one that is slowed down does not hold up the others. The
-  // columns are cut first: A is copied for every part of them, B, which a forward has to transpose, for every one of
-  // the rows.
   static void cut(const Product& m, int64_t threads, std::vector<Product>& parts) {
-    int64_t by_row = ceil_div(m.rows, 2048), by_column = ceil_div(m.columns, 768);
-    while (by_row * by_column < 4 * threads) {
-      if (m.columns / (by_column + 1) >= 192)
-        ++by_column;
-      else if (m.rows / (by_row + 1) >= 384)
-        ++by_row;
-      else
-        break;
-    }
-    const int64_t rows = round_up(ceil_div(m.rows, by_row), 12), columns = round_up(ceil_div(m.columns, by_column), 32);
+    const auto [rows, columns] = ProductCut(m.rows, m.columns, 768, threads);
     for (int64_t j = 0; j < m.columns; j += columns)
       for (int64_t i = 0; i < m.rows; i += rows) {
         Product part = m;

@@ -7,12 +7,13 @@ namespace {
 
 // 16-bit results are summed in float32 first.
 int64_t space(int64_t rows, int64_t columns) {
-  return matmul_space(columns) + round_up(columns, kWidth) + rows * columns;
+  return matmul_space({rows, columns, kWidth, kWidth}) + round_up(columns, kWidth) + rows * columns;
 }
 
 void multiply(const Product& m, float* space) {
   const bool wide = m.c.dtype == DType::kFloat32;
-  float* const bias = space + matmul_space(m.columns);
+  const Extent extent{m.rows, m.columns, m.depth, m.depth};  // one piece: only its last vector is padded
+  float* const bias = space + matmul_space({m.rows, m.columns, kWidth, kWidth});
   float* const results = bias + round_up(m.columns, kWidth);
   if (m.bias.data != nullptr) load_tile(bias, m.columns, m.bias.data, m.bias.dtype, 0, m.bias.stride[3], 1, m.columns);
   const auto by_columns = [&](float* to, int64_t i, int64_t rows, int64_t p, int64_t depth) {
@@ -39,9 +40,9 @@ void multiply(const Product& m, float* space) {
   const int64_t c_row = wide ? m.c.stride[2] : m.columns;
   const float* const added = m.bias.data == nullptr ? nullptr : bias;
   if (m.a.stride[3] == 1 && m.a_sums == nullptr)
-    matmul<Order::kByChunks>(m.rows, m.columns, m.depth, by_chunks, pack_b, c, c_row, added, space);
+    matmul<Order::kByChunks>(extent, by_chunks, pack_b, c, c_row, added, space);
   else
-    matmul<Order::kByColumns>(m.rows, m.columns, m.depth, by_columns, pack_b, c, c_row, added, space);
+    matmul<Order::kByColumns>(extent, by_columns, pack_b, c, c_row, added, space);
   if (!wide) store_tile(m.c.data, m.c.dtype, m.c.stride[2], 1, c, c_row, m.rows, m.columns);
 }
 

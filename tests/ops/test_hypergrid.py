@@ -9,27 +9,9 @@ import mmkernels
 from mmkernels import ops, testing
 from mmkernels.ops._shared import kernels as shared_kernels
 from mmkernels.ops._shared.registration import forward_backward
-from mmkernels.ops.hypergrid import api
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 linear, eager = ops.hypergrid_linear, testing.eager_hypergrid_linear
-
-
-@pytest.fixture
-def backend(backend):
-    if backend == "cpp" and not api._ON_CPU["hypergrid_linear"]:
-        pytest.skip("the cpu library has no kernel of it")
-    return backend
-
-
-@pytest.fixture
-def gate_backend(request, on):
-    if request.param == "cpp" and not api._ON_CPU["hypergrid_gate"]:
-        pytest.skip("the cpu library has no kernel of it")
-    return on(request.param)
-
-
-each_gate_backend = pytest.mark.parametrize("gate_backend", ["cpp", "triton", "cuda"], indirect=True)
 
 
 def make(generator, x, out, grid, dtype=torch.float32, *, index="", gate_dtype=None):
@@ -322,23 +304,21 @@ def test_wgmma_and_tma(on, generator, monkeypatch, problem, copies, seed, dtype)
 # --- The gate ---------------------------------------------------------------------------------------------------------------
 
 
-@each_gate_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(4, 7, 4, 5), (1, 7, 4, 70), (4, 100, 1, 5), (1, 3, 1, 1)], ids=str)
-def test_the_gate_matches_float64(gate_backend, generator, sizes, dtype):
+def test_the_gate_matches_float64(backend, generator, sizes, dtype):
     row, column = torch.randn(sizes[:2], generator=generator), torch.randn(sizes[2:], generator=generator)
     grad = torch.randn(max(sizes[0], sizes[2]), sizes[1], sizes[3], generator=generator)
     pair = ops.hypergrid_gate, testing.eager_hypergrid_gate
     tensors = {"row": row.to(dtype), "column": column.to(dtype)}
-    testing.check_op(*pair, tensors, tuple(tensors), gate_backend, grad)
+    testing.check_op(*pair, tensors, tuple(tensors), backend, grad)
     moved = {n: t.mT.contiguous().mT for n, t in tensors.items()}
-    testing.check_op(*pair, moved, tuple(tensors), gate_backend)  # an incoming gradient of stride 0
+    testing.check_op(*pair, moved, tuple(tensors), backend)  # an incoming gradient of stride 0
 
 
-@each_gate_backend
-def test_no_gates(gate_backend):
+def test_no_gates(backend):
     row, column = torch.ones(1, 3, requires_grad=True), torch.ones(0, 2, requires_grad=True)
-    out = ops.hypergrid_gate(row, column, backend=gate_backend)
+    out = ops.hypergrid_gate(row, column, backend=backend)
     assert out.shape == (0, 3, 2)
     gradients = torch.autograd.grad(out.sum(), (row, column))
     assert not gradients[0].any() and gradients[1].shape == (0, 2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ... import _backends, _library
+from ... import _backends
 from .._shared import dropout
 from .._shared.arguments import autocast_dtype, check_dense, check_number, check_tensor
 from . import autograd, reference
@@ -96,7 +96,7 @@ def hypergrid_gate(row, column, *, backend="auto"):
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
     _check_factors(row, column)
-    name = _backends.choose("hypergrid_gate", backend, ORDER, lambda name: _refusals(name, row, "hypergrid_gate"))
+    name = _backends.choose("hypergrid_gate", backend, ORDER, lambda name: _refusals(name, row))
     if name == "reference":
         return reference.hypergrid_gate(row, column)
     return autograd.hypergrid_gate(name, row, column)
@@ -130,7 +130,7 @@ def explain_hypergrid_gate(row, column, *, backend="auto"):
     _check_factors(row, column)
 
     def refusals(name):
-        return _refusals(name, row, "hypergrid_gate")
+        return _refusals(name, row)
 
     name = _backends.choose("hypergrid_gate", backend, ORDER, refusals)
     return _backends.Explanation("hypergrid_gate", name, "", {n: refusals(n) for n in _backends.NAMES})
@@ -153,20 +153,10 @@ def _order(x, weight, gate, index):
     return _backends.preference(x.dtype)
 
 
-def _has_cpu_kernel(op: str) -> bool:
-    return _library.load("cpu").loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"mmkernels::{op}", "CPU")
-
-
-# Looked up at import, so that a graph being traced meets constants.
-_ON_CPU = {op: _has_cpu_kernel(f"{name}_fwd") for op, name in (("hypergrid_linear", "hypergrid"), ("hypergrid_gate",) * 2)}
-
-
-def _refusals(name, x, op="hypergrid_linear"):
+def _refusals(name, x):
     reasons = _backends.platform_refusals(name, x.device, x.dtype)
     if name == "sdpa":
         reasons.append("it is an attention")
-    elif name == "cpp" and not reasons and not _ON_CPU[op]:
-        reasons.append("the cpu library has no kernel of it")
     return reasons
 
 
