@@ -49,8 +49,9 @@ Strided from(const Strided& s, int64_t row, int64_t column) {
   return part;
 }
 
-// Up to so many rows take the weight as it lies: copying it costs as much as 32 rows of products do.
-constexpr int64_t kFewRows = 48;
+// Up to so many rows take the weight as it lies: turning it in a copy costs as much as 32 rows of products do, and with
+// a gate for every row the sums of pieces cost more than they do for many rows.
+constexpr int64_t kFewRows = 128;
 
 // The arguments that forward and backward share, checked.
 struct Call {

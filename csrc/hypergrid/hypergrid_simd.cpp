@@ -206,18 +206,20 @@ void product(const GridProduct& m, float* space) {
 
 constexpr int64_t kFewColumns = 32;  // of the weight, at a time
 
+// Rows of a power of two would compete for one cache set.
+int64_t few_row(const GridProduct& m) { return round_up(m.depth, kWidth) + 16; }
+
 int64_t few_rows_space(const GridProduct& m) {
-  const int64_t depth = round_up(m.depth, kWidth);
-  return (2 * m.rows + kFewColumns) * depth + m.rows * (kFewColumns + kWidth);
+  return (2 * m.rows + kFewColumns) * few_row(m) + m.rows * (kFewColumns + kWidth);
 }
 
 void few_rows(const GridProduct& m, float* space) {
   const Factors& f = m.factors;
-  const int64_t depth = round_up(m.depth, kWidth), result_row = kFewColumns + kWidth;
-  float *const a = space, *const scaled = a + m.rows * depth, *const weight = scaled + m.rows * depth,
-               *const results = weight + kFewColumns * depth;
-  load_tile(a, depth, m.a.data, m.a.dtype, m.a.stride[2], m.a.stride[3], m.rows, m.depth);
-  for (int64_t i = 0; i < m.rows; ++i) activate(m.activation, a + i * depth, m.first_row + i, 0, m.depth);
+  const int64_t row = few_row(m), depth = round_up(m.depth, kWidth), result_row = kFewColumns + kWidth;
+  float *const a = space, *const scaled = a + m.rows * row, *const weight = scaled + m.rows * row,
+               *const results = weight + kFewColumns * row;
+  load_tile(a, row, m.a.data, m.a.dtype, m.a.stride[2], m.a.stride[3], m.rows, m.depth);
+  for (int64_t i = 0; i < m.rows; ++i) activate(m.activation, a + i * row, m.first_row + i, 0, m.depth);
   const bool dense = m.b.dtype == DType::kFloat32 && m.b.stride[2] == 1 && m.depth % kWidth == 0;
   int64_t block = -1;
   for (int64_t j = 0, end; j < m.columns; j = end) {
@@ -228,17 +230,16 @@ void few_rows(const GridProduct& m, float* space) {
         const float* const from = f.data + m.gates[i] * f.stride + gate;
         for (int64_t p = 0; p < m.depth; p += f.piece) {
           const float factor = from[p / f.piece * f.row];
-          const float* const x = a + i * depth + p;
-          float* const to = scaled + i * depth + p;
+          const float* const x = a + i * row + p;
+          float* const to = scaled + i * row + p;
           for (int64_t q = 0; q < f.piece; ++q) to[q] = x[q] * factor;
         }
-        std::fill(scaled + i * depth + m.depth, scaled + (i + 1) * depth, 0.0f);
+        std::fill(scaled + i * row + m.depth, scaled + i * row + depth, 0.0f);
       }
     block = gate;
     const float* rows = reinterpret_cast<const float*>(m.b.at(0, 0, 0, j));
-    if (!dense) load_tile(weight, depth, m.b.at(0, 0, 0, j), m.b.dtype, m.b.stride[3], m.b.stride[2], end - j, m.depth);
-    dots(scaled, depth, m.rows, dense ? rows : weight, dense ? m.b.stride[3] : depth, end - j, results, result_row,
-         depth);
+    if (!dense) load_tile(weight, row, m.b.at(0, 0, 0, j), m.b.dtype, m.b.stride[3], m.b.stride[2], end - j, m.depth);
+    dots(scaled, row, m.rows, dense ? rows : weight, dense ? m.b.stride[3] : row, end - j, results, result_row, depth);
     if (m.bias.data != nullptr) {
       float bias[kFewColumns + kWidth];
       load_tile(bias, kFewColumns, m.bias.at(0, 0, 0, j), m.bias.dtype, 0, m.bias.stride[3], 1, end - j);
