@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.models.t5 import modeling_t5
 
-from mmkernels import _library, models, ops
+from mmkernels import _library, models
 from mmkernels.models import hypergrid_t5, official
 from mmkernels.models.hypergrid_t5 import CONFIGS, HyperGridT5, HyperGridT5Config
 from mmkernels.modules import HyperGridLinear, set_backend
