@@ -17,6 +17,9 @@ static void dots_of(const float* a, int64_t a_row, const float* b, int64_t b_row
     Vec acc[kWidth];
 #pragma GCC unroll 16
     for (int l = 0; l < kWidth; ++l) acc[l] = Vec{};
+    // Short rows apart from each other are not what processors fetch ahead by themselves.
+    for (int l = 0; depth <= 128 && l < kColumns; ++l)
+      for (int64_t p = 0; p < depth; p += 16) __builtin_prefetch(from[l] + 16 * b_row + p);
     for (int64_t p = 0; p < depth; p += kWidth) {
       Vec rows[kRows];
 #pragma GCC unroll 4
