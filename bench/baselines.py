@@ -6,6 +6,7 @@ like the op. Each list is complete for a problem on a device: what cannot run th
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import fusion, products, rows
+from . import fusion, launches, products, rows, text
 from .registry import Inputs, Problem
 
 SDPA = F.scaled_dot_product_attention
@@ -25,11 +26,23 @@ SDPA = F.scaled_dot_product_attention
 
 class Candidate(NamedTuple):
     name: str
-    kind: str  # "mmkernels" or "baseline"
+    kind: str  # "mmkernels", "baseline", or "floor": less work, so that its time is what the others can hope for
     function: Callable
     reason: str = ""  # why it cannot run here; empty when it can
     note: str = ""  # what it does differently
     forward_only: str = ""  # why it has no backward here; empty when it has
+    without: tuple = ()  # of a floor: arguments that it does not take, by parts of their names
+    solves: tuple | None = None  # of a floor: the problem whose result is right for it
+
+    def given(self, inputs: Inputs, names: tuple) -> tuple:
+        """(inputs, names): the arguments that it takes, and those of them whose gradients are wanted."""
+        if not self.without:
+            return inputs, names
+        tensors = {n: t for n, t in inputs.tensors.items() if not self._lacks(n)}
+        return inputs._replace(tensors=tensors), tuple(n for n in names if not self._lacks(n))
+
+    def _lacks(self, name):
+        return any(part in name for part in self.without)
 
 
 # --- Attention kernels, with the arguments of `eager_attention` -------------------------------------------------------
@@ -221,10 +234,14 @@ def _compiled(function):
 def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> list:
     """Every candidate for a problem, ours first; `reason` says why one cannot run here."""
     cuda = inputs.device.type == "cuda"
+    if with_compile:
+        launches.name_fused_loops()
     if isinstance(problem, rows.Rows):
         return _rows(problem, inputs, cuda, with_compile)
     if isinstance(problem, products.Product):
         return _products(problem, inputs, cuda, with_compile)
+    if isinstance(problem, text.Text):
+        return _texts(problem, with_compile)
     if isinstance(problem, fusion.Fusion):
         return _networks(problem, with_compile) if problem.network else _bottleneck(problem, inputs, cuda, with_compile)
     listed = [*_ours(problem, inputs, cuda)]
@@ -386,10 +403,35 @@ def _products(problem, inputs, cuda, with_compile):
         plain["einsum over blocks"] = products.by_blocks
     listed = [*_ours(problem, inputs, cuda)]
     listed += [Candidate(name, "baseline", function) for name, function in plain.items()]
+    if problem.op == "hypergrid_linear":
+        floor = problem._replace(op="linear", grid=())
+        listed.append(Candidate("linear, ungated", "floor", products.ungated, without=("gate",), solves=floor))
     if with_compile:
         for name, function in plain.items():
             label, note = ("torch.compile", "") if name == "eager" else (f"{name}, compiled", "torch.compile of it")
             listed.append(Candidate(label, "baseline", _compiled(function), note=note))
+    return listed
+
+
+# --- Text-to-text -----------------------------------------------------------------------------------------------------------
+
+
+def _texts(problem, with_compile):
+    """A T5, its plain twin and Hugging Face's; one with grids has both of those without as its floor."""
+    listed = [Candidate("mmkernels", "mmkernels", text.function(problem, "auto"))]
+    listed.append(Candidate("eager", "baseline", text.function(problem, "eager")))
+    if with_compile and not problem.beams:
+        listed.append(Candidate("torch.compile", "baseline", text.function(problem, "eager", compiler=_compiled)))
+        function = text.function(problem, "auto", compiler=_compiled)
+        listed.append(Candidate("mmkernels compiled", "mmkernels", function, note="torch.compile of the fused one"))
+    missing = "" if importlib.util.find_spec("transformers") else "transformers is not installed"
+    plain = problem._replace(grid=())
+    hugging_face = text.function(plain, "transformers")
+    if not problem.grid:
+        return [*listed, Candidate("transformers", "baseline", hugging_face, missing)]
+    floor = {"without": (text.GRIDS,), "solves": plain}
+    listed.append(Candidate("mmkernels, no grids", "floor", text.function(plain, "auto"), **floor))
+    listed.append(Candidate("transformers, no grids", "floor", hugging_face, missing, **floor))
     return listed
 
 

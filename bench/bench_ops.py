@@ -51,8 +51,9 @@ def test_op(case, name, benchmark, prepared):
     candidate = listed.get(name)
     if candidate is None or candidate.reason:
         pytest.skip(candidate.reason if candidate else f"{name} is no candidate at this size")
+    inputs, names = candidate.given(inputs, names)
     with baselines.quiet():
-        errors = verify.check(candidate, verify.run(candidate, inputs, names), exact, plain)
+        errors = verify.errors(case.problem, candidate, inputs, names, verify.run(candidate, inputs, names), exact, plain)
         timer = run.Timer(candidate.function, inputs, case.pass_, names, lambda: None)
         benchmark.group = case.id
         benchmark.pedantic(timer.measure, rounds=5, warmup_rounds=1)

@@ -62,7 +62,8 @@ def _child(sender, case, candidate_name, seed, threads):
     with baselines.quiet():
         inputs = make_inputs(case.problem, torch.device("cpu"), seed)
         candidate = next(c for c in baselines.candidates(case.problem, inputs) if c.name == candidate_name)
-        timer = run.Timer(candidate.function, inputs, case.pass_, wanted(case.problem, case.pass_), None)
+        inputs, names = candidate.given(inputs, wanted(case.problem, case.pass_))
+        timer = run.Timer(candidate.function, inputs, case.pass_, names, None)
         call = timer.forward if case.pass_ == "forward" else timer.step
         call()  # thread pools, compilers and buffers that are made once
         gc.collect()

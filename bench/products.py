@@ -75,6 +75,9 @@ def _gated(name, batch, length, grid):
 
 GRID_16, GRID_32 = _gated("t5-base-16x16", 4, 512, (16, 16)), _gated("t5-base-32x32", 4, 512, (32, 32))
 SHORT = _gated("t5-base-short-32x32", 16, 128, (32, 32))
+LARGE = GRID_32._replace(name="t5-large-32x32", channels=4096, outputs=1024)
+# A step of decoding: every row has a gate of its own.
+DECODE, DECODE_LARGE = (p._replace(name=f"{p.name}-decode", batch=1, length=1) for p in (GRID_32, LARGE))
 FLOOR, SHORT_FLOOR = (p._replace(op="linear", name=n, grid=()) for p, n in ((GRID_16, "t5-base"), (SHORT, "t5-base-short")))
 MBT = Product("linear", "mbt-4-seconds", 2, 790, 768, 3072)
 GATE = Product("hypergrid_gate", "t5-base-32x32", 128, 1, 3072, 768, (32, 32))
@@ -88,6 +91,11 @@ def by_blocks(x, weight, gate):
     rows, columns = gate.shape[1:]
     blocks = torch.unflatten(torch.unflatten(weight, 1, (rows, -1)), 0, (columns, -1))
     return torch.einsum("btrk,cnrk,brc->btcn", torch.unflatten(x, 2, (rows, -1)), blocks, gate).flatten(2)
+
+
+def ungated(x, weight):
+    """The floor of a gated product: the same without the gate. (torch's own has no argument names.)"""
+    return torch.nn.functional.linear(x, weight)
 
 
 PLAIN = {

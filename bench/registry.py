@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import fusion, products, rows
+from . import fusion, products, rows, text
 from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
 
 class Case(NamedTuple):
-    problem: Problem | fusion.Fusion | rows.Rows | products.Product
+    problem: Problem | fusion.Fusion | rows.Rows | products.Product | text.Text
     pass_: str  # forward: without gradients. backward: alone. step: both. -dx: the input wants a gradient too
 
     @property
@@ -104,6 +104,7 @@ def _on_gpu(problem, batch):
 
 
 _PRODUCTS = (products.FLOOR, products.GRID_16, products.GRID_32, products.SHORT_FLOOR, products.SHORT)
+_DECODE = (products.DECODE, products.DECODE_LARGE)
 _MODALITIES = (fusion.FRAMES_32, fusion.FRAMES_8, fusion.SECONDS_4)
 
 
@@ -118,7 +119,11 @@ def _gpu_cases():
         ("forward", "step"), *(_on_gpu(p, 8) for p in (fusion.LAYER_32, fusion.LAYER_8, fusion.LAYER, fusion.MODEL))
     )
     cases += _cases(three, *(_on_gpu(p, 8) for p in (rows.NORM, rows.GELU)))
-    cases += _cases(three, *(_on_gpu(p, 8) for p in _PRODUCTS), products.GATE._replace(dtype="bfloat16"))
+    cases += _cases(three, *(p._replace(dtype="bfloat16", batch=128) for p in (*_PRODUCTS, products.LARGE)))
+    cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=128) for p in _DECODE))
+    cases += _cases(three, products.GATE._replace(dtype="bfloat16"))
+    cases += _cases(("step",), *(p._replace(dtype="bfloat16", batch=32) for p in (text.BASE, text.BASE_PLAIN)))
+    cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=32) for p in text.GENERATE_BASE))
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
     cases += _cases(five, *(_on_gpu(p, 8) for p in (IMAGENET_SPLIT, AUDIOSET, CONV)))
     cases += _cases(three, *(_on_gpu(p, 8) for p in (BYTES, CROSS_BYTES, BIASED, MLM, SELF_FLOW, SELF_LANGUAGE)))
@@ -146,6 +151,9 @@ PRESETS = {
     + _cases(("forward", "step"), fusion.FRAMES_32, fusion.LAYER, fusion.LAYER_8, fusion.MODEL)
     + _cases(("forward", "step", "backward"), rows.NORM, rows.GELU)
     + _cases(("forward", "step", "backward"), products.MBT, *_PRODUCTS, products.GATE)
+    + _cases(("forward",), *(p._replace(batch=b) for p in _DECODE for b in (1, 16, 64)))
+    + _cases(("step",), text.SMALL, text.SMALL_PLAIN)
+    + _cases(("forward",), *text.GENERATE)
     # Time and memory against M.
     + _cases(("forward",), *(IMAGENET._replace(name=f"keys-{m}", keys=m) for m in (1024, 4096, 16384, 65536))),
     "gpu": _gpu_cases(),

@@ -1,14 +1,18 @@
 """The runner: verifies every candidate, then times all of them in turns, and yields one row a candidate.
 
-Interleaving makes a busy neighbour hurt all candidates alike; medians and quantiles show how much. On a GPU each call is
-timed by events with a cold L2 cache, on a CPU wall time stands beside the process's own CPU time.
+Rounds make a busy neighbour hurt all candidates alike: they are compared within a round, and the median over the rounds is
+their ratio. On a GPU each call is timed by events with a cold L2 cache, on a CPU wall time stands beside the process's own CPU
+time.
 """
 
 import functools
 import gc
 import hashlib
+import math
 import os
 import platform
+import random
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -18,10 +22,11 @@ import torch
 import mmkernels
 from mmkernels import testing
 
-from . import baselines, memory, roofline, verify
+from . import baselines, launches, memory, roofline, verify
 from .registry import Inputs, make_inputs, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
+MIN_ROUNDS = 6  # the fewest that bound a median with 95 %
 MAX_ROUNDS = 50
 INNER_BELOW = 1e-3  # seconds: faster calls are timed many at a time
 INNER_TIME = 5e-3
@@ -108,15 +113,16 @@ class Timer:
     def step(self):
         return torch.autograd.grad(self.forward(), self.leaves, self.inputs.cotangent)
 
+    def call(self):
+        """What is timed, as a function; the graph of a backward pass has been made."""
+        if not self.pass_.startswith("backward"):
+            return self.forward if self.pass_ == "forward" else self.step
+        output = self.forward()
+        return lambda: torch.autograd.grad(output, self.leaves, self.inputs.cotangent)
+
     def measure(self) -> float:
         """Times one round; returns seconds a call."""
-        if self.pass_.startswith("backward"):
-            output = self.forward()
-
-            def call():
-                torch.autograd.grad(output, self.leaves, self.inputs.cotangent)
-        else:
-            call = self.forward if self.pass_ == "forward" else self.step
+        call = self.call()
         cpu = time.process_time()
         if self.cuda and self.inner == 1:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -169,19 +175,41 @@ def _flusher(device: torch.device):
     return buffer.zero_
 
 
-def time_in_turns(timers: dict, seconds: float, min_rounds: int = 3) -> None:
-    """Times rounds that take turns over the candidates, for about `seconds` in all but `min_rounds` at least.
+def time_in_turns(timers: dict, seconds: float, seed: int = 0) -> None:
+    """Times rounds that take turns over the candidates, in an order shuffled anew, for about `seconds` in all but
+    `MIN_ROUNDS` at least.
 
-    A candidate that alone has used up `seconds` sits out: one round of it may take a minute.
+    A candidate that alone has used up `seconds` sits out from then on: one round of it may take a minute.
     """
     for timer in timers.values():
         timer.settle()
+    order, shuffled = list(timers.values()), random.Random(seed)
     start, rounds = time.perf_counter(), 0
-    while rounds < MAX_ROUNDS and (rounds < min_rounds or time.perf_counter() - start < seconds):
-        for timer in timers.values():
+    while rounds < MAX_ROUNDS and (rounds < MIN_ROUNDS or time.perf_counter() - start < seconds):
+        shuffled.shuffle(order)
+        for timer in order:
             if sum(timer.seconds) * timer.inner < seconds or not timer.seconds:
                 timer.measure()
         rounds += 1
+
+
+def paired(ours: Timer, rival: Timer) -> tuple:
+    """(median, low, high) of how many times longer a rival took in the same round, over the rounds that both were in."""
+    ratios = sorted(r / o for o, r in zip(ours.seconds, rival.seconds, strict=False))
+    low, high = interval(len(ratios))
+    return statistics.median(ratios), ratios[low], ratios[high]
+
+
+def interval(count: int) -> tuple:
+    """Numbers of the two of `count` ordered values between which the median lies with 95 %, whatever their distribution.
+
+    By the binomial distribution of how many lie below it (a sign test); fewer than six values cannot do better than all.
+    """
+    below, tail = 0, 0.5**count
+    while tail + math.comb(count, below + 1) * 0.5**count <= 0.025:
+        below += 1
+        tail += math.comb(count, below) * 0.5**count
+    return below, count - 1 - below
 
 
 # --- A case ------------------------------------------------------------------------------------------------------------------
@@ -215,12 +243,13 @@ def run_problem(cases: list, device: torch.device, *, seconds=10.0, with_compile
                 row["reason"] = reason
                 continue
             try:
+                given, own = candidate.given(inputs, names)
                 with baselines.quiet():
-                    actual = _run_once(candidate, inputs, names)
+                    actual = _run_once(candidate, given, own)
                 if candidate.name == "eager":
                     plain = actual
-                row["errors"] = verify.check(candidate, actual, exact, plain)
-                timers[candidate.name] = Timer(candidate.function, inputs, case.pass_, names, _flusher(device))
+                row["errors"] = verify.errors(problem, candidate, given, own, actual, exact, plain)
+                timers[candidate.name] = Timer(candidate.function, given, case.pass_, own, _flusher(device))
                 timers[candidate.name].measure()
                 row["status"] = "ok"
             except verify.WrongResult as error:
@@ -233,20 +262,24 @@ def run_problem(cases: list, device: torch.device, *, seconds=10.0, with_compile
             _free(device)
         plain = None
         with baselines.quiet():
-            time_in_turns(timers, seconds)
+            time_in_turns(timers, seconds, seed)
         for candidate in listed:
             row = rows[candidate.name]
+            if row["status"] == "ok":
+                with baselines.quiet():
+                    row["launches"] = launches.count(timers[candidate.name].call(), device)
             of_interest = memory_of == "all" or candidate.kind == "mmkernels" or candidate.name == "eager"
             if row["status"] == "ok" and of_interest and not case.pass_.startswith("backward"):
                 with baselines.quiet():
                     row["peak_bytes"] = memory.peak(case, candidate.name, device, timers[candidate.name], seed)
         counted = roofline.counts(problem, case.pass_)
-        baseline_times = {n: timers[n].quantile(0.5) for n, r in rows.items() if r["kind"] == "baseline" and n in timers}
+        rivals = {n: timers[n] for n, r in rows.items() if r["kind"] != "mmkernels" and n in timers}
         for candidate in listed:
             row = rows[candidate.name]
             if row["status"] == "ok":
                 timer = timers[candidate.name]
                 median = timer.quantile(0.5)
+                ratios = {n: paired(timer, rival) for n, rival in rivals.items() if n != candidate.name}
                 row.update(
                     ms=median * 1e3,
                     ms_p20=timer.quantile(0.2) * 1e3,
@@ -257,7 +290,8 @@ def run_problem(cases: list, device: torch.device, *, seconds=10.0, with_compile
                     tflops=counted.operations / median * 1e-12,
                     gbytes_per_second=counted.bytes / median * 1e-9,
                     roofline_share=ceilings.floor(counted) / median,
-                    speedup_over={n: t / median for n, t in baseline_times.items() if n != candidate.name},
+                    speedup_over={n: ratio for n, (ratio, _, _) in ratios.items()},
+                    speedup_interval={n: bounds for n, (_, *bounds) in ratios.items()},
                 )
             yield {
                 "case": case.id,
