@@ -150,12 +150,11 @@ def print_table(rows: list) -> None:
         return
     first = rows[0]
     print(f"\n{first['case']}   {first['operations'] / 1e9:.3g} GFLOP, {first['bytes'] / 1e6:.3g} MB", flush=True)
-    print(
-        f"  {'':22}{'median ms':>10}{'p20':>10}{'p80':>10}{'CPU ms':>10}{'peak MB':>9}{'roofline':>9}{'launches':>10}{'eager/this':>12}"
-    )
+    names = ("median ms", "p20", "p80", "CPU ms", "peak MB", "roofline", "launches", "eager/this")
+    print(" " * 30 + "{:>10}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}{:>12}".format(*names))
     for row in sorted(rows, key=lambda r: r.get("ms", float("inf"))):
         if row["status"] != "ok":
-            print(f"  {row['candidate']:22}{row['status']}: {row['reason']}")
+            print(f"  {row['candidate']:28}{row['status']}: {row['reason']}")
             continue
         peak = f"{row['peak_bytes'] / 1e6:9.1f}" if row.get("peak_bytes") is not None else " " * 9
         eager = f"{row['speedup_over'].get('eager', 1.0 if row['candidate'] == 'eager' else float('nan')):12.2f}"
@@ -163,7 +162,7 @@ def print_table(rows: list) -> None:
             eager += " [{:.2f}, {:.2f}]".format(*row["speedup_interval"]["eager"])
         launches = f"{row['launches']:10}" if row["launches"] is not None else " " * 10
         times = "".join(f"{row[key]:10.3f}" for key in ("ms", "ms_p20", "ms_p80", "cpu_ms"))
-        print(f"  {row['candidate']:22}{times}{peak}{row['roofline_share']:9.1%}{launches}{eager}", flush=True)
+        print(f"  {row['candidate']:28}{times}{peak}{row['roofline_share']:9.1%}{launches}{eager}", flush=True)
 
 
 def failed(rows: list) -> int:

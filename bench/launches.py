@@ -37,10 +37,10 @@ def _work(event) -> int:
         return 1
     if "::" in event.name and not event.name.startswith("autograd::"):
         op = _operator(event.name, event.overload_name or "default")
-        if FREE.match(event.name) or (op is not None and op.is_view):
+        if FREE.match(event.name):
             return 0
         if op is not None and not op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
-            return 1
+            return 0 if op.is_view else 1
     return sum(_work(child) for child in event.cpu_children)
 
 

@@ -20,6 +20,7 @@ GRIDS = ".hypergrid."  # in the names of the weights that a plain T5 has not
 # What a sequence of beams may lose of its log-probability to choices between equals, which rounding makes; tokens at random
 # lose two fifths.
 TIES = 0.05
+KINKS = 4.0  # of the root of eps, up to which gradients through many ReLUs agree
 
 
 class Text(NamedTuple):
@@ -163,28 +164,36 @@ def _network(problem: Text, backend: str):
 def function(problem: Text, backend: str, *, compiler=lambda function: function):
     """The model as a function of its weights, `input_ids` and `labels`: [loss], or the tokens (B, 1 + targets)."""
 
-    def call(weights, given):
-        out = functional_call(_network(problem, backend), weights, kwargs=given)
+    def call(network, weights, given):
+        out = functional_call(network, weights, kwargs=given)
         return out if problem.beams else [out]
 
     call = compiler(call)
 
     def run(**tensors):
         given = {n: tensors.pop(n) for n in ("input_ids", "labels") if n in tensors}
-        return call({f"model.{n}": t for n, t in tensors.items()}, given)
+        return call(_network(problem, backend), {f"model.{n}": t for n, t in tensors.items()}, given)
 
     return run
 
 
-# --- Verification of tokens -------------------------------------------------------------------------------------------------
+# --- Verification -------------------------------------------------------------------------------------------------
+
+
+def allowed_error(problem: Text, what: str, same: float) -> float:
+    """What a relative error may be, from `same`, that of a smooth function."""
+    if what.startswith("gradient"):
+        # Rounding turns ReLUs on and off: a share of units in the order of eps, so that the norm moves by its root.
+        return max(same, KINKS * torch.finfo(problem.torch_dtype).eps ** 0.5)
+    return TIES if problem.beams > 1 else same
 
 
 def lost_by_tokens(problem: Text, inputs, tokens: torch.Tensor, exact: torch.Tensor) -> float:
     """How far generated `tokens` are from the best, by the logits of the plain twin in float64; 0 where they are `exact`.
 
-    Rounding may choose between equals, and what follows is then another text. Greedy: the most that any token's logit is
-    below the largest one, given the tokens before it, over the largest logit. Beams: the most that an example's log-probability
-    is below that of its exact tokens, relatively.
+    Rounding may choose between equals, and what follows is then another text. Greedy: the most that a token's logit is below
+    the largest one, given the tokens before it, over the largest logit. Beams: the most that an example's log-probability is
+    below that of its exact tokens, relatively.
     """
     if tokens.shape != exact.shape:
         return float("inf")

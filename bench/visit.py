@@ -238,11 +238,23 @@ def sweep(device: torch.device, output: Path, seconds: float) -> str:
 
 
 def gpu_tests(output: Path, seconds: float) -> str:
-    """The op tests marked `gpu`: the contracts on both backends, and what only a GPU shows."""
+    """The tests marked `gpu`: the contracts of the ops on both backends, and what only a GPU shows."""
     if importlib.util.find_spec("pytest") is None:
         return "FAILED pytest is not installed"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "tests/ops", "-m", "gpu", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/ops",
+        "tests/bench",
+        "-m",
+        "gpu",
+        "-q",
+        "--maxfail=20",
+        "-p",
+        "no:cacheprovider",
+    ]
     if importlib.util.find_spec("xdist"):  # most of the time is Triton compiling
         command += ["-n", str(tune.workers())]
     try:

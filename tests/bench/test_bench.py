@@ -2,13 +2,31 @@
 
 import argparse
 import json
+import math
 import os
 import time
 
 import pytest
 import torch
 
-from bench import baselines, build, cli, fusion, memory, plots, registry, roofline, rows, run, tune, verify, visit
+from bench import (
+    baselines,
+    build,
+    cli,
+    fusion,
+    launches,
+    memory,
+    plots,
+    products,
+    registry,
+    roofline,
+    rows,
+    run,
+    text,
+    tune,
+    verify,
+    visit,
+)
 from mmkernels import _tuning, ops
 
 CPU = torch.device("cpu")
@@ -31,7 +49,7 @@ def test_ids_are_unique_and_passes_known(preset):
     ids = [case.id for case in cases]
     assert len(set(ids)) == len(ids)
     assert {case.pass_ for case in cases} <= set(registry.PASSES)
-    networks = {"fusion_layer", "mbt"} if preset != "quick" else set()
+    networks = {"fusion_layer", "mbt", "hypergrid_t5"} if preset != "quick" else set()
     assert {case.problem.op for case in cases} == {*ops.__all__, *networks}
 
 
@@ -90,6 +108,59 @@ def test_every_candidate_of_several_outputs_computes_the_same(problem, pass_):
     assert len(listed) >= 2
     if names:  # a gradient that is zero everywhere would pass any check
         assert all(gradient.any() for gradient in exact.gradients.values())
+
+
+@pytest.mark.parametrize("pass_", ["forward", "step"])
+def test_a_floor_is_verified_as_the_problem_it_solves(pass_, monkeypatch):
+    monkeypatch.setattr(memory, "peak", lambda *_: None)
+    problem = products.DECODE._replace(batch=3, channels=32, outputs=48, grid=(2, 3))
+    rows = {r["candidate"]: r for r in run.run_problem([registry.Case(problem, pass_)], CPU, seconds=0.01, with_compile=False)}
+    floor = rows["linear, ungated"]
+    assert (floor["kind"], floor["status"]) == ("floor", "ok")
+    gradients = {f"gradient of {name}" for name in ("x", "weight")} if pass_ == "step" else set()
+    assert set(floor["errors"]) == {"output", *gradients}
+    assert rows["eager"]["speedup_over"]["linear, ungated"] > 0
+    inputs = registry.make_inputs(problem, CPU)
+    gated = baselines.Candidate("gated", "floor", lambda x, weight: 1.5 * x @ weight.T, without=("gate",))
+    with pytest.raises(verify.WrongResult):
+        gated = gated._replace(solves=problem._replace(op="linear", grid=()))
+        given, names = gated.given(inputs, ())
+        verify.errors(problem, gated, given, names, verify.run(gated, given, names), None, None)
+
+
+T5 = text.SMALL._replace(batch=2, size="tiny", sources=7, targets=6, grid=(4, 2))
+
+
+@pytest.mark.parametrize("problem", [T5, T5._replace(grid=())], ids=["grids", "plain"])
+def test_a_step_of_t5_is_that_of_its_peers(problem):
+    inputs, names = registry.make_inputs(problem, CPU), registry.wanted(problem, "step")
+    exact = verify.exact(problem, inputs, names)
+    listed = {c.name: c for c in baselines.candidates(problem, inputs, with_compile=False)}
+    plain = verify.run(listed["eager"], inputs, names)
+    for candidate in listed.values():
+        given, own = candidate.given(inputs, names)
+        found = verify.errors(problem, candidate, given, own, verify.run(candidate, given, own), exact, plain)
+        grids = any(text.GRIDS in name for name in found)
+        assert grids == (bool(problem.grid) and candidate.kind != "floor") and len(found) == 1 + len(own)
+    assert len(listed) == (4 if problem.grid else 3)
+    assert all(gradient.any() for gradient in exact.gradients.values())
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_generated_tokens_are_verified_by_what_they_lose(beams):
+    problem = T5._replace(beams=beams)
+    inputs = registry.make_inputs(problem, CPU)
+    exact = verify.exact(problem, inputs, ())
+    assert exact.output.shape == (2, 1 + problem.targets)  # nothing ends early
+    for candidate in baselines.candidates(problem, inputs, with_compile=False):
+        given, names = candidate.given(inputs, ())
+        found = verify.errors(problem, candidate, given, names, verify.run(candidate, given, names), exact, None)
+        assert found["tokens"] < 1e-6
+    assert text.lost_by_tokens(problem, inputs, exact.output, exact.output) == 0
+    other = exact.output.clone()
+    other[1, 3] = (other[1, 3] + 1) % problem.config.vocab_size
+    assert text.lost_by_tokens(problem, inputs, other, exact.output) > text.TIES
+    assert text.lost_by_tokens(problem, inputs, other[:, :-1], exact.output) == float("inf")
 
 
 def test_the_parts_of_one_sequence_do_not_see_each_other():
@@ -151,6 +222,101 @@ def test_counts_of_the_published_shape():
     assert split < roofline.counts(registry.IMAGENET._replace(batch=8), "forward").bytes / 6  # positions are read once
 
 
+def test_launches_of_known_functions():
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (5, 8), (5,)))
+    q = torch.randn(1, 2, 3, 8)
+
+    def layer():
+        return torch.nn.functional.linear(x, weight, bias).relu()
+
+    def step():
+        torch.autograd.grad(layer(), [x, weight, bias], torch.ones(3, 5))
+
+    for call, expected in (
+        (lambda: x.t().unflatten(0, (2, 4)).flatten()[:3].detach(), 1),  # flatten has to copy; the rest are views
+        (lambda: (torch.empty(3), x.reshape(4, 6)), 0),
+        (layer, 2),  # addmm, relu
+        (step, 2 + 5),  # ones, relu's mask, two products, the sum for the bias
+        (lambda: q.softmax(-1).max(-1).values.add_(1), 3),
+        (lambda: torch.nn.functional.layer_norm(x, (8,)), 1),
+        (lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q), 1),
+        (lambda: [torch.add(q, i) for i in range(10)], 10),
+    ):
+        assert launches.count(call, CPU) == expected
+    if ops.explain("attention", q, q, q).backend == "cpp":
+        assert launches.count(lambda: ops.attention(q, q, q), CPU) == 1
+
+
+def test_launches_of_a_compiled_function():
+    """A matrix product and one loop for all that follows it."""
+    x, weight = torch.randn(3, 8), torch.randn(8, 5)
+    launches.name_fused_loops()
+    torch._dynamo.reset()
+    function = torch.compile(lambda x, weight: (torch.mm(x, weight).relu() * 2).add(1).tanh())
+    function(x, weight)
+    assert launches.count(lambda: function(x, weight), CPU) == 2
+
+
+@pytest.mark.gpu
+def test_launches_on_a_gpu():
+    x = torch.randn(64, 64, device="cuda")
+    torch.add(x, 1).relu()
+    assert launches.count(lambda: torch.add(x, 1).relu().clone(), x.device) == 3
+
+
+# --- Rounds ----------------------------------------------------------------------------------------------------------------
+
+
+class Clock(run.Timer):
+    """Takes times from a list, and notes whose turn it was."""
+
+    def __init__(self, name, times, turns):
+        self.name, self.times, self.turns = name, iter(times), turns
+        self.inner, self.seconds, self.cpu_seconds = 1, [], []
+
+    def settle(self):
+        pass
+
+    def measure(self):
+        self.turns.append(self.name)
+        self.seconds.append(next(self.times))
+
+
+def test_rounds_take_turns_and_ratios_are_within_a_round():
+    """A machine that is ten times slower in half of the rounds changes no ratio; medians would compare different rounds."""
+    busy = [1.0, 10.0] * run.MAX_ROUNDS
+    turns = []
+    timers = {n: Clock(n, [factor * b for b in busy], turns) for n, factor in (("a", 0.001), ("b", 0.003), ("c", 0.002))}
+    run.time_in_turns(timers, 1e9, seed=3)
+    rounds = [turns[i : i + 3] for i in range(0, len(turns), 3)]
+    assert len(rounds) == run.MAX_ROUNDS and all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert len({tuple(r) for r in rounds}) == 6, "every order comes up"
+    assert run.paired(timers["a"], timers["b"]) == pytest.approx((3, 3, 3))
+    again = []
+    run.time_in_turns({n: Clock(n, busy, again) for n in "abc"}, 1e9, seed=3)
+    assert again == turns, "the seed gives the order"
+
+
+def test_a_candidate_out_of_time_is_compared_over_its_rounds():
+    turns = []
+    timers = {"fast": Clock("fast", [1.0, 2.0] * 50, turns), "slow": Clock("slow", [30.0, 80.0], turns)}
+    run.time_in_turns(timers, 100.0)
+    assert len(timers["slow"].seconds) == 2 and len(timers["fast"].seconds) > 2
+    assert run.paired(timers["fast"], timers["slow"]) == (35.0, 30.0, 40.0)
+
+
+def test_the_interval_holds_the_median_with_95_percent():
+    """The tables of the sign test, and the promise itself over random samples."""
+    assert [run.interval(n) for n in (1, 5, 6, 9, 12, 15, 50)] == [
+        (0, 0), (0, 4), (0, 5), (1, 7), (2, 9), (3, 11), (17, 32)
+    ]  # fmt: skip
+    samples = torch.empty(4000, 15).exponential_(generator=torch.Generator().manual_seed(0)).sort(1).values
+    low, high = run.interval(15)
+    median = math.log(2)
+    held = ((samples[:, low] <= median) & (median <= samples[:, high])).double().mean()
+    assert 0.95 < held < 0.98
+
+
 def test_counts_of_attention():
     operations, moved = roofline.counts(registry.TOKENS, "forward")
     assert operations == 4 * 2 * 12 * 1568 * 1568 * 64
@@ -194,7 +360,11 @@ def test_rows_say_it_all(tmp_path, capsys):
         assert {"device", "torch", "commit", "operations", "bytes", "sizes", "candidate", "status"} <= set(row)
         if row["status"] == "ok":
             assert row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["rounds"] >= 1
+            assert row["launches"] >= 1
             assert row["candidate"] == "eager" or row["speedup_over"]["eager"] > 0
+            for name, ratio in row["speedup_over"].items():
+                low, high = row["speedup_interval"][name]
+                assert low <= ratio <= high
         else:
             assert row["reason"] and "ms" not in row
     eager = [row for row in rows if row["candidate"] == "eager" and row["pass"] != "backward"]
