@@ -32,7 +32,7 @@ from setuptools.command.sdist import sdist
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH, TORCH_TARGET = (2, 10), "0x020a000000000000"
 OLDEST_NVCC = (12, 0)  # the first one with C++20
-CUDA_ARCHS = "80;90a;100a"
+CUDA_ARCHS = "80;90a;100"
 
 
 class Unavailable(Exception):

@@ -35,7 +35,7 @@ LIMITS = {
     90: {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 228 * 1024, "block_shared": 227 * 1024},
     100: {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 228 * 1024, "block_shared": 227 * 1024},
 }
-NVCC_TARGETS = {80: "80", 90: "90a", 100: "100a"}
+NVCC_TARGETS = {80: "80", 90: "90a", 100: "100"}
 # Tensor cores, asynchronous copies, loads for the tensor cores, and what spilling and arrays in local memory cost.
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDTM", "FFMA", "MUFU", "USETMAXREG", "LDL", "STL")
 TENSOR = ("HGMMA", "UTCHMMA", "HMMA")
