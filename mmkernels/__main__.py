@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "info": ("mmkernels._info", "versions, devices, what was built and which backends run here, and why not the others"),
     "train": ("mmkernels.train.cli", "train a model"),
-    "predict": ("mmkernels.train.cli", "classify image files with a trained model"),
+    "predict": ("mmkernels.train.cli", "classify images or clips, or answer a text, with a trained model"),
     "bench": ("bench.cli", "time the ops and their peers (in a source tree)"),
     "kernel-report": ("mmkernels.kernel_report", "compile every GPU kernel and read registers, spills and instructions"),
 }

@@ -22,11 +22,12 @@ def add_commands(subparsers) -> None:
     _add_training_options(folder, config="perceiver-small", output="runs/perceiver", epochs=30, batch_size=32, lr=1e-3)
     folder.set_defaults(run=lambda arguments: guarded(_train, arguments, _folder))
 
-    from . import multimodal_cli
+    from . import multimodal_cli, text_cli
 
     multimodal_cli.add_systems(systems)
+    text_cli.add_systems(systems)
 
-    predict = subparsers.add_parser("predict", help="classify image files, or a clip, with a trained model")
+    predict = subparsers.add_parser("predict", help="classify image files or a clip, or answer a text, with a trained model")
     predict.add_argument("images", nargs="*", metavar="IMAGE")
     predict.add_argument(
         "--input",
@@ -35,6 +36,7 @@ def add_commands(subparsers) -> None:
         metavar="MODALITY=PATH",
         help="for a model of clips, once for each modality of one clip: spectrogram=FILE (sound), rgb=FILE or FOLDER (frames)",
     )
+    predict.add_argument("--text", action="append", default=[], help="for a model of text, with the prefix of its task")
     predict.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of a training")
     predict.add_argument("--backend", default="auto")
     predict.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
@@ -61,7 +63,8 @@ def add_common_options(parser, *, output, epochs, batch_size, lr, weight_decay):
     """The options of every training."""
     add = parser.add_argument
     add("--output", type=Path, default=Path(output), metavar="DIR", help=f"default {output}")
-    add("--epochs", type=positive, default=epochs, help=f"default {epochs}")
+    if epochs is not None:
+        add("--epochs", type=positive, default=epochs, help=f"default {epochs}")
     add("--batch-size", type=positive, default=batch_size, help=f"default {batch_size}")
     add("--lr", type=positive_float, default=lr, help=f"highest learning rate (default {lr})")
     add("--weight-decay", type=non_negative_float, default=weight_decay, help=f"default {weight_decay}")
@@ -186,12 +189,13 @@ def _train(arguments, load_data):
 def resumable(arguments, folder):
     """Keeps other trainings out of `folder` and does with the one in it what --restart and --resume say."""
     from ..models import InputError
-    from . import checkpoint, classification
+    from . import checkpoint, classification, loop, tokenizer
 
     with checkpoint.locked(folder):
         if arguments.restart:
             # The results as well: a folder with files of two trainings would be taken for a finished one.
-            for name in (classification.TASK, "config.json", "model.safetensors", classification.CURVE, checkpoint.NAME):
+            weights = ("config.json", "model.safetensors", loop.BEST, checkpoint.NAME, *tokenizer.FILES)
+            for name in (classification.TASK, classification.CURVE, *weights):
                 (folder / name).unlink(missing_ok=True)
         found = checkpoint.read_state(folder)
         if arguments.resume and found is None:
@@ -208,12 +212,16 @@ def resumable(arguments, folder):
 def _predict(arguments):
     from ..models import InputError
 
+    if arguments.text:
+        from . import text_cli
+
+        return text_cli.predict(arguments)
     if arguments.input:
         from . import multimodal_cli
 
         return multimodal_cli.predict(arguments)
     if not arguments.images:
-        raise InputError("nothing to classify: give image files, or --input for a model of clips")
+        raise InputError("nothing to classify: give image files, --input for a model of clips, or --text for one of text")
     from .classification import predict
 
     for path, name, probability in predict(
@@ -267,4 +275,5 @@ positive = _number(int, "a positive integer", lambda v: v > 0)
 non_negative = _number(int, "an integer of 0 or more", lambda v: v >= 0)
 positive_float = _number(float, "a positive number", lambda v: 0 < v < float("inf"))
 non_negative_float = _number(float, "a number of 0 or more", lambda v: 0 <= v < float("inf"))
+fraction_or_zero = _number(float, "0 or between 0 and 1", lambda v: 0 <= v < 1)
 fraction = _number(float, "between 0 and 1", lambda v: 0 < v < 1)

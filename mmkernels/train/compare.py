@@ -46,7 +46,7 @@ class Step:
 
     def __call__(self, examples=None):
         batch = [tensor[:examples] for tensor in self.batch]
-        train_step(self.model, self.optimizer, classification_loss, batch, 1.0)
+        train_step(self.model, self.optimizer, classification_loss, [(batch, 1.0)], 1.0)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -2,8 +2,12 @@
 
 The order of the data and its augmentation come from (seed, epoch, index); the learning rate from the step; the rest (weights,
 optimizer, generators) is in the checkpoint.
+
+A training has epochs of one data set, or steps that draw from a mixture of several. It is evaluated after each epoch, or every
+so many steps.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,23 +17,32 @@ from pathlib import Path
 
 import torch
 
-from ..models.registry import InputError, require
+from ..models.registry import InputError, read_tensors, require, write_atomically
 from . import checkpoint
 from .data import batches, loader
+
+BEST = "best.safetensors"
+SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What determines a training beside model and data; a run resumes only with the same values."""
 
-    epochs: int
+    epochs: int | None
     batch_size: int
     learning_rate: float
     weight_decay: float = 0.05
     warmup_steps: int = 50
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0  # None: gradients are not clipped
     seed: int = 0
-    optimizer: str = "adamw"  # or "sgd", with momentum 0.9
+    optimizer: str = "adamw"  # or "sgd", with momentum 0.9, or "adafactor"
+    schedule: str = "cosine"  # or "constant"; after the warm-up
+    steps: int | None = None  # in place of epochs
+    evaluate_every: int | None = None  # so many steps; None: after every epoch
+    micro_batches: int = 1  # that a batch is cut into, one in memory at a time
+    bfloat16: bool = False  # autocast
 
 
 @dataclasses.dataclass
@@ -41,22 +54,29 @@ class Task:
     loss: Callable  # (model, batch) -> scalar tensor
     evaluate: Callable  # (model, batches) -> dict of floats
     fingerprint: str  # changes when the data does
+    draw: Callable | None = None  # (first, last) -> the batches of these steps; None: permutations of `training`
+    split: Callable | None = None  # (batch, n) -> [(micro-batch, its share of the loss)]
+    headline: str | None = None  # the metric whose best model is kept, beside the last one
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return settings.learning_rate * min((step + 1) / max(settings.warmup_steps, 1), cosine)
+    """Linear warm-up, then half a cosine to zero, or no change."""
+    rest = 1.0 if settings.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
+    return settings.learning_rate * min((step + 1) / max(settings.warmup_steps, 1), rest)
 
 
-def train_step(model, optimizer, loss, batch, clip_norm) -> torch.Tensor:
-    """One update; returns the detached loss."""
+def train_step(model, optimizer, loss, parts, clip_norm) -> torch.Tensor:
+    """One update from `parts`, [(micro-batch, its share of the loss)]; returns the detached loss."""
     optimizer.zero_grad(set_to_none=True)
-    value = loss(model, batch)
-    value.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    total = 0.0
+    for batch, share in parts:
+        value = loss(model, batch) * share
+        value.backward()
+        total = total + value.detach()
+    if clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
-    return value.detach()
+    return total
 
 
 def to_device(batch, device):
@@ -67,20 +87,29 @@ def to_device(batch, device):
 
 
 def make_optimizer(model, settings):
-    """AdamW, or SGD with momentum 0.9, without decay on biases, norms and other vectors."""
+    """AdamW, SGD with momentum 0.9, or Adafactor as T5 has it; no decay on biases, norms and other vectors.
+
+    Adafactor (Shazeer and Stern 2018) here: no momentum, updates clipped to a root mean square of 1, and steps relative to
+    that of the parameter (at least 1e-3): a constant learning rate of 1e-3 is a change of a thousandth a step.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
+    if settings.optimizer == "adafactor":
+        # torch adds its first epsilon to no square and clamps with it: the default, 1e-7, would flatten small gradients.
+        return torch.optim.Adafactor(groups, lr=settings.learning_rate, eps=(1e-15, 1e-3), d=1.0, beta2_decay=-0.8)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
 
 
 def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", save_every=50, workers=0) -> list:
-    """Trains `model` in place, from the folder's checkpoint if there is one, and returns the history: one dict per epoch.
+    """Trains `model` in place, from the folder's checkpoint if there is one, and returns the history.
 
-    A checkpoint is written every `save_every` steps and after every epoch. Raises InputError where the folder holds a training
-    with other settings, data or model.
+    It has a dict for every epoch, or every `evaluate_every` steps. A checkpoint is written every `save_every` steps and with
+    every row of the history. With a headline the weights of its highest value are kept in the folder as well, for `load_best`.
+
+    Raises InputError where the folder holds a training with other settings, data or model.
     """
     tqdm = require("tqdm", "train").tqdm
     optimizer = make_optimizer(model, settings)
@@ -95,18 +124,30 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
         _check_same(found["identity"], identity, folder)
         state = checkpoint.restore(folder, model, optimizer)
     per_epoch = len(batches(len(task.training), settings.batch_size, settings.seed, 0))
-    steps = per_epoch * settings.epochs
+    steps = settings.steps or per_epoch * settings.epochs
+    interval = settings.evaluate_every or per_epoch
+
+    def loss_of(model, batch):
+        with _precision(settings, device):
+            return task.loss(model, batch)
+
     pace = 0.2 if sys.stderr.isatty() else 10.0  # seconds between updates: a log file needs fewer lines
     with tqdm(total=steps, initial=state["step"], unit="step", mininterval=pace, dynamic_ncols=True) as bar:
         while state["step"] < steps:
+            # As far as the draw is one: to the end of the epoch, or to the next evaluation.
             epoch, done = divmod(state["step"], per_epoch)
-            order = batches(len(task.training), settings.batch_size, settings.seed, epoch)
+            if task.draw is None:
+                order = batches(len(task.training), settings.batch_size, settings.seed, epoch)[done:]
+            else:
+                order = task.draw(state["step"], min((state["step"] // interval + 1) * interval, steps))
             model.train()
-            for batch in loader(task.training, order[done:], workers):
+            for batch in loader(task.training, order[: steps - state["step"]], workers):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, state["step"], steps)
-                batch = to_device(batch, device)
-                loss = train_step(model, optimizer, task.loss, batch, settings.clip_norm).item()
+                parts = [(to_device(batch, device), 1.0)]
+                if settings.micro_batches > 1:
+                    parts = task.split(parts[0][0], settings.micro_batches)
+                loss = train_step(model, optimizer, loss_of, parts, settings.clip_norm).item()
                 if not math.isfinite(loss):
                     raise InputError(
                         f"the loss became {loss} in step {state['step'] + 1}: the training diverged; a learning rate below "
@@ -115,17 +156,17 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
                 state["loss_sum"] += loss
                 state["step"] += 1
                 bar.update()
-                if state["step"] % per_epoch == 0:
-                    state["history"].append(
-                        {
-                            "epoch": epoch + 1,
-                            "loss": state["loss_sum"] / per_epoch,
-                            **evaluate(model, task, settings, device, workers),
-                        }
-                    )
+                if state["step"] % interval == 0 or state["step"] == steps:
+                    passed = (state["step"] - 1) % interval + 1
+                    when = {"epoch": epoch + 1} if settings.evaluate_every is None else {"step": state["step"]}
+                    metrics = evaluate(model, task, settings, device, workers)
+                    state["history"].append({**when, "loss": state["loss_sum"] / passed, **metrics})
                     state["loss_sum"] = 0.0
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in state["history"][-1].items()})
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in list(state["history"][-1].items())[:6]})
+                    if task.headline and best_row(state["history"], task.headline) is state["history"][-1]:
+                        save_best(folder, model)
                     checkpoint.save(folder, model, optimizer, state)
+                    model.train()
                 elif state["step"] % save_every == 0:
                     checkpoint.save(folder, model, optimizer, state)
     return state["history"]
@@ -136,7 +177,29 @@ def evaluate(model, task, settings, device, workers=0) -> dict:
     """The task's metrics on its held-out data."""
     model.eval()
     order = batches(len(task.held_out), settings.batch_size, None, None)
-    return task.evaluate(model, (to_device(batch, device) for batch in loader(task.held_out, order, workers)))
+    with _precision(settings, device):
+        return task.evaluate(model, (to_device(batch, device) for batch in loader(task.held_out, order, workers)))
+
+
+def best_row(history: list, headline: str) -> dict:
+    """The first row with the highest value."""
+    return max(history, key=lambda row: row[headline])
+
+
+def save_best(folder: Path, model) -> None:
+    # In front of the checkpoint of the same step: killed between the two, the training comes here again with the same bits.
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / BEST, require("safetensors.torch", "train").save(weights))
+
+
+def load_best(folder: Path, model) -> None:
+    model.load_state_dict(read_tensors(folder / BEST))
+
+
+def _precision(settings, device):
+    if not settings.bfloat16:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
 def _check_same(found, wanted, folder):

@@ -23,6 +23,12 @@ def batches(size: int, batch_size: int, seed, epoch) -> list:
 
 
 def loader(dataset, order: list, workers: int = 0):
-    """An iterator over the batches of `order`."""
+    """An iterator over the batches of `order`; `dataset.collate`, where it has one, makes them of its items."""
     # A generator of its own: a loader otherwise draws from the global one, which would make a resumed run differ.
-    return torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, generator=torch.Generator())
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        generator=torch.Generator(),
+        collate_fn=getattr(dataset, "collate", None),
+    )
