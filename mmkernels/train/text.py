@@ -69,7 +69,7 @@ def split(batch: dict, parts: int) -> list:
         micro = {name: tensor[rows] for name, tensor in batch.items()}
         micro |= {name: micro[name][:, :width] for name in ("input_ids", "attention_mask")}
         micro["labels"] = micro["labels"][:, :length]
-        found.append((micro, float(counted[rows].sum() / counted.sum())))
+        found.append((micro, int(counted[rows].sum()) / int(counted.sum())))
     return found
 
 
