@@ -146,8 +146,8 @@ def table(row: dict) -> str:
     """The metrics of a row of the history, one task a line."""
     lines = []
     for name in dict.fromkeys(key.partition("/")[0] for key in row if "/" in key):
-        metrics = {key.partition("/")[2]: value for key, value in row.items() if key.partition("/")[0] == name}
-        lines.append(f"{name:<16}" + "  ".join(f"{metric} {value:.2%}" for metric, value in metrics.items()))
+        shown = "  ".join(f"{metric} {value:.2%}" for metric, value in metrics_of(row, name).items())
+        lines.append(f"{name:<16}{shown}")
     for name in ("GLUE", "SuperGLUE", AVERAGE):
         if name in row:
             lines.append(f"{name:<16}{row[name]:.2%}")
@@ -173,10 +173,48 @@ def learning_curve(history: list) -> bytes:
     return png(figure)
 
 
+def metrics_of(row: dict, task: str) -> dict:
+    """A task's metrics in a row of the history."""
+    return {key.removeprefix(f"{task}/"): value for key, value in row.items() if key.startswith(f"{task}/")}
+
+
 def mean_of(row: dict, task: str) -> float:
-    """The mean of a task's metrics in a row of the history."""
-    values = [value for key, value in row.items() if key.partition("/")[0] == task and "/" in key]
+    values = metrics_of(row, task).values()
     return sum(values) / len(values)
+
+
+def means(metrics: dict) -> dict:
+    """{task: the mean of its metrics, "average": of all tasks} from {task: metrics}."""
+    found = {name: sum(values.values()) / len(values) for name, values in metrics.items()}
+    return {**found, AVERAGE: sum(found.values()) / len(found)}
+
+
+def comparison_table(rows: dict) -> str:
+    """Models by rows, tasks by columns, from {model: {task: value}}."""
+    tasks = list(next(iter(rows.values())))
+    lines = [f"{'held out':<22}" + "".join(f"{task:>10}" for task in tasks)]
+    lines += [f"{name:<22}" + "".join(f"{row[task]:>10.1%}" for task in tasks) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def comparison_picture(rows: dict, histories: dict) -> bytes:
+    """A PNG: bars of every model by task, and the average by step of those with a history."""
+    figure = require("matplotlib.figure", "train").Figure(figsize=(11, 4), layout="constrained")
+    bars, curves = figure.subplots(1, 2, width_ratios=[3, 2])
+    tasks, width = list(next(iter(rows.values()))), 0.85 / len(rows)
+    for number, (name, row) in enumerate(rows.items()):
+        places = [i + (number - (len(rows) - 1) / 2) * width for i in range(len(tasks))]
+        shown = bars.bar(places, [100 * row[task] for task in tasks], width, label=name)
+        bars.bar_label(shown, fmt="%.0f", fontsize="x-small")
+    bars.set(ylabel="held out (%)", ylim=(0, 105))
+    bars.set_xticks(range(len(tasks)), tasks)
+    bars.legend(fontsize="small", ncols=2)
+    for name, history in histories.items():
+        curves.plot([row["step"] for row in history], [100 * row[AVERAGE] for row in history], ".-", label=name)
+    curves.set(xlabel="step", ylabel="average, held out (%)")
+    curves.legend(fontsize="small")
+    curves.grid(alpha=0.3)
+    return png(figure)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """`train hypergrid-t5`, `train hypergrid-t5-demo` and `predict --text`; nothing heavy is imported until a command runs."""
 
+import argparse
 from pathlib import Path
 
 from . import cli
@@ -25,6 +26,16 @@ def add_systems(systems) -> None:
     add("--dev-limit", type=cli.positive, metavar="N", help="evaluate on so many examples of a task (default all)")
     text.set_defaults(run=lambda arguments: cli.guarded(_train, arguments))
 
+    demo = systems.add_parser("hypergrid-t5-demo", help="five tasks of text that comes with Python, with and without grids")
+    _add_options(demo, output="runs/hypergrid-t5-demo", steps=4000, batch_size=32, lr=1e-2, evaluate_every=500)
+    demo.add_argument("--single-tasks", action="store_true", help="a model for each task as well, with its share of the steps")
+    demo.add_argument("--examples", type=cli.positive, default=30_000, help="of a task, at most (default 30000)")
+    demo.add_argument("--held-out", type=cli.positive, default=1000, help="of a task, at most (default 1000)")
+    demo.set_defaults(
+        run=lambda arguments: cli.guarded(_demo, arguments),
+        **{"config": "hypergrid-t5-tiny", "init": None, "tokenizer": None, "vocab_size": 4096, "warmup": 100, "dropout": 0.0},
+    )
+
 
 def _add_options(parser, *, output, steps, batch_size, lr, evaluate_every):
     cli.add_common_options(parser, output=output, epochs=None, batch_size=batch_size, lr=lr, weight_decay=0.0)
@@ -36,6 +47,7 @@ def _add_options(parser, *, output, steps, batch_size, lr, evaluate_every):
     add("--warmup", type=cli.non_negative, default=0, metavar="STEPS", help="with a rising learning rate (default 0)")
     add("--micro-batches", type=cli.positive, default=1, help="that a batch is cut into to need less memory (default 1)")
     add("--bfloat16", action="store_true", help="autocast")
+    add("--vocab-size", type=cli.positive, help="of a tokenizer that is trained (default: the config's)")
     add("--dropout", type=cli.fraction_or_zero, help="default: the config's")
     add("--grid", metavar="R,C", help="blocks over d_ff and d_model (default: the config's, or 32,32 with --init)")
     add("--variant", choices=["L2", "LG", "GL", "GG", "row", "column", "none"], help="of the grids; none: a plain T5")
@@ -54,6 +66,47 @@ def _train(arguments):
     best, history, _ = _fit(arguments, tasks, tokens, model, arguments.output, lengths, **options)
     print(f"\nheld out, best of {len(history)} evaluations, at step {best['step']}\n{text.table(best)}")
     print(f"checkpoint {arguments.output}, learning curve {arguments.output / 'learning-curve.png'}")
+    return 0
+
+
+def _demo(arguments):
+    import dataclasses
+    import json
+
+    import torch
+
+    from ..models.hypergrid_t5 import HyperGridT5
+    from ..models.registry import write_atomically
+    from . import text
+    from .data import python_text
+    from .data.text import load_tasks
+
+    folder = arguments.output / "data"
+    python_text.write(folder, most=arguments.examples, held_out=arguments.held_out)
+    tasks = load_tasks(folder)
+    tokens, model, _ = _build(arguments, tasks)
+    gated = model.config
+    plain = dataclasses.replace(gated, grid=None)
+    lengths = {"max_input": 64, "max_target": 8}
+
+    def trained(name, config, tasks, steps):
+        torch.manual_seed(arguments.seed)
+        changed = argparse.Namespace(**{**vars(arguments), "steps": steps})
+        model = HyperGridT5(config, device=cli.device_of(arguments))
+        return _fit(changed, tasks, tokens, model, arguments.output / name, lengths, mixing="temperature")
+
+    rows, curves = {"majority": text.means(text.majority(tasks))}, {}
+    if arguments.single_tasks:
+        steps = max(arguments.steps // len(tasks), 1)
+        single = {name: trained(f"single-{name}", plain, {name: task}, steps)[0] for name, task in tasks.items()}
+        rows["a model a task"] = text.means({name: text.metrics_of(row, name) for name, row in single.items()})
+    for name, config in (("together", plain), ("together, with grids", gated)):
+        best, curves[name], _ = trained("grids" if config.grid else "plain", config, tasks, arguments.steps)
+        rows[name] = text.means({task: text.metrics_of(best, task) for task in tasks})
+    print(f"\n{text.comparison_table(rows)}")
+    write_atomically(arguments.output / "comparison.json", json.dumps(rows, indent=1).encode())
+    write_atomically(arguments.output / "comparison.png", text.comparison_picture(rows, curves))
+    print(f"checkpoints, data, comparison.json and comparison.png in {arguments.output}")
     return 0
 
 
@@ -115,6 +168,8 @@ def _build(arguments, tasks):
         print(f"{task.name}: {len(task.training)} examples to train on, {len(task.dev)} held out{left_out}")
     device = cli.device_of(arguments)
     config = grid_config(arguments, _config(arguments))
+    if arguments.vocab_size is not None:
+        config = dataclasses.replace(config, vocab_size=arguments.vocab_size)
     path = arguments.tokenizer or arguments.init
     if path is not None:
         tokens = tokenizer.load(path)

@@ -2,9 +2,9 @@
 
 | task | input | target |
 |---|---|---|
-| `accept` | a sentence, or one with two neighbouring words exchanged | acceptable, unacceptable |
+| `accept` | a sentence, or one whose words but the first and the last are shuffled | acceptable, unacceptable |
 | `cloze` | a sentence with a preposition left out | the preposition |
-| `match` | a function's head and the first sentence of a docstring, its own or another function's | match, no match |
+| `kind` | a docstring | what it describes: class, function, module |
 | `topic` | a docstring | the package that it is from |
 | `verb` | the first sentence of a docstring without its first word | the word: return, set, create, ... |
 
@@ -32,13 +32,14 @@ TOPICS = (
     *("torch.ao", "torch.distributed", "torch.distributions", "torch.fx", "torch.nn", "torch.onnx", "torch.optim"),
 )
 PREPOSITIONS = ("as", "at", "by", "for", "from", "in", "of", "on", "to", "with")
+KINDS = {ast.Module: "module", ast.ClassDef: "class", ast.FunctionDef: "function", ast.AsyncFunctionDef: "function"}
 VERBS = ("add", "check", "convert", "create", "get", "initialize", "read", "remove", "return", "set", "test", "write")
 WORDS = 24  # of an input, at most
-PER_TOPIC = 600
+MOST = {"kind": 1200, "topic": 600}  # examples of each target, where they would be of very different numbers
 
 
 def write(folder: Path, seed=0, most=8000, held_out=1000) -> dict:
-    """Writes the tasks as `folder`/NAME/{train,dev}.jsonl, at most so many examples each; returns {name: (train, dev) sizes}."""
+    """Writes the tasks as `folder`/NAME/{train,dev}.jsonl; returns {name: [examples to train on, held out]}."""
     examples, seen = {}, set()
     files = sorted(documents(), key=lambda file: is_held_out(file[0]))  # those to train on first
     for name, nodes in files:
@@ -47,8 +48,8 @@ def write(folder: Path, seed=0, most=8000, held_out=1000) -> dict:
         for task, text, target in of_file(name, nodes, random.Random(derive_seed(seed, name)), seen, held):
             tasks.setdefault(task, {}).setdefault(text, target)
     for held, tasks in examples.items():
-        tasks["match"] = matches(tasks.pop("pairs"), random.Random(derive_seed(seed, held)))
-        tasks["topic"] = at_most(tasks["topic"], PER_TOPIC // 10 if held else PER_TOPIC)
+        for task, count in MOST.items():
+            tasks[task] = at_most(tasks[task], count // 6 if held else count)
     sizes = {}
     for task, training in sorted(examples[False].items()):
         dev = examples[True][task]
@@ -76,8 +77,7 @@ def documents():
                     tree = ast.parse(path.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError, SyntaxError):
                 continue
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            found = [(node, ast.get_docstring(node)) for node in ast.walk(tree) if isinstance(node, kinds)]
+            found = [(node, ast.get_docstring(node)) for node in ast.walk(tree) if type(node) in KINDS]
             found = [(node, text) for node, text in found if text]
             if found:
                 yield prefix + "/".join(parts), found
@@ -88,7 +88,7 @@ def is_held_out(name) -> bool:
 
 
 def of_file(name, nodes, draw, seen: set, held: bool):
-    """Yields (task, input, target); for "pairs" a docstring's sentence and the head that it belongs to.
+    """Yields (task, input, target).
 
     Sentences are added to `seen`; a file that is held out goes without those that are in it, also in other forms.
     """
@@ -104,16 +104,16 @@ def of_file(name, nodes, draw, seen: set, held: bool):
                 yield accept(words, draw)
                 yield from cloze(words, draw)
         words = [word for sentence in sentences for word in sentence][:WORDS]
-        if topic and len(words) >= 5:
-            yield "topic", " ".join(words), topic.removeprefix("torch.")
+        if len(words) >= 5:
+            yield "kind", " ".join(words), KINDS[type(node)]
+            if topic:
+                yield "topic", " ".join(words), topic.removeprefix("torch.")
         first = sentences[0] if sentences else []
         if len(first) >= 4 and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             verb = first[0].lower()
             verb = verb if verb in VERBS else verb.removesuffix("s")
             if verb in VERBS:
                 yield "verb", " ".join(first[1:WORDS]), verb
-            if not node.name.startswith("__"):
-                yield "pairs", " ".join(first[:WORDS]), head(node)
 
 
 def sentences_of(docstring) -> list:
@@ -131,14 +131,11 @@ def sentences_of(docstring) -> list:
 
 
 def accept(words, draw):
-    changed = list(words)
+    inner = words[1:-1]
     if draw.random() < 0.5:
-        places = [i for i in range(len(words) - 2) if words[i].lower() != words[i + 1].lower()]
-        i = draw.choice(places) if places else 0
-        changed[i], changed[i + 1] = changed[i + 1], changed[i]
-        if i == 0:  # a capital in second place would give it away
-            changed[0], changed[1] = changed[0][0].upper() + changed[0][1:], changed[1][0].lower() + changed[1][1:]
-    return "accept", " ".join(changed), "acceptable" if changed == words else "unacceptable"
+        draw.shuffle(inner)
+    target = "acceptable" if inner == words[1:-1] else "unacceptable"
+    return "accept", " ".join([words[0], *inner, words[-1]]), target
 
 
 def cloze(words, draw):
@@ -146,22 +143,6 @@ def cloze(words, draw):
     if places:
         i = draw.choice(places)
         yield "cloze", " ".join([*words[:i], "_", *words[i + 1 :]]), words[i]
-
-
-def head(node):
-    arguments = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    return f"{node.name}({', '.join(name for name in arguments[:8] if name not in ('self', 'cls'))})"
-
-
-def matches(pairs: dict, draw) -> dict:
-    """Half of the sentences with their own heads, half with those of others."""
-    sentences, heads = list(pairs), list(pairs.values())
-    found = {}
-    for number, sentence in enumerate(sentences):
-        own = draw.random() < 0.5
-        other = heads[number] if own else draw.choice(heads)
-        found[f"{other} {sentence}"] = "match" if other == heads[number] else "no match"
-    return found
 
 
 def at_most(rows: dict, count: int) -> dict:
