@@ -27,13 +27,14 @@ def add_systems(systems) -> None:
     text.set_defaults(run=lambda arguments: cli.guarded(_train, arguments))
 
     demo = systems.add_parser("hypergrid-t5-demo", help="five tasks of text that comes with Python, with and without grids")
-    _add_options(demo, output="runs/hypergrid-t5-demo", steps=4000, batch_size=32, lr=1e-2, evaluate_every=500)
+    _add_options(demo, output="runs/hypergrid-t5-demo", steps=4000, batch_size=32, lr=5e-3, evaluate_every=500)
     demo.add_argument("--single-tasks", action="store_true", help="a model for each task as well, with its share of the steps")
     demo.add_argument("--examples", type=cli.positive, default=30_000, help="of a task, at most (default 30000)")
     demo.add_argument("--held-out", type=cli.positive, default=1000, help="of a task, at most (default 1000)")
     demo.set_defaults(
         run=lambda arguments: cli.guarded(_demo, arguments),
-        **{"config": "hypergrid-t5-tiny", "init": None, "tokenizer": None, "vocab_size": 4096, "warmup": 100, "dropout": 0.0},
+        **{"config": "hypergrid-t5-tiny", "init": None, "tokenizer": None, "vocab_size": 4096},
+        **{"schedule": "cosine", "warmup": 200, "dropout": 0.0, "save_every": 250},
     )
 
 

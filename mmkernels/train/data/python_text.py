@@ -2,9 +2,9 @@
 
 | task | input | target |
 |---|---|---|
-| `accept` | a sentence, or one whose words but the first and the last are shuffled | acceptable, unacceptable |
 | `cloze` | a sentence with a preposition left out | the preposition |
 | `kind` | a docstring | what it describes: class, function, module |
+| `spell` | a sentence, half of them with two letters of a word exchanged | right, misspelled |
 | `topic` | a docstring | the package that it is from |
 | `verb` | the first sentence of a docstring without its first word | the word: return, set, create, ... |
 
@@ -101,7 +101,7 @@ def of_file(name, nodes, draw, seen: set, held: bool):
             seen.update(" ".join(words) for words in sentences)
         for words in sentences:
             if 5 <= len(words) <= WORDS:
-                yield accept(words, draw)
+                yield from spell(words, draw)
                 yield from cloze(words, draw)
         words = [word for sentence in sentences for word in sentence][:WORDS]
         if len(words) >= 5:
@@ -130,12 +130,18 @@ def sentences_of(docstring) -> list:
     return found
 
 
-def accept(words, draw):
-    inner = words[1:-1]
+def spell(words, draw):
+    places = [i for i, word in enumerate(words) if len(word) > 4 and word.isalpha() and word.islower()]
+    if not places:
+        return
+    changed, target = list(words), "right"
     if draw.random() < 0.5:
-        draw.shuffle(inner)
-    target = "acceptable" if inner == words[1:-1] else "unacceptable"
-    return "accept", " ".join([words[0], *inner, words[-1]]), target
+        i = draw.choice(places)
+        word = words[i]
+        swaps = [word[:j] + word[j + 1] + word[j] + word[j + 2 :] for j in range(1, len(word) - 1) if word[j] != word[j + 1]]
+        if swaps:
+            changed[i], target = draw.choice(swaps), "misspelled"
+    yield "spell", " ".join(changed), target
 
 
 def cloze(words, draw):
