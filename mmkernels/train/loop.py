@@ -123,7 +123,7 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
     if (found := checkpoint.read_state(folder)) is not None:
         _check_same(found["identity"], identity, folder)
         state = checkpoint.restore(folder, model, optimizer)
-    per_epoch = len(batches(len(task.training), settings.batch_size, settings.seed, 0))
+    per_epoch = len(task.training) // min(settings.batch_size, len(task.training))
     steps = settings.steps or per_epoch * settings.epochs
     interval = settings.evaluate_every or per_epoch
 

@@ -1,5 +1,6 @@
 """Text to text: the task of a mixture, evaluation by generation, result files, and predictions from them."""
 
+import collections
 import json
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def majority(tasks: dict) -> dict:
     """{task: metrics} of always saying the target that its training split has most often."""
     found = {}
     for name, task in tasks.items():
-        targets = [example.target for example in task.training or task.dev]
-        most = max(sorted(set(targets)), key=targets.count)
+        counts = collections.Counter(example.target for example in task.training or task.dev)
+        most = max(sorted(counts), key=counts.get)
         found[name] = text_metrics.evaluate(task.metrics, [most] * len(task.dev), task.dev)
     return found
 

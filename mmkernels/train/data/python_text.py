@@ -63,10 +63,14 @@ def write(folder: Path, seed=0, most=8000, held_out=1000) -> dict:
     return sizes
 
 
+def roots() -> dict:
+    """{what the names of its files begin with: folder}."""
+    return {"": Path(sysconfig.get_paths()["stdlib"]), "torch/": Path(torch.__file__).parent}
+
+
 def documents():
     """Yields (name such as "asyncio/events.py", [(node, docstring), ...]) of every file with docstrings, by name."""
-    roots = {"": Path(sysconfig.get_paths()["stdlib"]), "torch/": Path(torch.__file__).parent}
-    for prefix, root in roots.items():
+    for prefix, root in roots().items():
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts
             if LEFT_OUT & set(parts):
