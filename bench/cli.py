@@ -16,7 +16,7 @@ def add_commands(subparsers) -> None:
     """Adds the `bench` command to the subparsers of `python -m mmkernels`."""
     parser = subparsers.add_parser("bench", help="time the ops and their peers", description=__doc__)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick")
-    parser.add_argument("--op", help="only this op (latent_attention, attention)")
+    parser.add_argument("--op", help="only this op, or layer or model, as in attention, fusion_layer, hypergrid_t5")
     parser.add_argument("--case", help="only cases whose id matches this pattern, as in '*imagenet*/forward'")
     parser.add_argument("--candidate", help="only candidates whose name contains this, and eager")
     parser.add_argument("--list", action="store_true", help="print the ids of the cases and stop")

@@ -53,7 +53,7 @@ def _against_keys(rows, field, label):
 
 
 def _ratios(rows):
-    """Per case: how many times faster our first candidate is than each baseline."""
+    """Per case: how many times faster our first candidate is than each other one, and between which ratios with 95 %."""
     best = {}
     for row in rows:
         if row["kind"] == "mmkernels" and row["speedup_over"]:
@@ -65,8 +65,16 @@ def _ratios(rows):
     height = 0.8 / len(names)
     for i, name in enumerate(names):
         places = [j + i * height for j, row in enumerate(best.values()) if name in row["speedup_over"]]
-        values = [row["speedup_over"][name] for row in best.values() if name in row["speedup_over"]]
-        axes.barh(places, [value - 1 for value in values], height, left=1.0, label=f"over {name}")
+        chosen = [row for row in best.values() if name in row["speedup_over"]]
+        values = [row["speedup_over"][name] for row in chosen]
+        bounds = [row.get("speedup_interval", {}).get(name, [v, v]) for row, v in zip(chosen, values, strict=True)]
+        errors = [
+            [v - low for v, (low, _) in zip(values, bounds, strict=True)],
+            [high - v for v, (_, high) in zip(values, bounds, strict=True)],
+        ]
+        axes.barh(
+            places, [value - 1 for value in values], height, left=1.0, label=f"over {name}", xerr=errors, error_kw={"lw": 0.8}
+        )
     axes.set_yticks([j + 0.4 - height / 2 for j in range(len(best))], list(best), fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
