@@ -15,6 +15,7 @@ import av  # noqa: F401
 import kaldi_native_fbank  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import safetensors.torch  # noqa: F401
+import sentencepiece  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import sklearn.model_selection  # noqa: F401
@@ -22,7 +23,7 @@ import torch
 import tqdm  # noqa: F401
 
 from mmkernels.__main__ import main
-from mmkernels.models import mbt, perceiver  # noqa: F401
+from mmkernels.models import hypergrid_t5, mbt, perceiver  # noqa: F401
 
 
 def die_at(name, number):
