@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ...models.registry import InputError, require
 from . import derive_seed
-from .media import read_audio, read_frames, video_seconds
+from .media import check_frames, read_audio, read_frames, video_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +104,18 @@ class Video:
         return self.frames, self.size, self.size, 3
 
     @property
+    def read_side(self) -> int:
+        """Pixels of the shorter side as read: a crop of 224 is from 256, as in the recipe."""
+        return round(self.size * 8 / 7)
+
+    @property
     def seconds(self) -> float:
         return self.frames * self.stride / self.fps
 
     def length(self, path) -> float:
-        """Seconds of a video file or a folder of frames. Raises InputError where the first frame cannot be read."""
-        read_frames(path, [0.0], self.fps, 8)
+        """Seconds of a video file or a folder of frames. Raises InputError where one of the frames, or the first of a video
+        file, cannot be read."""
+        check_frames(path, self.fps, self.read_side)
         return video_seconds(path, self.fps)
 
     def read(self, path, start=0.0, generator=None) -> torch.Tensor:
@@ -118,8 +124,7 @@ class Video:
         if times[-1] > 0 and (length := video_seconds(path, self.fps)) <= times[-1]:
             times = [time % length for time in times]
         order = sorted(range(len(times)), key=times.__getitem__)
-        # As in the recipe: a crop of 224 from a shorter side of 256.
-        read = read_frames(path, [times[i] for i in order], self.fps, round(self.size * 8 / 7))
+        read = read_frames(path, [times[i] for i in order], self.fps, self.read_side)
         frames = torch.empty_like(read)
         frames[order] = read
         return self.finish(frames, generator)

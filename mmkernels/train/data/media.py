@@ -70,8 +70,7 @@ def read_frames(path, times: list, fps: float, short_side: int) -> torch.Tensor:
         read = {number: _read_picture(pictures[number], short_side) for number in sorted(set(numbers))}
         first = next(iter(read.values()))
         for number, frame in read.items():
-            if frame.shape != first.shape:
-                raise InputError(f"{pictures[number]} has another shape than {pictures[numbers[0]]}: a video has one")
+            _check_shape(pictures[number], frame.shape, pictures[numbers[0]], first.shape)
         return torch.stack([read[number] for number in numbers])
     shown = []
     with _opened(path, "video") as (container, stream):
@@ -95,9 +94,30 @@ def read_frames(path, times: list, fps: float, short_side: int) -> torch.Tensor:
     return torch.stack(shown)
 
 
+def check_frames(path, fps: float, short_side: int) -> None:
+    """Raises InputError where `read_frames` would: every picture of a folder is decoded, of a video the first frame."""
+    if (pictures := _pictures(path)) is None:
+        read_frames(path, [0.0], fps, short_side)
+        return
+    first = None
+    for picture in pictures:
+        size = _scaled_size(_decoded(picture).size, short_side)
+        first = first or size
+        _check_shape(picture, size, pictures[0], first)
+
+
+def _check_shape(path, shape, other, expected):
+    if shape != expected:
+        raise InputError(f"{path} has another shape than {other}: a video has one")
+
+
+def _scaled_size(size, short_side) -> tuple:
+    scale = short_side / min(size)
+    return tuple(max(round(side * scale), 1) for side in size)
+
+
 def _scaled(frame, short_side):
-    scale = short_side / min(frame.width, frame.height)
-    width, height = (max(round(side * scale), 1) for side in (frame.width, frame.height))
+    width, height = _scaled_size((frame.width, frame.height), short_side)
     return torch.from_numpy(frame.reformat(width, height, format="rgb24", interpolation="BILINEAR").to_ndarray())
 
 
@@ -112,14 +132,18 @@ def _pictures(path):
     return [path] if path.suffix.lower() in EXTENSIONS and path.suffix.lower() != ".gif" else None
 
 
-def _read_picture(path, short_side):
-    image_library, numpy = require("PIL.Image", "train"), require("numpy", "train")
+def _decoded(path):
+    """A picture, in RGB."""
+    image_library = require("PIL.Image", "train")
     try:
         with image_library.open(path) as image:
-            image = as_seen(image)
-            scale = short_side / min(image.size)
-            size = [max(round(side * scale), 1) for side in image.size]
-            pixels = image.convert("RGB").resize(size, image_library.Resampling.BILINEAR, reducing_gap=3.0)
+            return as_seen(image).convert("RGB")
     except Exception as error:  # a damaged file makes its decoder raise anything
         raise InputError(f"{path} cannot be read as an image: {error or type(error).__name__}") from error
+
+
+def _read_picture(path, short_side):
+    image_library, numpy = require("PIL.Image", "train"), require("numpy", "train")
+    image = _decoded(path)
+    pixels = image.resize(_scaled_size(image.size, short_side), image_library.Resampling.BILINEAR, reducing_gap=3.0)
     return torch.from_numpy(numpy.array(pixels))

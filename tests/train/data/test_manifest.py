@@ -6,7 +6,7 @@ from media_files import tone, write_wav
 
 from mmkernels.models import InputError
 from mmkernels.train.data import manifest
-from mmkernels.train.data.clips import Spectrogram
+from mmkernels.train.data.clips import Spectrogram, Video
 
 READERS = {"spectrogram": Spectrogram(seconds=0.1, sample_rate=8000, mels=8)}
 
@@ -121,6 +121,30 @@ def test_all_broken_rows_are_counted(folder):
     fails("has 5 broken rows: line 7", path)
     fails("and 2 more; --on-error skip", path)
     assert len(load(path, on_error="skip")[3]) == 5
+
+
+@pytest.mark.parametrize("damage", ["half a file", "another shape"])
+def test_damaged_frames_are_found_before_training(folder, damage):
+    """Behind the first one, and where no window looks at first."""
+    from PIL import Image
+
+    for clip in ("a", "b", "c", "d"):
+        (folder / clip).mkdir()
+        for number in range(5):
+            Image.new("RGB", (24, 20), (40 * number, 90, 9)).save(folder / clip / f"{number}.jpg")
+    frame = folder / "b/3.jpg"
+    if damage == "half a file":
+        frame.write_bytes(frame.read_bytes()[: frame.stat().st_size * 2 // 3])
+        told = "b/3.jpg cannot be read as an image"
+    else:
+        Image.new("RGB", (20, 24)).save(frame)
+        told = "b/3.jpg has another shape than"
+    path = table(folder, "rgb,label,split", "a,x,train", "b,x,train", "c,y,train", "d,x,val")
+    readers = {"rgb": Video(frames=2, stride=1, size=8)}
+    with pytest.raises(InputError, match="has 1 broken row: line 3: .*" + told):
+        manifest.load(path, readers, seed=0)
+    training, held_out, _, problems = manifest.load(path, readers, seed=0, on_error="skip")
+    assert (len(training), len(held_out), len(problems)) == (2, 1, 1) and told in problems[0]
 
 
 def test_tables_that_cannot_be_used(folder):
