@@ -1,5 +1,6 @@
-// The gradient of q of latent_cuda.cu's forward. Scores are made again from the saved log-sum-exp; the kernel walks over
-// keys like the forward. Sums that several blocks share go through partial results that are added in a fixed order.
+// The gradient of q of latent_cuda.cu's forward. Scores are made again from the saved log-sum-exp; the kernel walks
+// over keys like the forward. Sums that several blocks share go through partial results that are added in a fixed
+// order.
 #include "latent/latent_tile.cuh"
 
 namespace mmk::latent {
