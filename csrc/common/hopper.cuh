@@ -179,6 +179,11 @@ __device__ __forceinline__ uint64_t swizzled_descriptor_by_columns(const void* o
 
 // Before the first wgmma, and wherever registers that it uses have been written by other instructions.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Registers that a left operand is made from, and itself: what is written before this stays before it, and what is made
+// from them after it. Without it the compiler moves the making across a wait or a fence, and the products one by one.
+__device__ __forceinline__ void hold(uint32_t (&a)[4]) {
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+}
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
@@ -232,6 +237,7 @@ __device__ __forceinline__ void wgmma_wait() {
   if constexpr (N == 32) MMK_WGMMA(32, TYPE, 16, 17, 18, 19, 20);    \
   if constexpr (N == 48) MMK_WGMMA(48, TYPE, 24, 25, 26, 27, 28);    \
   if constexpr (N == 64) MMK_WGMMA(64, TYPE, 32, 33, 34, 35, 36);    \
+  if constexpr (N == 96) MMK_WGMMA(96, TYPE, 48, 49, 50, 51, 52);    \
   if constexpr (N == 128) MMK_WGMMA(128, TYPE, 64, 65, 66, 67, 68);  \
   if constexpr (N == 144) MMK_WGMMA(144, TYPE, 72, 73, 74, 75, 76);  \
   if constexpr (N == 176) MMK_WGMMA(176, TYPE, 88, 89, 90, 91, 92);  \
@@ -245,11 +251,37 @@ __device__ __forceinline__ void wgmma_wait() {
 template <class T, bool ByColumns, bool LeftByColumns = false, int Registers>
 __device__ __forceinline__ void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep) {
   constexpr int N = 2 * Registers;
-  static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 128 || N == 144 || N == 176 || N == 192 || N == 256);
+  static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 96 || N == 128 || N == 144 || N == 176 || N == 192 ||
+                N == 256);
   if constexpr (std::is_same_v<T, bf16>) {
     MMK_WGMMA_OF("bf16");
   } else {
     MMK_WGMMA_OF("f16");
+  }
+}
+
+#define MMK_WGMMA_OF_REGISTERS(N, TYPE, A0, A1, A2, A3, B, KEEP, RIGHT)                                              \
+  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
+               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B            \
+               ", keep, 1, 1, %" #RIGHT ";\n}"                                                                       \
+               : MMK_D##N                                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(ByColumns))
+#define MMK_WGMMA_OF_REGISTERS_OF(TYPE)                                                     \
+  if constexpr (N == 48) MMK_WGMMA_OF_REGISTERS(48, TYPE, 24, 25, 26, 27, 28, 29, 30);      \
+  if constexpr (N == 64) MMK_WGMMA_OF_REGISTERS(64, TYPE, 32, 33, 34, 35, 36, 37, 38);      \
+  if constexpr (N == 96) MMK_WGMMA_OF_REGISTERS(96, TYPE, 48, 49, 50, 51, 52, 53, 54)
+
+// The same with a in registers, a warp's 16 rows of it as `ldmatrix_x4` and mma_16x8x16 have them. They are the tensor
+// cores' as well until a wgmma_wait, and want a wgmma_fence after they are written.
+template <class T, bool ByColumns, int Registers>
+__device__ __forceinline__ void wgmma_of_registers(float (&d)[Registers], const uint32_t (&a)[4], uint64_t b,
+                                                   int keep) {
+  constexpr int N = 2 * Registers;
+  static_assert(N == 48 || N == 64 || N == 96);
+  if constexpr (std::is_same_v<T, bf16>) {
+    MMK_WGMMA_OF_REGISTERS_OF("bf16");
+  } else {
+    MMK_WGMMA_OF_REGISTERS_OF("f16");
   }
 }
 

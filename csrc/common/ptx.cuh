@@ -219,6 +219,22 @@ __device__ __forceinline__ uint32_t relu_pair<fp16>(uint32_t x) {
   return r;
 }
 
+// a b + c on two values of T in a register, rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c);
+template <>
+__device__ __forceinline__ uint32_t fma_pair<bf16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t fma_pair<fp16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 }  // namespace ptx
 }  // namespace mmk
 #endif

@@ -110,6 +110,7 @@ struct Accumulators {
 struct Product {
   GroupMultiply what;
   std::shared_ptr<Accumulators> sum;
+  std::array<const uint32_t*, 32> left{};  // of the lanes, where a is in registers
   bool done = false;
 };
 
@@ -783,7 +784,13 @@ static void compute(Product& product, int warp) {
   std::vector<float> a(16 * 16), b(16 * g.columns), line(8);
   float values[8];
   const int first_block = warp % (worker->block_threads / 32) % 4 * 2;
-  for (int block = 0; block < 2; ++block) {
+  for (int lane = 0; g.registers && lane < 32; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      const int row = lane / 4 + i / 2 % 2 * 8, depth = lane % 4 * 2 + i % 2 + i / 4 * 8;
+      a[row * 16 + depth] = value_of(g.type, static_cast<uint16_t>(product.left[lane][i / 2] >> i % 2 * 16));
+    }
+  }
+  for (int block = 0; !g.registers && block < 2; ++block) {
     for (int half = 0; half < 2; ++half) {
       for (int i = 0; i < 8; ++i) {
         read_line(g, "a", g.a, g.left_by_columns, first_block + block, half, i, values);
@@ -844,8 +851,10 @@ void group_multiply(void* const* lanes) {
   };
   for (auto& group : warp.groups) look(group);
   look(warp.open);
+  if ((!sum || first.registers) && !warp.fenced) {
+    fail("wgmma.mma_async without a wgmma.fence since the last wait", first.where);
+  }
   if (!sum) {
-    if (!warp.fenced) fail("wgmma.mma_async without a wgmma.fence since the last wait", first.where);
     sum = std::make_shared<Accumulators>();
     sum->count = first.columns / 2;
     sum->values.resize(32 * sum->count);
@@ -863,6 +872,8 @@ void group_multiply(void* const* lanes) {
   }
   ++sum->users;
   warp.open.push_back({first, sum});
+  for (int lane = 0; first.registers && lane < 32; ++lane)
+    warp.open.back().left[lane] = static_cast<GroupMultiply*>(lanes[lane])->registers;
   if (!late()) compute_all(warp, index);
 }
 

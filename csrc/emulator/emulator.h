@@ -6,7 +6,7 @@
 // in random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait
 // allows, or at random, and what it will overwrite is NaN until then. A wgmma reads its operands through descriptors,
 // as the manual lays core matrices out, at once, as late as its wait allows, or at random; its accumulators are NaN
-// until waited for. A TMA copy lands at once, or as late as the wait for its mbarrier; the blocks of a cluster run side
+// until waited for; operands in registers are read when the product is made. A TMA copy lands at once, or as late as the wait for its mbarrier; the blocks of a cluster run side
 // by side, other blocks one after another. Found and explained: a collective that part of a warp never reaches,
 // barriers that not every thread reaches, misaligned or out-of-bounds operands of cp.async, ldmatrix and wgmma, an
 // mbarrier with too many arrivals or none of its own, a wgmma without its fence, operands of a wgmma that were written
@@ -165,6 +165,7 @@ struct GroupMultiply {
   uint64_t a, b;
   bool by_columns, left_by_columns, keep;
   Where where;
+  const uint32_t* registers = nullptr;  // a's, instead of a descriptor
 };
 void group_multiply(void* const* lanes);
 void group_fence(void* const*);
@@ -354,6 +355,7 @@ inline void mbarrier_arrive_at(uint64_t* barrier, int rank, MMK_WHERE) {
   emulator::mbarrier_arrive(emulator::of_rank(barrier, rank), where);
 }
 inline void wgmma_fence(MMK_WHERE) { emulator::meet("wgmma.fence", where, nullptr, emulator::group_fence); }
+inline void hold(uint32_t (&)[4]) {}
 inline void wgmma_commit(MMK_WHERE) { emulator::meet("wgmma.commit_group", where, nullptr, emulator::group_commit); }
 template <int Pending>
 void wgmma_wait(MMK_WHERE) {
@@ -368,6 +370,14 @@ void wgmma(float (&d)[Registers], uint64_t a, uint64_t b, int keep, MMK_WHERE) {
   emulator::meet("wgmma.mma_async", where, &mine, emulator::group_multiply);
 }
 
+template <class T, bool ByColumns, int Registers>
+void wgmma_of_registers(float (&d)[Registers], const uint32_t (&a)[4], uint64_t b, int keep, MMK_WHERE) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+  const auto type = std::is_same_v<T, bf16> ? emulator::Type::bf16 : emulator::Type::fp16;
+  emulator::GroupMultiply mine{type, d, 2 * Registers, 0, b, ByColumns, false, keep != 0, where, a};
+  emulator::meet("wgmma.mma_async", where, &mine, emulator::group_multiply);
+}
+
 inline uint32_t to_tf32(float x) {
   const uint32_t u = __float_as_uint(x);
   return std::isfinite(x) ? (u + 0x1000) & ~0x1fffu : u;
@@ -377,6 +387,14 @@ template <class T>
 uint32_t relu_pair(uint32_t x) {
   auto half = [](uint16_t bits) -> uint32_t { return to_float(T{bits}) < 0.0f || bits == 0x8000 ? 0 : bits; };
   return half(static_cast<uint16_t>(x)) | half(static_cast<uint16_t>(x >> 16)) << 16;
+}
+template <class T>
+uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  auto half = [&](int bits) -> uint32_t {  // in float64 the product is exact
+    auto value = [&](uint32_t x) { return double{to_float(T{static_cast<uint16_t>(x >> bits)})}; };
+    return from_float<T>(static_cast<float>(value(a) * value(b) + value(c))).bits;
+  };
+  return half(0) | half(16) << 16;
 }
 
 }  // namespace ptx

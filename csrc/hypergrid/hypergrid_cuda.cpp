@@ -183,15 +183,21 @@ void weight_gradient(const Call& call, const Tensor& dy, Tensor& dweight, Tensor
 
   const int64_t row_tiles = ceil_div(call.out, tile_rows(call.dtype)), column_tiles = ceil_div(call.in, kColumns);
   const int64_t depth = call.dtype == Dtype::fp32 ? 32 : 64;
-  const int64_t splits =
-      split_keys(row_tiles * column_tiles, ceil_div(call.rows, depth), std::max(1, mmk_multiprocessors()));
+  const int64_t processors = std::max(1, mmk_multiprocessors());
+  int64_t splits = split_keys(row_tiles * column_tiles, ceil_div(call.rows, depth), processors);
+  if (mmk_hypergrid_takes_hopper_weight(call.dtype, &d)) {
+    // A split's sums are written and read: in stages of about 850 clocks, at 24 bytes a clock.
+    const double merge = static_cast<double>(call.out * call.in) * 8 / (24.0 * 850.0 * static_cast<double>(processors));
+    splits = split_keys(mmk_hypergrid_hopper_weight_clusters(&d), ceil_div(call.rows, depth),
+                        std::max<int64_t>(1, processors / 4), merge);
+  }
   STD_TORCH_CHECK(call.rows < INT32_MAX - 65536 && call.gates < INT32_MAX / 512, "hypergrid_bwd: x has ", call.rows,
                   " rows and gate ", call.gates, " gates; below 2^31 and 2^22 are allowed");
   d.chunks = static_cast<int>(ceil_div(splits, call.gates));
   d.segments = static_cast<int>(call.gates) * d.chunks;
   d.split_segments = static_cast<int>(ceil_div(d.segments, splits));
   d.splits = static_cast<int>(ceil_div(d.segments, d.split_segments));
-  const int64_t part_rows = row_tiles + call.c, part_columns = column_tiles * 4 + call.r;
+  const int64_t part_rows = ceil_div(call.out, 128) * 2 + call.c, part_columns = column_tiles * 4 + call.r;
   const Tensor partial = empty(dy, {want_weight && d.splits > 1 ? d.splits : 0, call.out, call.in}, ScalarType::Float);
   const Tensor parts = empty(dy, {want_gate ? d.segments : 0, part_rows, part_columns}, ScalarType::Float);
   d.partial = floats(partial);
@@ -237,14 +243,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
     d.out = dx.mutable_data_ptr();
     // wgmma's kernel takes the weight turned, which is a copy of one weight.
     Product turned = d;
-    Tensor turned_weight = empty(x, {0}, call.type);
-    turned.transposed = false, turned.splits = 1, turned.right_row = call.out;
-    if (call.rows >= kTurnFrom && mmk_hypergrid_takes_hopper(call.dtype, &turned)) {
-      turned_weight = torch::stable::contiguous(torch::stable::transpose(call.weight, 0, 1));
+    turned.right_row = call.out;
+    if (call.rows >= kTurnFrom && mmk_hypergrid_takes_hopper_input(call.dtype, &turned)) {
+      const Tensor turned_weight = torch::stable::contiguous(torch::stable::transpose(call.weight, 0, 1));
       turned.right = turned_weight.const_data_ptr();
-      d = turned;
+      check_launch(mmk_hypergrid_hopper_input(call.dtype, &turned, device.stream), "hypergrid_bwd");
+    } else {
+      start(d, call.dtype, x, call.in, device.stream);
     }
-    start(d, call.dtype, x, call.in, device.stream);
   }
   if (want_weight || want_gate) weight_gradient(call, dy, dweight, dgate, want_weight, want_gate, device.stream);
   return {dx, dweight, dgate, dbias};

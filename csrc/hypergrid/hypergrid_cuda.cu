@@ -554,7 +554,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // dgate from what the tiles that a block lies in have of it, in order.
 __global__ void __launch_bounds__(kThreads)
-    gate_sum_kernel(const WeightGradient d, int tile_rows, int row_tiles, int units, int64_t count) {
+    gate_sum_kernel(const WeightGradient d, int tile_rows, int row_tiles, int unit, int units, int64_t count) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= count) return;
   const int r = static_cast<int>(i / d.c % d.r), c = static_cast<int>(i % d.c);
@@ -563,7 +563,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int chunk = 0; chunk < d.chunks; ++chunk) {
     const float* parts = d.parts + (gate * d.chunks + chunk) * (row_tiles + d.c) * (units + d.r);
     for (int t = c * d.kc / tile_rows; t <= (c * d.kc + d.kc - 1) / tile_rows; ++t)
-      for (int u = r * d.kr / kUnit; u <= (r * d.kr + d.kr - 1) / kUnit; ++u)
+      for (int u = r * d.kr / unit; u <= (r * d.kr + d.kr - 1) / unit; ++u)
         sum += parts[int64_t{t + c} * (units + d.r) + u + r];
   }
   d.dgate[i] = sum;
@@ -582,15 +582,18 @@ int start_weight(const WeightGradient& d, void* stream) {
   const int64_t blocks = int64_t{row_tiles} * column_tiles * d.splits;
   if (blocks > INT_MAX) return 1;
   constexpr Dtype dtype = sizeof(T) == 4 ? Dtype::fp32 : std::is_same_v<T, bf16> ? Dtype::bf16 : Dtype::fp16;
-  int code = mmk_hypergrid_takes_hopper_weight(dtype, &d)
+  const bool hopper = mmk_hypergrid_takes_hopper_weight(dtype, &d);
+  int code = hopper
                  ? mmk_hypergrid_hopper_weight(dtype, &d, stream)
                  : launch(weight_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), bytes(stages), stream,
                           d, stages, alignment<T>(d.dy, d.dy_row, 8), alignment<T>(d.left, d.left_row, 8));
   if (code == 0 && d.out && d.splits > 1) code = finish<T>({}, d.partial, d.out, d.splits, rows, columns, stream);
   if (code || !d.parts) return code;
   const int64_t count = d.gates.count * d.r * d.c;
+  const int tile = hopper ? kHopperRows : int{Shape::kRows}, unit = hopper ? kHopperUnit : kUnit;
   return launch(gate_sum_kernel, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)), dim3(kThreads), 0,
-                stream, d, int{Shape::kRows}, row_tiles, column_tiles * 4, count);
+                stream, d, tile, hopper ? (rows + 2 * tile - 1) / (2 * tile) * 2 : row_tiles, unit,
+                hopper ? (columns + unit - 1) / unit : column_tiles * 4, count);
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -57,7 +57,8 @@ struct WeightGradient {
   int chunks, segments, split_segments, splits;
   void* out;       // contiguous; null: not wanted
   float* partial;  // (splits, N, K)
-  float* parts;    // (segments, row tiles + C, units + R); null: not wanted
+  // (segments, row tiles + C, units + R), tiles and units of what the kernel makes; null: not wanted
+  float* parts;
   float* dgate;    // (G, R, C)
 };
 
@@ -73,16 +74,22 @@ struct GateFactors {
 
 // Rows and columns of a tile of the results, and columns of a unit of dgate's parts.
 constexpr int kColumns = 128, kUnit = kColumns / 4;
+// What a warpgroup of the kernel for wgmma makes of the weight's gradient: a unit of dgate's parts.
+constexpr int kHopperRows = 64, kHopperUnit = 192;
 constexpr int tile_rows(Dtype dtype) { return dtype == Dtype::fp32 ? 64 : 128; }
 
 }  // namespace mmk::hypergrid
 
 extern "C" {
 int mmk_hypergrid_product(mmk::Dtype dtype, const mmk::hypergrid::Product* product, void* stream);
-// The same with wgmma and TMA, and whether it takes a product.
+// With wgmma and TMA, and whether they take a product: the forward, the gradient of x (with the weight turned: right is
+// (column, contraction)), the gradients of the weight and of the gate.
 bool mmk_hypergrid_takes_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product* product);
 int mmk_hypergrid_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product* product, void* stream);
+bool mmk_hypergrid_takes_hopper_input(mmk::Dtype dtype, const mmk::hypergrid::Product* product);
+int mmk_hypergrid_hopper_input(mmk::Dtype dtype, const mmk::hypergrid::Product* product, void* stream);
 bool mmk_hypergrid_takes_hopper_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight);
+int64_t mmk_hypergrid_hopper_weight_clusters(const mmk::hypergrid::WeightGradient* weight);  // of 4 blocks, a split
 int mmk_hypergrid_hopper_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight, void* stream);
 int mmk_hypergrid_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight, void* stream);
 // a(x) of rows of consecutive elements.

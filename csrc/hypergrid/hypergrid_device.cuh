@@ -60,10 +60,14 @@ struct Walk {
     if (!last_of_segment()) {
       ++chunk;
     } else {
-      chunk = 0;
-      ++segment;
-      find(d);
+      next_segment(d);
     }
+  }
+
+  __device__ __forceinline__ void next_segment(const WeightGradient& d) {
+    chunk = 0;
+    ++segment;
+    find(d);
   }
 };
 

@@ -1,4 +1,4 @@
-// The forward and the gradient of x for compute capability 9.0, 16-bit inputs: wgmma on tiles that TMA brings, with the
+// The forward for compute capability 9.0, 16-bit inputs: wgmma on tiles that TMA brings, with the
 // warps specialised. README.md in mmkernels/ops/hypergrid has the schedule and the time model.
 //
 // A block makes 256 rows by 128 columns, and two blocks with the same rows are a cluster: each brings half of the rows'
@@ -170,6 +170,7 @@ __device__ void consume(const Product& d, const Work& work, const Shared& shared
   }
 
   auto* out = static_cast<T*>(d.out);
+  const auto* bias = static_cast<const T*>(d.epilogue.bias);
   const bool in_pairs = work.columns % 2 == 0;
 #pragma unroll
   for (int h = 0; h < kParts; ++h) {
@@ -181,15 +182,14 @@ __device__ void consume(const Product& d, const Work& work, const Shared& shared
       for (int j = 0; j < kColumns / 8; ++j) {
         const int n = work.first_column + j * 8 + lane % 4 * 2;
         if (n >= work.columns) continue;
-        const float low = finished<T>(d.epilogue, acc[h][4 * j + 2 * half], m, n);
+        float low = acc[h][4 * j + 2 * half], high = acc[h][4 * j + 2 * half + 1];
+        if (bias) low += to_float(bias[n]);
+        if (bias && n + 1 < work.columns) high += to_float(bias[n + 1]);
         if (in_pairs) {
-          const float high = finished<T>(d.epilogue, acc[h][4 * j + 2 * half + 1], m, n + 1);
           *reinterpret_cast<uint32_t*>(out + m * work.columns + n) = pack<T>(low, high);
         } else {
           out[m * work.columns + n] = from_float<T>(low);
-          if (n + 1 < work.columns)
-            out[m * work.columns + n + 1] =
-                from_float<T>(finished<T>(d.epilogue, acc[h][4 * j + 2 * half + 1], m, n + 1));
+          if (n + 1 < work.columns) out[m * work.columns + n + 1] = from_float<T>(high);
         }
       }
     }
@@ -266,7 +266,7 @@ bool mmk_hypergrid_takes_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product*
   auto aligned = [](const void* data, int64_t row) {
     return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0;
   };
-  return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && !d.transposed && d.splits == 1 && d.rows >= 128 &&
+  return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && !d.transposed && !d.epilogue.x && d.splits == 1 && d.rows >= 128 &&
          d.rows < INT_MAX - mmk::hypergrid::kRows && d.kp % 8 == 0 && aligned(d.left, d.left_row) &&
          aligned(d.right, d.right_row) &&
          ((d.gates.count == 1 && !d.gates.index) || d.gates.group_rows % mmk::hypergrid::kGroupRows == 0);

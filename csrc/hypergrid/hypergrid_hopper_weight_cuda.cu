@@ -2,9 +2,10 @@
 // brings, both operands read across their rows. README.md in mmkernels/ops/hypergrid has the schedule and the time
 // model.
 //
-// A block makes 128 x 128 of the result, and four of them, two by two, are a cluster: of the four boxes of 64 rows by
-// 64 columns that a stage is, a block brings two, one of dy for the block beside it too and one of a(x) for the one
-// below. One thread of the third warpgroup does that; the first two own 64 rows of the result each.
+// A block makes 128 x 192 of the result, and four of them, two by two, are a cluster: of a stage's 64 rows a block brings
+// one box of 64 columns of dy for the block beside it too, and 32 rows of a(x)'s three boxes for the one below. One
+// thread of the third warpgroup does that, its other warps take the ReLU. The first two warpgroups own 64 rows of the
+// result each and do not wait for each other: while one makes the sums of a gate, the other has the tensor cores.
 #include <climits>
 
 #include "common/hopper.cuh"
@@ -14,38 +15,44 @@
 namespace mmk::hypergrid {
 namespace {
 
-constexpr int kTile = 128, kDepth = 64, kBoxBytes = kDepth * 128, kStageBytes = 4 * kBoxBytes, kStages = 6;
+constexpr int kTileRows = 128, kTileColumns = kHopperUnit, kDepth = 64, kBoxBytes = kDepth * 128;
+constexpr int kLeftBoxes = kTileColumns / 64, kStageBytes = (2 + kLeftBoxes) * kBoxBytes, kStages = 4;
 constexpr int kCluster = 4, kGroup = 128, kConsumers = 2 * kGroup, kAllThreads = 3 * kGroup, kConsumerWarps = 8;
-constexpr int kUnits = kTile / kUnit, kUnitBlocks = kUnit / 8 + 1;  // blocks of the grid that a unit may meet
-constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kUnits * kTile * kUnitBlocks * 4 + 2 * kStages * 8;
-enum NamedBarrier { kConsuming = 1 };
+constexpr int kReluThreads = 96;                 // three warps
+constexpr int kBlocks = kTileColumns / 8 + 1;    // of the grid that a row of a tile may meet; odd: different banks
+constexpr int kWeightPitch = kTileColumns + 8;   // rows fall into different banks
+constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kTileRows * (kWeightPitch * 2 + kBlocks * 4) + 3 * kStages * 8;
 
 #ifdef MMK_HOPPER
 
+template <class T>
 struct Work {
   unsigned char* stages;
-  float* products;  // (units, rows, blocks of a unit)
-  uint64_t *full, *empty;
+  uint64_t *full, *ready, *empty;  // ready: full, and past the ReLU
+  T* weight;                       // (rows, columns) of the tile
+  float* products;                 // (rows, blocks)
   int rows, columns, row_tiles, column_tiles;  // of the result: n and k
   int rank, row_tile, column_tile, split, first_row, first_column;
 
   __device__ explicit Work(const WeightGradient& d) {
     stages = ptx::align_to_1024(shared_memory());
-    products = reinterpret_cast<float*>(stages + kStages * kStageBytes);
-    full = reinterpret_cast<uint64_t*>(products + kUnits * kTile * kUnitBlocks);
-    empty = full + kStages;
+    full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
+    ready = full + kStages, empty = ready + kStages;
+    weight = reinterpret_cast<T*>(empty + kStages);
+    products = reinterpret_cast<float*>(weight + kTileRows * kWeightPitch);
     rows = d.c * d.kc, columns = d.r * d.kr;
-    row_tiles = (rows + kTile - 1) / kTile, column_tiles = (columns + kTile - 1) / kTile;
+    row_tiles = (rows + kTileRows - 1) / kTileRows, column_tiles = (columns + kTileColumns - 1) / kTileColumns;
     rank = ptx::cluster_rank();
     const int wide = (column_tiles + 1) / 2, clusters = (row_tiles + 1) / 2 * wide;
     const int cluster = static_cast<int>(blockIdx.x) / kCluster, tile = cluster % clusters;
     split = cluster / clusters;
     row_tile = tile / wide * 2 + rank / 2, column_tile = tile % wide * 2 + rank % 2;
-    first_row = row_tile * kTile, first_column = column_tile * kTile;
+    first_row = row_tile * kTileRows, first_column = column_tile * kTileColumns;
   }
 };
 
-__device__ void bring_tiles(const WeightGradient& d, const Work& work, const ptx::TensorMap& dy,
+template <class T>
+__device__ void bring_tiles(const WeightGradient& d, const Work<T>& work, const ptx::TensorMap& dy,
                             const ptx::TensorMap& left) {
   const int beside = work.rank % 2, below = work.rank / 2, group_rows = static_cast<int>(d.gates.group_rows);
   int step = 0;
@@ -58,22 +65,29 @@ __device__ void bring_tiles(const WeightGradient& d, const Work& work, const ptx
     ptx::mbarrier_expect(work.full + stage, kStageBytes);
     ptx::copy_box_to_cluster(to + beside * kBoxBytes, dy, work.first_row + beside * 64, 0, row, work.full + stage,
                              3u << (below * 2));
-    ptx::copy_box_to_cluster(to + (2 + below) * kBoxBytes, left, work.first_column + below * 64, 0, row,
-                             work.full + stage, 5u << beside);
+    for (int box = 0; box < kLeftBoxes; ++box)
+      ptx::copy_box_to_cluster(to + (2 + box) * kBoxBytes + below * (kBoxBytes / 2), left,
+                               work.first_column + box * 64, 0, row + below * (kDepth / 2), work.full + stage,
+                               5u << beside);
   }
 }
 
-// Half of the ReLU of a(x)'s boxes; the other warpgroup makes the other.
 template <class T>
-__device__ __forceinline__ void relu_boxes(unsigned char* boxes) {
-#pragma unroll
-  for (int i = threadIdx.x * 16; i < 2 * kBoxBytes; i += kConsumers * 16) {
-    uint4 v = *reinterpret_cast<const uint4*>(boxes + i);
-    v = make_uint4(ptx::relu_pair<T>(v.x), ptx::relu_pair<T>(v.y), ptx::relu_pair<T>(v.z), ptx::relu_pair<T>(v.w));
-    ptx::store_shared(boxes + i, v);
+__device__ void relu_tiles(const WeightGradient& d, const Work<T>& work) {
+  int step = 0;
+  for (Walk walk(d, work.split, kDepth); !walk.done(); walk.advance(d), ++step) {
+    const int stage = step % kStages;
+    unsigned char* boxes = work.stages + stage * kStageBytes + 2 * kBoxBytes;
+    ptx::mbarrier_wait(work.full + stage, step / kStages & 1);
+#pragma unroll 4
+    for (int i = (threadIdx.x - kConsumers - 32) * 16; i < kLeftBoxes * kBoxBytes; i += kReluThreads * 16) {
+      uint4 v = *reinterpret_cast<const uint4*>(boxes + i);
+      v = make_uint4(ptx::relu_pair<T>(v.x), ptx::relu_pair<T>(v.y), ptx::relu_pair<T>(v.z), ptx::relu_pair<T>(v.w));
+      ptx::store_shared(boxes + i, v);
+    }
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(work.ready + stage);
   }
-  ptx::fence_proxy_async();
-  ptx::named_barrier(kConsuming, kConsumers);
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
@@ -81,119 +95,140 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// What this block has of the gradient of one gate: part o weight, summed over the columns of a block of the grid in
-// every 32 columns, then over its rows.
+// The sums of one gate: acc += factors o part, and products of part and the weight, summed over the columns of a block
+// of the grid. `factor` has the first block's; blocks begin at multiples of 8.
 template <class T>
-__device__ __forceinline__ void sum_gate(const WeightGradient& d, const Work& work, const float (&part)[kTile / 2],
-                                         int segment, bool empty) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int local_row = threadIdx.x / kGroup * 64 + warp % 4 * 16 + lane / 4;
-  const auto* weight = static_cast<const T*>(d.weight);
+__device__ __forceinline__ void add_segment(const WeightGradient& d, const Work<T>& work,
+                                            float (&acc)[kTileColumns / 2], const float (&part)[kTileColumns / 2],
+                                            const float* const (&factors)[2], float (&factor)[2], int local_row) {
+  const int lane = threadIdx.x % 32;
+  const T* weight = work.weight + local_row * kWeightPitch + lane % 4 * 2;
+  float* products = work.products + local_row * kBlocks;
+  int r = work.first_column / d.kr, end = (r + 1) * d.kr - work.first_column, block = 0;
+  float sum[2] = {}, next[2];
+  auto look_ahead = [&] {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = local_row + half * 8, n = work.first_row + row;
+    for (int half = 0; half < 2; ++half) next[half] = d.out && r + 1 < d.r ? factors[half][(r + 1) * d.gates.stride[1]] : 0.0f;
+  };
+  auto put = [&] {
 #pragma unroll
-    for (int w = 0; w < kUnits; ++w) {
-      const int first = work.first_column + w * kUnit, last = min(first + kUnit, work.columns) - 1;
-      const int r0 = first / d.kr;
-      __syncwarp();  // or the compiler would load the weights of all units first
-      float z[8];
-      int of[8];
+    for (int half = 0; half < 2; ++half) {
+      const float whole = quad_sum(sum[half]);
+      if (lane % 4 == 0) products[half * 8 * kBlocks + block] = whole;
+      sum[half] = 0.0f;
+    }
+  };
+  look_ahead();
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int k = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        const bool inside = !empty && n < work.rows && k < work.columns;  // nothing there is this gate's
-        z[i] = inside ? part[w * 16 + i / 2 * 4 + half * 2 + i % 2] * to_float(weight[n * d.weight_row + k]) : 0.0f;
-        of[i] = k / d.kr - r0;
-      }
-#pragma unroll 1
-      for (int u = 0; u <= last / d.kr - r0; ++u) {
-        float sum = 0.0f;
+  for (int j = 0; j < kTileColumns / 8; ++j) {
+    if (j * 8 >= end) {
+      if (d.parts) put();
+      ++r, ++block, end += d.kr;
+      factor[0] = next[0] + d.gates.residual, factor[1] = next[1] + d.gates.residual;
+      look_ahead();
+    }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum += of[i] == u ? z[i] : 0.0f;
-        sum = quad_sum(sum);
-        if (lane % 4 == 0) work.products[(w * kTile + row) * kUnitBlocks + u] = sum;
+    for (int half = 0; half < 2; ++half) {
+      const float low = part[4 * j + 2 * half], high = part[4 * j + 2 * half + 1];
+      if (d.out) acc[4 * j + 2 * half] += low * factor[half], acc[4 * j + 2 * half + 1] += high * factor[half];
+      if (d.parts) {
+        const T* pair = weight + half * 8 * kWeightPitch + j * 8;
+        sum[half] += low * to_float(pair[0]) + high * to_float(pair[1]);
       }
     }
   }
-  ptx::named_barrier(kConsuming, kConsumers);
-  const int first_c = work.first_row / d.kc, last_row = min(work.first_row + kTile, work.rows) - 1;
-  const int met = work.first_row < work.rows ? last_row / d.kc - first_c + 1 : 0;
-  for (int task = warp; task < kUnits * met; task += kConsumerWarps) {
-    const int w = task / met, c = first_c + task % met, first = work.first_column + w * kUnit;
-    if (first >= work.columns) continue;
-    const int begin = max(c * d.kc - work.first_row, 0), end = min((c + 1) * d.kc - 1, last_row) - work.first_row;
-    const int r0 = first / d.kr, r1 = (min(first + kUnit, work.columns) - 1) / d.kr;
-    for (int r = r0; r <= r1; ++r) {
-      float sum = 0.0f;
-      for (int row = begin + lane; row <= end; row += 32)
-        sum += work.products[(w * kTile + row) * kUnitBlocks + r - r0];
-      for (int bits = 16; bits; bits /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bits);
-      if (lane == 0)
-        d.parts[(int64_t{segment} * (work.row_tiles + d.c) + work.row_tile + c) * (work.column_tiles * kUnits + d.r) +
-                work.column_tile * kUnits + w + r] = sum;
-    }
+  if (d.parts) put();
+}
+
+// What this warpgroup has of the gradient of one gate: its products, summed over the rows of a block.
+template <class T>
+__device__ __forceinline__ void sum_gate(const WeightGradient& d, const Work<T>& work, int segment, bool empty) {
+  const int group = threadIdx.x / kGroup, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int first_row = work.first_row + group * 64, last_row = min(first_row + 64, work.rows) - 1;
+  ptx::named_barrier(1 + group, kGroup);
+  const int first_c = first_row / d.kc, met = first_row < work.rows ? last_row / d.kc - first_c + 1 : 0;
+  const int r0 = work.first_column / d.kr;
+  const int blocks = work.first_column < work.columns
+                         ? (min(work.first_column + kTileColumns, work.columns) - 1) / d.kr - r0 + 1
+                         : 0;
+  for (int task = warp; task < blocks * met; task += kGroup / 32) {
+    const int c = first_c + task / blocks, block = task % blocks;
+    const int begin = max(c * d.kc, first_row), end = min((c + 1) * d.kc - 1, last_row);
+    float sum = 0.0f;
+    for (int n = begin + lane; n <= end; n += 32) sum += work.products[(n - work.first_row) * kBlocks + block];
+    for (int bits = 16; bits; bits /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bits);
+    if (lane == 0)
+      d.parts[(int64_t{segment} * (2 * work.row_tiles + d.c) + 2 * work.row_tile + group + c) *
+                  (work.column_tiles + d.r) +
+              work.column_tile + r0 + block] = empty ? 0.0f : sum;  // nothing there is this gate's
   }
-  ptx::named_barrier(kConsuming, kConsumers);
+  ptx::named_barrier(1 + group, kGroup);
 }
 
 template <class T>
-__device__ void consume(const WeightGradient& d, const Work& work) {
+__device__ void consume(const WeightGradient& d, const Work<T>& work) {
   const int group = threadIdx.x / kGroup, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int first_n = work.first_row + group * 64 + warp * 16 + lane / 4, first_k = work.first_column + lane % 4 * 2;
-  float acc[kTile / 2] = {}, part[kTile / 2];
-  int step = 0;
-  for (Walk walk(d, work.split, kDepth); !walk.done(); ++step) {
-    const int stage = step % kStages;
-    unsigned char* boxes = work.stages + stage * kStageBytes;
-    ptx::mbarrier_wait(work.full + stage, step / kStages & 1);
-    if (d.relu) relu_boxes<T>(boxes + 2 * kBoxBytes);
-    const bool last = walk.last_of_segment(), empty = walk.rows() <= 0;
-    const int segment = walk.segment, gate = segment / d.chunks;
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k)
-      ptx::wgmma<T, true, true>(
-          part, ptx::swizzled_descriptor_by_columns(boxes + group * kBoxBytes + k * 2048, kBoxBytes),
-          ptx::swizzled_descriptor_by_columns(boxes + 2 * kBoxBytes + k * 2048, kBoxBytes), walk.chunk > 0 || k > 0);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    __syncwarp();
-    // Whoever copies into this block's stages: itself, the block beside and the one below.
-    if (lane < 3) ptx::mbarrier_arrive_at(work.empty + stage, work.rank ^ lane);
-    walk.advance(d);
-    if (!last) continue;
-    if (d.out && !empty) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int c = min(first_n + half * 8, work.rows - 1) / d.kc;
-        const float* factors = d.gates.data + gate * d.gates.stride[0] + c * d.gates.stride[2];
-        int r = min(first_k, work.columns - 1) / d.kr, end = (r + 1) * d.kr;
-        float factor = d.gates.residual + factors[r * d.gates.stride[1]];
-#pragma unroll
-        for (int j = 0; j < kTile / 8; ++j) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (first_k + j * 8 + i >= end && end < work.columns) {
-              ++r, end += d.kr;
-              factor = d.gates.residual + factors[r * d.gates.stride[1]];
-            }
-            acc[4 * j + 2 * half + i] += part[4 * j + 2 * half + i] * factor;
-          }
-        }
-      }
+  const int local_row = group * 64 + warp * 16 + lane / 4;
+  if (d.parts) {  // this warpgroup's rows of the weight
+    for (int i = threadIdx.x % kGroup; i < 64 * kTileColumns; i += kGroup) {
+      const int row = group * 64 + i / kTileColumns, column = i % kTileColumns;
+      const int n = work.first_row + row, k = work.first_column + column;
+      work.weight[row * kWeightPitch + column] = n < work.rows && k < work.columns
+                                                     ? static_cast<const T*>(d.weight)[n * d.weight_row + k]
+                                                     : from_float<T>(0.0f);
     }
-    if (d.parts) sum_gate<T>(d, work, part, segment, empty);
+    ptx::named_barrier(1 + group, kGroup);
+  }
+  float acc[kTileColumns / 2] = {}, part[kTileColumns / 2];
+  const uint64_t* arrived = d.relu ? work.ready : work.full;
+  auto release = [&](int step, int blocks) {  // to whoever copies into this block's stages: itself, beside and below
+    __syncwarp();
+    if (lane < blocks) ptx::mbarrier_arrive_at(work.empty + step % kStages, work.rank ^ lane);
+  };
+  int step = 0;
+  for (Walk walk(d, work.split, kDepth); !walk.done();) {
+    const bool empty = walk.rows() <= 0;
+    const int segment = walk.segment, gate = segment / d.chunks;
+    const int stages = empty ? 1 : (walk.end_row - walk.begin_row + kDepth - 1) / kDepth;
+    const float* factors[2];
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int c = min(work.first_row + local_row + half * 8, work.rows - 1) / d.kc;
+      factors[half] = d.gates.data + gate * d.gates.stride[0] + c * d.gates.stride[2];
+      const int r = min(work.first_column, work.columns - 1) / d.kr;
+      factor[half] = d.out ? d.gates.residual + factors[half][r * d.gates.stride[1]] : 0.0f;
+    }
+#pragma unroll 1
+    for (int chunk = 0; chunk < stages; ++chunk, ++step) {
+      const unsigned char* boxes = work.stages + step % kStages * kStageBytes;
+      ptx::mbarrier_wait(const_cast<uint64_t*>(arrived) + step % kStages, step / kStages & 1);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; ++k)
+        ptx::wgmma<T, true, true>(
+            part, ptx::swizzled_descriptor_by_columns(boxes + group * kBoxBytes + k * 2048, kBoxBytes),
+            ptx::swizzled_descriptor_by_columns(boxes + 2 * kBoxBytes + k * 2048, kBoxBytes), chunk > 0 || k > 0);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      release(step + kStages - 1, chunk > 0 ? 3 : 0);
+    }
+    ptx::wgmma_wait<0>();
+    release(step - 1, 3);
+    walk.next_segment(d);
+    if (!empty) add_segment<T>(d, work, acc, part, factors, factor, local_row);
+    if (d.parts) sum_gate<T>(d, work, segment, empty);
   }
 
   if (!d.out) return;
   auto* out = static_cast<T*>(d.out);
+  const int first_n = work.first_row + local_row, first_k = work.first_column + lane % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int n = first_n + half * 8;
     if (n >= work.rows) continue;
 #pragma unroll
-    for (int j = 0; j < kTile / 8; ++j) {
+    for (int j = 0; j < kTileColumns / 8; ++j) {
       const int k = first_k + j * 8;
       if (k >= work.columns) continue;  // columns are in pairs
       const float low = acc[4 * j + 2 * half], high = acc[4 * j + 2 * half + 1];
@@ -214,21 +249,23 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     hopper_weight_kernel(const WeightGradient d, const __grid_constant__ ptx::TensorMap dy,
                          const __grid_constant__ ptx::TensorMap left) {
 #ifdef MMK_HOPPER
-  const Work work(d);
+  const Work<T> work(d);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(work.full + i, 1);
+      ptx::mbarrier_init(work.ready + i, kReluThreads);
       ptx::mbarrier_init(work.empty + i, kConsumerWarps * 3);
     }
     ptx::mbarrier_fence();
   }
   ptx::cluster_sync();
   if (threadIdx.x < kConsumers) {
-    ptx::claim_registers<224>();
+    ptx::claim_registers<232>();
     consume<T>(d, work);
   } else {
-    ptx::release_registers<56>();
-    if (threadIdx.x == kConsumers) bring_tiles(d, work, dy, left);
+    ptx::release_registers<40>();
+    if (threadIdx.x == kConsumers) bring_tiles<T>(d, work, dy, left);
+    if (d.relu && threadIdx.x >= kConsumers + 32) relu_tiles<T>(d, work);
     __syncwarp();
   }
   ptx::cluster_sync();  // nobody leaves before its barriers and its memory are done with
@@ -238,13 +275,14 @@ __global__ void __launch_bounds__(kAllThreads, 1)
 template <class T>
 int start(const WeightGradient& d, void* stream) {
   const int64_t rows = int64_t{d.c} * d.kc, columns = int64_t{d.r} * d.kr;
-  const int64_t clusters = (rows + 2 * kTile - 1) / (2 * kTile) * ((columns + 2 * kTile - 1) / (2 * kTile));
+  const int64_t clusters = mmk_hypergrid_hopper_weight_clusters(&d);
   if (clusters * kCluster * d.splits > INT_MAX) return 1;
   ptx::TensorMap dy, left;
   int code = ptx::make_tensor_map<T>(dy, d.dy, {rows, 1, d.rows}, {d.dy_row * 2, d.dy_row * 2}, {64, 1, kDepth});
   if (code == 0)
     code =
-        ptx::make_tensor_map<T>(left, d.left, {columns, 1, d.rows}, {d.left_row * 2, d.left_row * 2}, {64, 1, kDepth});
+        ptx::make_tensor_map<T>(left, d.left, {columns, 1, d.rows}, {d.left_row * 2, d.left_row * 2},
+                                  {64, 1, kDepth / 2});
   if (code) return code;
   return launch_clusters(kCluster, hopper_weight_kernel<T>, dim3(static_cast<unsigned>(clusters * kCluster * d.splits)),
                          dim3(kAllThreads), kSharedBytes, stream, d, dy, left);
@@ -253,7 +291,13 @@ int start(const WeightGradient& d, void* stream) {
 }  // namespace
 }  // namespace mmk::hypergrid
 
-// Stages of 64 rows must share a gate, and TMA asks for rows that are multiples of 16 bytes.
+int64_t mmk_hypergrid_hopper_weight_clusters(const mmk::hypergrid::WeightGradient* d) {
+  constexpr int rows = 2 * mmk::hypergrid::kTileRows, columns = 2 * mmk::hypergrid::kTileColumns;
+  return (int64_t{d->c} * d->kc + rows - 1) / rows * ((int64_t{d->r} * d->kr + columns - 1) / columns);
+}
+
+// Stages of 64 rows must share a gate, TMA asks for rows that are multiples of 16 bytes, and boundaries of blocks between
+// columns that different lanes have would cost more than they are worth.
 bool mmk_hypergrid_takes_hopper_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight) {
   const mmk::hypergrid::WeightGradient& d = *weight;
   const int rows = d.c * d.kc, columns = d.r * d.kr;
@@ -261,7 +305,7 @@ bool mmk_hypergrid_takes_hopper_weight(mmk::Dtype dtype, const mmk::hypergrid::W
     return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0;
   };
   return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && rows > 128 && columns > 128 && rows % 8 == 0 &&
-         columns % 8 == 0 && aligned(d.dy, d.dy_row) && aligned(d.left, d.left_row) &&
+         d.kr % 8 == 0 && aligned(d.dy, d.dy_row) && aligned(d.left, d.left_row) &&
          (d.gates.group_rows == d.rows || d.gates.group_rows % mmk::hypergrid::kSegmentRows == 0);
 }
 
