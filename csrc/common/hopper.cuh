@@ -126,11 +126,12 @@ __device__ __forceinline__ void cluster_sync() {
 // What mbarrier_init has written may be used by the cluster and by copies once others know of it.
 __device__ __forceinline__ void mbarrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// At the barrier in the same place of another block of the cluster, or of this one.
+// At the barrier in the same place of another block of the cluster, or of this one. What this thread has read counts as
+// read there; what it has written is not meant for the other block (that would be .release.cluster, a fence of the GPU).
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }

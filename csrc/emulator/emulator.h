@@ -267,6 +267,8 @@ void cp_async_wait() {
   emulator::wait(Pending);
 }
 
+inline void prefetch(const void*) {}
+
 inline void load_matrices(const char* what, const emulator::Where& where, uint32_t* r, int count, bool transposed,
                           const void* row) {
   if (emulator::lane() < count * 8) emulator::check_shared(row, 16, what, where);

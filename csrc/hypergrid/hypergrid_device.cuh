@@ -18,16 +18,22 @@ __device__ __forceinline__ float activation_slope(float x, int activation) {
   return activation == 2 ? gelu_slope<false>(x) : gelu_slope<true>(x);
 }
 
-// Element (m, n) of the result from its sum.
-template <class T>
-__device__ __forceinline__ float finished(const Epilogue& e, float sum, int64_t m, int64_t n) {
-  if (e.bias) sum += to_float(static_cast<const T*>(e.bias)[n]);
-  if (e.activation) sum *= activation_slope(to_float(static_cast<const T*>(e.x)[m * e.x_row + n]), e.activation);
+// The gradient of x[m, n] from that of a(x)[m, n]; x only counts where there is an activation.
+__device__ __forceinline__ float through_activation(const Epilogue& e, float sum, float x, int64_t m, int64_t n) {
+  if (e.activation) sum *= activation_slope(x, e.activation);
   if (e.seed) {
     const DropoutRow row = dropout_row(static_cast<uint64_t>(*e.seed), static_cast<uint64_t>(m));
     sum = dropout_bits(row, static_cast<uint32_t>(n)) >= e.threshold ? sum * e.gain : 0.0f;
   }
   return sum;
+}
+
+// Element (m, n) of the result from its sum.
+template <class T>
+__device__ __forceinline__ float finished(const Epilogue& e, float sum, int64_t m, int64_t n) {
+  if (e.bias) sum += to_float(static_cast<const T*>(e.bias)[n]);
+  const float x = e.activation ? to_float(static_cast<const T*>(e.x)[m * e.x_row + n]) : 0.0f;
+  return through_activation(e, sum, x, m, n);
 }
 
 constexpr int kSegmentRows = 64;  // that lengths of segments are multiples of, except where a gate's rows end

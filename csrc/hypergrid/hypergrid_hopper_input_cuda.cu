@@ -26,9 +26,9 @@ constexpr int kStoredFloats = 16 * kStoredPitch;    // of a warp
 
 template <int Parts>
 constexpr int kFactors = kRows / kGroupRows * Parts * kDepth;
-template <int Parts>
-constexpr int kSharedBytes =
-    1024 + kStages * (kStageBytes + kFactors<Parts> * 2) + kConsumerWarps * kStoredFloats * 4 + 2 * kStages * 8;
+template <int Width, int Parts>
+constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + kFactors<Parts> * 2) +
+                             kConsumerWarps * (kStoredFloats * 4 + 16 * Width * 2) + 2 * kStages * 8;
 
 // How columns are cut: blocks of the grid in pieces of Width, parts of a tile, tiles.
 struct Cut {
@@ -42,86 +42,103 @@ struct Cut {
 
 template <class T, int Width, int Parts>
 struct Work {
-  unsigned char* stages;
-  T* factors;     // (stages, 64 rows, parts, depth); of 16 in the order that a quad's threads take them
-  float* stored;  // (consumer warps, rows, columns)
-  uint64_t *full, *empty;
+  unsigned char* stages;  // and whatever follows them at a constant distance, which takes no registers
   int cluster, rank, pieces, pairs, chunks;
-  int64_t tiles;  // of a cluster
+  int tiles;  // of a cluster
 
   __device__ Work(const Product& d, int cluster) : cluster(cluster) {
     stages = ptx::align_to_1024(shared_memory());
-    stored = reinterpret_cast<float*>(stages + kStages * kStageBytes);
-    full = reinterpret_cast<uint64_t*>(stored + kConsumerWarps * kStoredFloats);
-    empty = full + kStages;
-    factors = reinterpret_cast<T*>(empty + kStages);
     const Cut cut(d, Width, Parts);
     rank = ptx::cluster_rank();
     pieces = cut.pieces, pairs = (cut.tiles + cluster - 1) / cluster;
-    tiles = (d.rows + kRows - 1) / kRows * pairs;
+    tiles = static_cast<int>((d.rows + kRows - 1) / kRows) * pairs;
     chunks = (d.p * d.kp + kDepth - 1) / kDepth;
   }
 
-  __device__ __forceinline__ int64_t first_tile() const { return static_cast<int>(blockIdx.x) / cluster; }
-  __device__ __forceinline__ int64_t next_tile(int64_t tile) const {
+  __device__ __forceinline__ uint64_t* full() const {
+    return reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
+  }
+  __device__ __forceinline__ uint64_t* empty() const { return full() + kStages; }
+  // (stages, 64 rows, parts, depth); of 16 in the order that a quad's threads take them
+  __device__ __forceinline__ T* factors() const { return reinterpret_cast<T*>(empty() + kStages); }
+  // (consumer warps, rows, columns)
+  __device__ __forceinline__ float* stored() const {
+    return reinterpret_cast<float*>(factors() + kStages * kFactors<Parts>);
+  }
+  // (consumer warps, columns / 16, lanes, 8)
+  __device__ __forceinline__ T* x() const { return reinterpret_cast<T*>(stored() + kConsumerWarps * kStoredFloats); }
+
+  __device__ __forceinline__ int first_tile() const { return static_cast<int>(blockIdx.x) / cluster; }
+  __device__ __forceinline__ int next_tile(int tile) const {
     return tile + static_cast<int>(gridDim.x) / cluster;
   }
-  __device__ __forceinline__ int64_t first_row(int64_t tile) const { return tile / pairs * kRows; }
+  __device__ __forceinline__ int first_row(int tile) const { return tile / pairs * kRows; }
   // A part's block of the grid, which may be none, and its first column there.
-  __device__ __forceinline__ int block(int64_t tile, int part) const { return unit(tile, part) / pieces; }
-  __device__ __forceinline__ int column(int64_t tile, int part) const { return unit(tile, part) % pieces * Width; }
+  __device__ __forceinline__ int block(int tile, int part) const { return unit(tile, part) / pieces; }
+  __device__ __forceinline__ int column(int tile, int part) const { return unit(tile, part) % pieces * Width; }
 
  private:
-  __device__ __forceinline__ int unit(int64_t tile, int part) const {
-    return (static_cast<int>(tile % pairs) * cluster + rank) * Parts + part;
+  __device__ __forceinline__ int unit(int tile, int part) const {
+    return (tile % pairs * cluster + rank) * Parts + part;
   }
 };
 
 template <class Work, int Width, int Parts>
 __device__ void bring_tiles(const Work& work, const ptx::TensorMap& left, const ptx::TensorMap& right) {
   int step = 0;
-  for (int64_t tile = work.first_tile(); tile < work.tiles; tile = work.next_tile(tile)) {
-    const int row = static_cast<int>(work.first_row(tile));
+  for (int tile = work.first_tile(); tile < work.tiles; tile = work.next_tile(tile)) {
+    const int row = work.first_row(tile);
     for (int chunk = 0; chunk < work.chunks; ++chunk, ++step) {
       const int stage = step % kStages, k = chunk * kDepth;
       unsigned char* to = work.stages + stage * kStageBytes;
-      ptx::mbarrier_wait(work.empty + stage, (step / kStages & 1) ^ 1);
-      ptx::mbarrier_expect(work.full + stage, kLeftBytes + Parts * Width * kRowBytes);
+      ptx::mbarrier_wait(work.empty() + stage, (step / kStages & 1) ^ 1);
+      ptx::mbarrier_expect(work.full() + stage, kLeftBytes + Parts * Width * kRowBytes);
       if (work.cluster == 2) {
         ptx::copy_box_to_cluster(to + work.rank * (kLeftBytes / 2), left, k, 0, row + work.rank * (kRows / 2),
-                                 work.full + stage, 3);
+                                 work.full() + stage, 3);
       } else {
-        ptx::copy_box(to, left, k, 0, row, work.full + stage);
-        ptx::copy_box(to + kLeftBytes / 2, left, k, 0, row + kRows / 2, work.full + stage);
+        ptx::copy_box(to, left, k, 0, row, work.full() + stage);
+        ptx::copy_box(to + kLeftBytes / 2, left, k, 0, row + kRows / 2, work.full() + stage);
       }
 #pragma unroll 1
       for (int part = 0; part < Parts; ++part)
         ptx::copy_box(to + kLeftBytes + part * (Width * kRowBytes), right, k, work.column(tile, part),
-                      work.block(tile, part), work.full + stage);
+                      work.block(tile, part), work.full() + stage);
     }
   }
 }
 
-template <class T, class Work, int Parts>
+template <class T, class Work, int Width, int Parts>
 __device__ void write_factors(const Product& d, const Work& work) {
   const int thread = threadIdx.x - kConsumers - 32, depth = d.p * d.kp;
   int step = 0;
-  for (int64_t tile = work.first_tile(); tile < work.tiles; tile = work.next_tile(tile)) {
-    int64_t numbers[kRows / kGroupRows];  // of each 64 rows: where their gate begins, or -1
+  for (int tile = work.first_tile(); tile < work.tiles; tile = work.next_tile(tile)) {
+    int numbers[kRows / kGroupRows];  // of each 64 rows: their gate, or -1
 #pragma unroll
     for (int i = 0; i < kRows / kGroupRows; ++i) {
-      const int64_t row = work.first_row(tile) + i * kGroupRows;
+      const int row = work.first_row(tile) + i * kGroupRows;
       int64_t g = 0;
       if (row < d.rows) {
         g = d.gates.count == 1 && !d.gates.index ? 0 : row / d.gates.group_rows;
         if (d.gates.index) g = d.gates.index[g];
       }
-      numbers[i] = g >= 0 && g < d.gates.count ? g * d.gates.stride[0] : -1;
+      numbers[i] = g >= 0 && g < d.gates.count ? static_cast<int>(g) : -1;
+    }
+    // What the derivative of the activation will read at the tile's end.
+#pragma unroll 1
+    for (int i = thread; d.epilogue.activation && i < kRows * Parts; i += kFactorThreads) {
+      const int row = work.first_row(tile) + i % kRows;
+      const int q = work.block(tile, i / kRows), column = work.column(tile, i / kRows);
+      if (row >= d.rows || q >= d.q) continue;
+      const T* x = static_cast<const T*>(d.epilogue.x) + int64_t{row} * d.epilogue.x_row + q * d.kq + column;
+      ptx::prefetch(x);
+      ptx::prefetch(x + min(Width, d.kq - column) - 1);
     }
     for (int chunk = 0; chunk < work.chunks; ++chunk, ++step) {
       const int stage = step % kStages;
-      ptx::mbarrier_wait(work.empty + stage, (step / kStages & 1) ^ 1);
-      T* table = work.factors + stage * kFactors<Parts>;
+      ptx::mbarrier_wait(work.empty() + stage, (step / kStages & 1) ^ 1);
+      T* table = work.factors() + stage * kFactors<Parts>;
+#pragma unroll 1
       for (int i = thread; i < Parts * kDepth; i += kFactorThreads) {
         const int k = chunk * kDepth + i % kDepth, q = work.block(tile, i / kDepth), at = i % 16;
         const int place = i - at + at % 8 / 2 * 4 + at / 8 * 2 + at % 2;
@@ -130,37 +147,36 @@ __device__ void write_factors(const Product& d, const Work& work) {
 #pragma unroll
         for (int j = 0; j < kRows / kGroupRows; ++j)
           table[j * (Parts * kDepth) + place] =
-              from_float<T>(!inside ? 0.0f : numbers[j] < 0 ? NAN : gates[numbers[j]]);
+              from_float<T>(!inside ? 0.0f : numbers[j] < 0 ? NAN : gates[numbers[j] * d.gates.stride[0]]);
       }
-      ptx::mbarrier_arrive(work.full + stage);
+      ptx::mbarrier_arrive(work.full() + stage);
     }
   }
 }
 
-// Into 16 columns of the result, which begin with column n: the rows of a warp from row m on.
+// Where a lane has 8 of the 16 columns of the result that a warp stores at a time. They begin with column n, `count` are
+// the block's; rows are those of the warp from m on.
+struct Own {
+  int m, n;
+  bool inside;
+
+  __device__ __forceinline__ Own(const Product& d, int m, int n, int count)
+      : m(m + static_cast<int>(threadIdx.x % 32 / 2)), n(n + at()), inside(this->m < d.rows && at() < count) {}  // blocks: multiples of 8
+  __device__ static __forceinline__ int at() { return threadIdx.x % 2 * 8; }
+};
+
 template <class T>
-__device__ __forceinline__ void store(const Product& d, const float* stored, int64_t m, int n, int count) {
-  const int lane = threadIdx.x % 32, columns = d.q * d.kq;
-  const int at = lane % 2 * 8;
-  m += lane / 2;
-  if (m >= d.rows || at >= count) return;  // blocks are multiples of 8 wide
-  const float* sums = stored + lane / 2 * kStoredPitch + at;
-  float out[8];
-  if (d.epilogue.activation == 0 && !d.epilogue.seed) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(sums + i);
-      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
-    }
-  } else {
-    auto* own = const_cast<float*>(sums);
+__device__ __forceinline__ void store(const Product& d, float* stored, const T* x, const Own& own) {
+  float* sums = stored + threadIdx.x % 32 / 2 * kStoredPitch + Own::at();
+  if (!own.inside) return;
+  if (d.epilogue.activation || d.epilogue.seed) {
 #pragma unroll 1
-    for (int i = 0; i < 8; ++i) own[i] = finished<T>(d.epilogue, own[i], m, n + at + i);  // once in the code
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = own[i];
+    for (int i = 0; i < 8; ++i)  // once in the code
+      sums[i] = through_activation(d.epilogue, sums[i], d.epilogue.activation ? to_float(x[i]) : 0.0f, own.m, own.n + i);
   }
-  *reinterpret_cast<uint4*>(static_cast<T*>(d.out) + m * columns + n + at) = make_uint4(
-      pack<T>(out[0], out[1]), pack<T>(out[2], out[3]), pack<T>(out[4], out[5]), pack<T>(out[6], out[7]));
+  const float4 low = *reinterpret_cast<const float4*>(sums), high = *reinterpret_cast<const float4*>(sums + 4);
+  *reinterpret_cast<uint4*>(static_cast<T*>(d.out) + int64_t{own.m} * (d.q * d.kq) + own.n) =
+      make_uint4(pack<T>(low.x, low.y), pack<T>(low.z, low.w), pack<T>(high.x, high.y), pack<T>(high.z, high.w));
 }
 
 template <class T, class Work, int Width, int Parts>
@@ -175,15 +191,15 @@ __device__ void consume(const Product& d, const Work& work) {
   int step = 0;
   auto release = [&](int step, int blocks) {  // of the cluster: copies go into all
     __syncwarp();
-    if (lane < blocks) ptx::mbarrier_arrive_at(work.empty + step % kStages, lane);
+    if (lane < blocks) ptx::mbarrier_arrive_at(work.empty() + step % kStages, lane);
   };
-  for (int64_t tile = work.first_tile(); tile < work.tiles; tile = work.next_tile(tile)) {
+  for (int tile = work.first_tile(); tile < work.tiles; tile = work.next_tile(tile)) {
 #pragma unroll 1
     for (int chunk = 0; chunk < work.chunks; ++chunk, ++step) {
       const int stage = step % kStages;
       const unsigned char *rows = work.stages + stage * kStageBytes, *columns = rows + kLeftBytes;
-      const T* factors = work.factors + stage * kFactors<Parts> + group * (kParts * Parts * kDepth) + lane % 4 * 4;
-      ptx::mbarrier_wait(work.full + stage, step / kStages & 1);
+      const T* factors = work.factors() + stage * kFactors<Parts> + group * (kParts * Parts * kDepth) + lane % 4 * 4;
+      ptx::mbarrier_wait(work.full() + stage, step / kStages & 1);
       uint32_t dy[4];
       uint2 pairs;
       auto load = [&](int count) {
@@ -214,14 +230,26 @@ __device__ void consume(const Product& d, const Work& work) {
     }
     ptx::wgmma_wait<0>();
     release(step - 1, work.cluster);
-    float* stored = work.stored + (threadIdx.x / 32) * kStoredFloats;
+    float* stored = work.stored() + (threadIdx.x / 32) * kStoredFloats;
+    T* x = work.x() + (threadIdx.x / 32) * (16 * Width) + lane * 8;  // of a part: what this lane will want
 #pragma unroll
     for (int part = 0; part < Parts; ++part) {
       const int q = work.block(tile, part), column = work.column(tile, part);
       if (q >= d.q) continue;
 #pragma unroll
       for (int h = 0; h < kParts; ++h) {
-        const int64_t m = work.first_row(tile) + (group * kParts + h) * kGroupRows + warp * 16;
+        const int m = work.first_row(tile) + (group * kParts + h) * kGroupRows + warp * 16;
+        auto own = [&](int j) { return Own(d, m, q * d.kq + column + j * kStored, d.kq - column - j * kStored); };
+        if (d.epilogue.activation) {
+#pragma unroll 1
+          for (int j = 0; j < Width / kStored; ++j) {
+            const Own o = own(j);
+            if (o.inside)
+              ptx::cp_async<16>(x + j * 256, static_cast<const T*>(d.epilogue.x) + o.m * d.epilogue.x_row + o.n);
+          }
+          ptx::cp_async_commit();
+          ptx::cp_async_wait<0>();
+        }
 #pragma unroll
         for (int j = 0; j < Width / kStored; ++j) {
           __syncwarp();
@@ -230,8 +258,7 @@ __device__ void consume(const Product& d, const Work& work) {
             *reinterpret_cast<float2*>(stored + (lane / 4 + i % 2 * 8) * kStoredPitch + i / 2 * 8 + lane % 4 * 2) =
                 make_float2(acc[h][part][j * 8 + i * 2], acc[h][part][j * 8 + i * 2 + 1]);
           __syncwarp();
-          const int first = column + j * kStored;
-          store<T>(d, stored, m, q * d.kq + first, d.kq - first);
+          store<T>(d, stored, x + j * 256, own(j));
         }
       }
     }
@@ -246,22 +273,22 @@ __global__ void __launch_bounds__(kAllThreads, 1)
                         const __grid_constant__ ptx::TensorMap right) {
 #ifdef MMK_HOPPER
   using W = Work<T, Width, Parts>;
-  const W work(d, cluster);
   if (threadIdx.x == 0) {
+    const W work(d, cluster);
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(work.full + i, 1 + kFactorThreads);
-      ptx::mbarrier_init(work.empty + i, kConsumerWarps * cluster);
+      ptx::mbarrier_init(work.full() + i, 1 + kFactorThreads);
+      ptx::mbarrier_init(work.empty() + i, kConsumerWarps * cluster);
     }
     ptx::mbarrier_fence();
   }
   ptx::cluster_sync();
   if (threadIdx.x < kConsumers) {
     ptx::claim_registers<232>();
-    consume<T, W, Width, Parts>(d, work);
+    consume<T, W, Width, Parts>(d, W(d, cluster));  // its own, or some of it would wait on the stack
   } else {
     ptx::release_registers<40>();
-    if (threadIdx.x == kConsumers) bring_tiles<W, Width, Parts>(work, left, right);
-    if (threadIdx.x >= kConsumers + 32) write_factors<T, W, Parts>(d, work);
+    if (threadIdx.x == kConsumers) bring_tiles<W, Width, Parts>(W(d, cluster), left, right);
+    if (threadIdx.x >= kConsumers + 32) write_factors<T, W, Width, Parts>(d, W(d, cluster));
     __syncwarp();
   }
   ptx::cluster_sync();  // nobody leaves before its barriers and its memory are done with
@@ -273,6 +300,7 @@ int start(const Product& d, void* stream) {
   const Cut cut(d, Width, Parts);
   const int cluster = cut.tiles > 1 ? 2 : 1;
   const int64_t tiles = (d.rows + kRows - 1) / kRows * ((cut.tiles + cluster - 1) / cluster);
+  if (tiles > INT_MAX) return 1;
   const int64_t blocks = std::min<int64_t>(tiles, std::max(1, mmk_multiprocessors() / cluster)) * cluster;
   ptx::TensorMap left, right;
   const int64_t depth = int64_t{d.p} * d.kp, row = d.right_row * 2;
@@ -282,7 +310,7 @@ int start(const Product& d, void* stream) {
     code = ptx::make_tensor_map<T>(right, d.right, {depth, d.kq, d.q}, {row, row * d.kq}, {kDepth, Width, 1});
   if (code) return code;
   return launch_clusters(cluster, hopper_input_kernel<T, Width, Parts>, dim3(static_cast<unsigned>(blocks)),
-                         dim3(kAllThreads), kSharedBytes<Parts>, stream, d, cluster, left, right);
+                         dim3(kAllThreads), kSharedBytes<Width, Parts>, stream, d, cluster, left, right);
 }
 
 // Tiles of 192 columns, in the parts that leave the fewest.
@@ -303,8 +331,9 @@ bool mmk_hypergrid_takes_hopper_input(mmk::Dtype dtype, const mmk::hypergrid::Pr
   auto aligned = [](const void* data, int64_t row) {
     return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0;
   };
-  return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && d.rows < INT_MAX - mmk::hypergrid::kRows &&
+  return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && d.rows < INT_MAX - mmk::hypergrid::kRows && d.gates.count < INT_MAX &&
          d.kq % 8 == 0 && d.kq >= 24 && aligned(d.left, d.left_row) && aligned(d.right, d.right_row) &&
+         (!d.epilogue.activation || aligned(d.epilogue.x, d.epilogue.x_row)) &&
          ((d.gates.count == 1 && !d.gates.index) || d.gates.group_rows % mmk::hypergrid::kGroupRows == 0);
 }
 
