@@ -169,14 +169,24 @@ template <class T>
 __device__ __forceinline__ void store(const Product& d, float* stored, const T* x, const Own& own) {
   float* sums = stored + threadIdx.x % 32 / 2 * kStoredPitch + Own::at();
   if (!own.inside) return;
-  if (d.epilogue.activation || d.epilogue.seed) {
+  const bool relu = d.epilogue.activation == 1 && !d.epilogue.seed;
+  if (!relu && (d.epilogue.activation || d.epilogue.seed)) {
 #pragma unroll 1
     for (int i = 0; i < 8; ++i)  // once in the code
       sums[i] = through_activation(d.epilogue, sums[i], d.epilogue.activation ? to_float(x[i]) : 0.0f, own.m, own.n + i);
   }
-  const float4 low = *reinterpret_cast<const float4*>(sums), high = *reinterpret_cast<const float4*>(sums + 4);
-  *reinterpret_cast<uint4*>(static_cast<T*>(d.out) + int64_t{own.m} * (d.q * d.kq) + own.n) =
-      make_uint4(pack<T>(low.x, low.y), pack<T>(low.z, low.w), pack<T>(high.x, high.y), pack<T>(high.z, high.w));
+  float out[8];
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(sums + i);
+    out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+  }
+  if (relu) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] *= activation_slope(to_float(x[i]), 1);
+  }
+  *reinterpret_cast<uint4*>(static_cast<T*>(d.out) + int64_t{own.m} * (d.q * d.kq) + own.n) = make_uint4(
+      pack<T>(out[0], out[1]), pack<T>(out[2], out[3]), pack<T>(out[4], out[5]), pack<T>(out[6], out[7]));
 }
 
 template <class T, class Work, int Width, int Parts>

@@ -304,6 +304,17 @@ def test_wgmma_and_tma(on, generator, monkeypatch, problem, copies, seed, dtype)
     check(generator, tensors, "cuda", **options)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_dropout_by_wgmma_is_that_of_the_reference(on, generator, activation):
+    on("cuda")
+    tensors = make(generator, (5, 128, 192), 136, (5, 2, 17), torch.bfloat16)
+    options = dict(activation=activation, dropout_p=0.4, dropout_seed=torch.tensor([77]))
+    found, exact = (testing.run(linear, tensors, ("x", "weight"), backend=b, **options) for b in ("cuda", "reference"))
+    for name in ("x", "weight"):
+        torch.testing.assert_close(found.gradients[name], exact.gradients[name], rtol=0.05, atol=0.05)
+    assert torch.equal(found.gradients["x"] == 0, exact.gradients["x"] == 0)
+
+
 # --- The gate ---------------------------------------------------------------------------------------------------------------
 
 

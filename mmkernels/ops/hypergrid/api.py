@@ -147,7 +147,8 @@ def _order(x, weight, gate, index):
     if x.device.type == "cuda" and x.dtype != torch.float32 and not _backends.platform_refusals("cuda", x.device, x.dtype):
         groups = gates if index is None else index.shape[0]
         few = groups > 1 and x.shape[:-1].numel() < 16 * groups
-        whole = weight.shape[1] // rows % 8 == 0 and weight.shape[0] // columns % 8 == 0
+        width = weight.shape[1] // rows
+        whole = width % 8 == 0 and width >= 24 and weight.shape[0] % 8 == 0
         if few or (whole and _backends.capability(x.device)[0] == 9):
             return CUDA_FIRST
     return _backends.preference(x.dtype)
