@@ -127,7 +127,8 @@ __device__ __forceinline__ void cluster_sync() {
 __device__ __forceinline__ void mbarrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // At the barrier in the same place of another block of the cluster, or of this one. What this thread has read counts as
-// read there; what it has written is not meant for the other block (that would be .release.cluster, a fence of the GPU).
+// read there; what it has written is not meant for the other block (that would be .release.cluster, a fence of the
+// GPU).
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
@@ -261,15 +262,15 @@ __device__ __forceinline__ void wgmma(float (&d)[Registers], uint64_t a, uint64_
   }
 }
 
-#define MMK_WGMMA_OF_REGISTERS(N, TYPE, A0, A1, A2, A3, B, KEEP, RIGHT)                                              \
-  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
-               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B            \
-               ", keep, 1, 1, %" #RIGHT ";\n}"                                                                       \
-               : MMK_D##N                                                                                            \
+#define MMK_WGMMA_OF_REGISTERS(N, TYPE, A0, A1, A2, A3, B, KEEP, RIGHT)                                      \
+  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+               "k16.f32." TYPE "." TYPE " {" MMK_R##N "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B    \
+                                                      ", keep, 1, 1, %" #RIGHT ";\n}"                        \
+               : MMK_D##N                                                                                    \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(ByColumns))
-#define MMK_WGMMA_OF_REGISTERS_OF(TYPE)                                                     \
-  if constexpr (N == 48) MMK_WGMMA_OF_REGISTERS(48, TYPE, 24, 25, 26, 27, 28, 29, 30);      \
-  if constexpr (N == 64) MMK_WGMMA_OF_REGISTERS(64, TYPE, 32, 33, 34, 35, 36, 37, 38);      \
+#define MMK_WGMMA_OF_REGISTERS_OF(TYPE)                                                \
+  if constexpr (N == 48) MMK_WGMMA_OF_REGISTERS(48, TYPE, 24, 25, 26, 27, 28, 29, 30); \
+  if constexpr (N == 64) MMK_WGMMA_OF_REGISTERS(64, TYPE, 32, 33, 34, 35, 36, 37, 38); \
   if constexpr (N == 96) MMK_WGMMA_OF_REGISTERS(96, TYPE, 48, 49, 50, 51, 52, 53, 54)
 
 // The same with a in registers, a warp's 16 rows of it as `ldmatrix_x4` and mma_16x8x16 have them. They are the tensor

@@ -119,9 +119,7 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // Brings the 128 bytes around an address into the L2.
-__device__ __forceinline__ void prefetch(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // --- Matrix fragments (sm_75, sm_80) ---
 

@@ -6,13 +6,13 @@
 // in random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait
 // allows, or at random, and what it will overwrite is NaN until then. A wgmma reads its operands through descriptors,
 // as the manual lays core matrices out, at once, as late as its wait allows, or at random; its accumulators are NaN
-// until waited for; operands in registers are read when the product is made. A TMA copy lands at once, or as late as the wait for its mbarrier; the blocks of a cluster run side
-// by side, other blocks one after another. Found and explained: a collective that part of a warp never reaches,
-// barriers that not every thread reaches, misaligned or out-of-bounds operands of cp.async, ldmatrix and wgmma, an
-// mbarrier with too many arrivals or none of its own, a wgmma without its fence, operands of a wgmma that were written
-// without a proxy fence (by cp.async or store_shared), writes past the end of shared memory (plain reads past it:
-// AddressSanitizer). Not modelled: timing, other memory ordering, bank conflicts, occupancy, swizzles but that of 128
-// bytes; masks other than all 32 lanes are refused.
+// until waited for; operands in registers are read when the product is made. A TMA copy lands at once, or as late as
+// the wait for its mbarrier; the blocks of a cluster run side by side, other blocks one after another. Found and
+// explained: a collective that part of a warp never reaches, barriers that not every thread reaches, misaligned or
+// out-of-bounds operands of cp.async, ldmatrix and wgmma, an mbarrier with too many arrivals or none of its own, a
+// wgmma without its fence, operands of a wgmma that were written without a proxy fence (by cp.async or store_shared),
+// writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing, other memory
+// ordering, bank conflicts, occupancy, swizzles but that of 128 bytes; masks other than all 32 lanes are refused.
 //
 // MMKERNELS_EMULATOR_SEED             the random order (default 0)
 // MMKERNELS_EMULATOR_COPIES           early, late or random (default late)

@@ -583,10 +583,9 @@ int start_weight(const WeightGradient& d, void* stream) {
   if (blocks > INT_MAX) return 1;
   constexpr Dtype dtype = sizeof(T) == 4 ? Dtype::fp32 : std::is_same_v<T, bf16> ? Dtype::bf16 : Dtype::fp16;
   const bool hopper = mmk_hypergrid_takes_hopper_weight(dtype, &d);
-  int code = hopper
-                 ? mmk_hypergrid_hopper_weight(dtype, &d, stream)
-                 : launch(weight_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), bytes(stages), stream,
-                          d, stages, alignment<T>(d.dy, d.dy_row, 8), alignment<T>(d.left, d.left_row, 8));
+  int code = hopper ? mmk_hypergrid_hopper_weight(dtype, &d, stream)
+                    : launch(weight_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), bytes(stages),
+                             stream, d, stages, alignment<T>(d.dy, d.dy_row, 8), alignment<T>(d.left, d.left_row, 8));
   if (code == 0 && d.out && d.splits > 1) code = finish<T>({}, d.partial, d.out, d.splits, rows, columns, stream);
   if (code || !d.parts) return code;
   const int64_t count = d.gates.count * d.r * d.c;

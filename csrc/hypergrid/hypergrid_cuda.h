@@ -59,7 +59,7 @@ struct WeightGradient {
   float* partial;  // (splits, N, K)
   // (segments, row tiles + C, units + R), tiles and units of what the kernel makes; null: not wanted
   float* parts;
-  float* dgate;    // (G, R, C)
+  float* dgate;  // (G, R, C)
 };
 
 struct GateFactors {

@@ -266,8 +266,8 @@ bool mmk_hypergrid_takes_hopper(mmk::Dtype dtype, const mmk::hypergrid::Product*
   auto aligned = [](const void* data, int64_t row) {
     return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0;
   };
-  return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && !d.transposed && !d.epilogue.x && d.splits == 1 && d.rows >= 128 &&
-         d.rows < INT_MAX - mmk::hypergrid::kRows && d.kp % 8 == 0 && aligned(d.left, d.left_row) &&
+  return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && !d.transposed && !d.epilogue.x && d.splits == 1 &&
+         d.rows >= 128 && d.rows < INT_MAX - mmk::hypergrid::kRows && d.kp % 8 == 0 && aligned(d.left, d.left_row) &&
          aligned(d.right, d.right_row) &&
          ((d.gates.count == 1 && !d.gates.index) || d.gates.group_rows % mmk::hypergrid::kGroupRows == 0);
 }

@@ -1,5 +1,5 @@
-// The gradient of x for compute capability 9.0, 16-bit inputs: wgmma with dy in registers, where it meets the factors of
-// its columns. README.md in mmkernels/ops/hypergrid has the schedule and the time model.
+// The gradient of x for compute capability 9.0, 16-bit inputs: wgmma with dy in registers, where it meets the factors
+// of its columns. README.md in mmkernels/ops/hypergrid has the schedule and the time model.
 //
 // A tile is 256 rows by Parts times Width columns, the columns of a part in one block of the grid: there each column of
 // dy has one factor for 64 rows, so that the sum over the weight's rows is a single one and knows no blocks. Two blocks
@@ -21,8 +21,8 @@ constexpr int kGroup = 128, kConsumers = 2 * kGroup, kAllThreads = 3 * kGroup, k
 constexpr int kFactorThreads = 96;  // three warps
 constexpr int kTileColumns = 192, kLeftBytes = kRows * kRowBytes, kRightBytes = kTileColumns * kRowBytes;
 constexpr int kStageBytes = kLeftBytes + kRightBytes;
-constexpr int kStored = 16, kStoredPitch = 24;      // columns that a warp stores at a time; floats, free of conflicts
-constexpr int kStoredFloats = 16 * kStoredPitch;    // of a warp
+constexpr int kStored = 16, kStoredPitch = 24;    // columns that a warp stores at a time; floats, free of conflicts
+constexpr int kStoredFloats = 16 * kStoredPitch;  // of a warp
 
 template <int Parts>
 constexpr int kFactors = kRows / kGroupRows * Parts * kDepth;
@@ -69,9 +69,7 @@ struct Work {
   __device__ __forceinline__ T* x() const { return reinterpret_cast<T*>(stored() + kConsumerWarps * kStoredFloats); }
 
   __device__ __forceinline__ int first_tile() const { return static_cast<int>(blockIdx.x) / cluster; }
-  __device__ __forceinline__ int next_tile(int tile) const {
-    return tile + static_cast<int>(gridDim.x) / cluster;
-  }
+  __device__ __forceinline__ int next_tile(int tile) const { return tile + static_cast<int>(gridDim.x) / cluster; }
   __device__ __forceinline__ int first_row(int tile) const { return tile / pairs * kRows; }
   // A part's block of the grid, which may be none, and its first column there.
   __device__ __forceinline__ int block(int tile, int part) const { return unit(tile, part) / pieces; }
@@ -146,22 +144,25 @@ __device__ void write_factors(const Product& d, const Work& work) {
         const float* gates = d.gates.data + (inside ? k / d.kp * d.gates.stride[1] + q * d.gates.stride[2] : 0);
 #pragma unroll
         for (int j = 0; j < kRows / kGroupRows; ++j)
-          table[j * (Parts * kDepth) + place] =
-              from_float<T>(!inside ? 0.0f : numbers[j] < 0 ? NAN : gates[numbers[j] * d.gates.stride[0]]);
+          table[j * (Parts * kDepth) + place] = from_float<T>(!inside          ? 0.0f
+                                                              : numbers[j] < 0 ? NAN
+                                                                               : gates[numbers[j] * d.gates.stride[0]]);
       }
       ptx::mbarrier_arrive(work.full() + stage);
     }
   }
 }
 
-// Where a lane has 8 of the 16 columns of the result that a warp stores at a time. They begin with column n, `count` are
-// the block's; rows are those of the warp from m on.
+// Where a lane has 8 of the 16 columns of the result that a warp stores at a time. They begin with column n, `count`
+// are the block's; rows are those of the warp from m on.
 struct Own {
   int m, n;
   bool inside;
 
   __device__ __forceinline__ Own(const Product& d, int m, int n, int count)
-      : m(m + static_cast<int>(threadIdx.x % 32 / 2)), n(n + at()), inside(this->m < d.rows && at() < count) {}  // blocks: multiples of 8
+      : m(m + static_cast<int>(threadIdx.x % 32 / 2)),
+        n(n + at()),
+        inside(this->m < d.rows && at() < count) {}  // blocks: multiples of 8
   __device__ static __forceinline__ int at() { return threadIdx.x % 2 * 8; }
 };
 
@@ -173,7 +174,8 @@ __device__ __forceinline__ void store(const Product& d, float* stored, const T* 
   if (!relu && (d.epilogue.activation || d.epilogue.seed)) {
 #pragma unroll 1
     for (int i = 0; i < 8; ++i)  // once in the code
-      sums[i] = through_activation(d.epilogue, sums[i], d.epilogue.activation ? to_float(x[i]) : 0.0f, own.m, own.n + i);
+      sums[i] =
+          through_activation(d.epilogue, sums[i], d.epilogue.activation ? to_float(x[i]) : 0.0f, own.m, own.n + i);
   }
   float out[8];
 #pragma unroll
@@ -185,8 +187,8 @@ __device__ __forceinline__ void store(const Product& d, float* stored, const T* 
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] *= activation_slope(to_float(x[i]), 1);
   }
-  *reinterpret_cast<uint4*>(static_cast<T*>(d.out) + int64_t{own.m} * (d.q * d.kq) + own.n) = make_uint4(
-      pack<T>(out[0], out[1]), pack<T>(out[2], out[3]), pack<T>(out[4], out[5]), pack<T>(out[6], out[7]));
+  *reinterpret_cast<uint4*>(static_cast<T*>(d.out) + int64_t{own.m} * (d.q * d.kq) + own.n) =
+      make_uint4(pack<T>(out[0], out[1]), pack<T>(out[2], out[3]), pack<T>(out[4], out[5]), pack<T>(out[6], out[7]));
 }
 
 template <class T, class Work, int Width, int Parts>
@@ -215,7 +217,8 @@ __device__ void consume(const Product& d, const Work& work) {
       auto load = [&](int count) {
         const int part = count % Parts, k = count / Parts % kSteps, h = count / Parts / kSteps;
         if (part == 0)
-          ptx::ldmatrix_x4(dy, rows + (left_row + h * kGroupRows) * kRowBytes + ((k * 2 + lane / 16) ^ (lane & 7)) * 16);
+          ptx::ldmatrix_x4(dy,
+                           rows + (left_row + h * kGroupRows) * kRowBytes + ((k * 2 + lane / 16) ^ (lane & 7)) * 16);
         pairs = *reinterpret_cast<const uint2*>(factors + (h * Parts + part) * kDepth + k * 16);
       };
       load(0);
@@ -341,9 +344,9 @@ bool mmk_hypergrid_takes_hopper_input(mmk::Dtype dtype, const mmk::hypergrid::Pr
   auto aligned = [](const void* data, int64_t row) {
     return reinterpret_cast<uint64_t>(data) % 16 == 0 && row % 8 == 0;
   };
-  return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && d.rows < INT_MAX - mmk::hypergrid::kRows && d.gates.count < INT_MAX &&
-         d.kq % 8 == 0 && d.kq >= 24 && aligned(d.left, d.left_row) && aligned(d.right, d.right_row) &&
-         (!d.epilogue.activation || aligned(d.epilogue.x, d.epilogue.x_row)) &&
+  return mmk_capability() == 9 && dtype != mmk::Dtype::fp32 && d.rows < INT_MAX - mmk::hypergrid::kRows &&
+         d.gates.count < INT_MAX && d.kq % 8 == 0 && d.kq >= 24 && aligned(d.left, d.left_row) &&
+         aligned(d.right, d.right_row) && (!d.epilogue.activation || aligned(d.epilogue.x, d.epilogue.x_row)) &&
          ((d.gates.count == 1 && !d.gates.index) || d.gates.group_rows % mmk::hypergrid::kGroupRows == 0);
 }
 

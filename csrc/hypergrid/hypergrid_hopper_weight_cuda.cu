@@ -2,10 +2,10 @@
 // brings, both operands read across their rows. README.md in mmkernels/ops/hypergrid has the schedule and the time
 // model.
 //
-// A block makes 128 x 192 of the result, and four of them, two by two, are a cluster: of a stage's 64 rows a block brings
-// one box of 64 columns of dy for the block beside it too, and 32 rows of a(x)'s three boxes for the one below. One
-// thread of the third warpgroup does that, its other warps take the ReLU. The first two warpgroups own 64 rows of the
-// result each and do not wait for each other: while one makes the sums of a gate, the other has the tensor cores.
+// A block makes 128 x 192 of the result, and four of them, two by two, are a cluster: of a stage's 64 rows a block
+// brings one box of 64 columns of dy for the block beside it too, and 32 rows of a(x)'s three boxes for the one below.
+// One thread of the third warpgroup does that, its other warps take the ReLU. The first two warpgroups own 64 rows of
+// the result each and do not wait for each other: while one makes the sums of a gate, the other has the tensor cores.
 #include <climits>
 
 #include "common/hopper.cuh"
@@ -18,19 +18,20 @@ namespace {
 constexpr int kTileRows = 128, kTileColumns = kHopperUnit, kDepth = 64, kBoxBytes = kDepth * 128;
 constexpr int kLeftBoxes = kTileColumns / 64, kStageBytes = (2 + kLeftBoxes) * kBoxBytes, kStages = 4;
 constexpr int kCluster = 4, kGroup = 128, kConsumers = 2 * kGroup, kAllThreads = 3 * kGroup, kConsumerWarps = 8;
-constexpr int kReluThreads = 96;                 // three warps
-constexpr int kBlocks = kTileColumns / 8 + 1;    // of the grid that a row of a tile may meet; odd: different banks
-constexpr int kWeightPitch = kTileColumns + 8;   // rows fall into different banks
-constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kTileRows * (kWeightPitch * 2 + kBlocks * 4) + 3 * kStages * 8;
+constexpr int kReluThreads = 96;                // three warps
+constexpr int kBlocks = kTileColumns / 8 + 1;   // of the grid that a row of a tile may meet; odd: different banks
+constexpr int kWeightPitch = kTileColumns + 8;  // rows fall into different banks
+constexpr int kSharedBytes =
+    1024 + kStages * kStageBytes + kTileRows * (kWeightPitch * 2 + kBlocks * 4) + 3 * kStages * 8;
 
 #ifdef MMK_HOPPER
 
 template <class T>
 struct Work {
   unsigned char* stages;
-  uint64_t *full, *ready, *empty;  // ready: full, and past the ReLU
-  T* weight;                       // (rows, columns) of the tile
-  float* products;                 // (rows, blocks)
+  uint64_t *full, *ready, *empty;              // ready: full, and past the ReLU
+  T* weight;                                   // (rows, columns) of the tile
+  float* products;                             // (rows, blocks)
   int rows, columns, row_tiles, column_tiles;  // of the result: n and k
   int rank, row_tile, column_tile, split, first_row, first_column;
 
@@ -66,9 +67,8 @@ __device__ void bring_tiles(const WeightGradient& d, const Work<T>& work, const 
     ptx::copy_box_to_cluster(to + beside * kBoxBytes, dy, work.first_row + beside * 64, 0, row, work.full + stage,
                              3u << (below * 2));
     for (int box = 0; box < kLeftBoxes; ++box)
-      ptx::copy_box_to_cluster(to + (2 + box) * kBoxBytes + below * (kBoxBytes / 2), left,
-                               work.first_column + box * 64, 0, row + below * (kDepth / 2), work.full + stage,
-                               5u << beside);
+      ptx::copy_box_to_cluster(to + (2 + box) * kBoxBytes + below * (kBoxBytes / 2), left, work.first_column + box * 64,
+                               0, row + below * (kDepth / 2), work.full + stage, 5u << beside);
   }
 }
 
@@ -108,7 +108,8 @@ __device__ __forceinline__ void add_segment(const WeightGradient& d, const Work<
   float sum[2] = {}, next[2];
   auto look_ahead = [&] {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) next[half] = d.out && r + 1 < d.r ? factors[half][(r + 1) * d.gates.stride[1]] : 0.0f;
+    for (int half = 0; half < 2; ++half)
+      next[half] = d.out && r + 1 < d.r ? factors[half][(r + 1) * d.gates.stride[1]] : 0.0f;
   };
   auto put = [&] {
 #pragma unroll
@@ -148,9 +149,8 @@ __device__ __forceinline__ void sum_gate(const WeightGradient& d, const Work<T>&
   ptx::named_barrier(1 + group, kGroup);
   const int first_c = first_row / d.kc, met = first_row < work.rows ? last_row / d.kc - first_c + 1 : 0;
   const int r0 = work.first_column / d.kr;
-  const int blocks = work.first_column < work.columns
-                         ? (min(work.first_column + kTileColumns, work.columns) - 1) / d.kr - r0 + 1
-                         : 0;
+  const int blocks =
+      work.first_column < work.columns ? (min(work.first_column + kTileColumns, work.columns) - 1) / d.kr - r0 + 1 : 0;
   for (int task = warp; task < blocks * met; task += kGroup / 32) {
     const int c = first_c + task / blocks, block = task % blocks;
     const int begin = max(c * d.kc, first_row), end = min((c + 1) * d.kc - 1, last_row);
@@ -280,9 +280,8 @@ int start(const WeightGradient& d, void* stream) {
   ptx::TensorMap dy, left;
   int code = ptx::make_tensor_map<T>(dy, d.dy, {rows, 1, d.rows}, {d.dy_row * 2, d.dy_row * 2}, {64, 1, kDepth});
   if (code == 0)
-    code =
-        ptx::make_tensor_map<T>(left, d.left, {columns, 1, d.rows}, {d.left_row * 2, d.left_row * 2},
-                                  {64, 1, kDepth / 2});
+    code = ptx::make_tensor_map<T>(left, d.left, {columns, 1, d.rows}, {d.left_row * 2, d.left_row * 2},
+                                   {64, 1, kDepth / 2});
   if (code) return code;
   return launch_clusters(kCluster, hopper_weight_kernel<T>, dim3(static_cast<unsigned>(clusters * kCluster * d.splits)),
                          dim3(kAllThreads), kSharedBytes, stream, d, dy, left);
@@ -296,8 +295,8 @@ int64_t mmk_hypergrid_hopper_weight_clusters(const mmk::hypergrid::WeightGradien
   return (int64_t{d->c} * d->kc + rows - 1) / rows * ((int64_t{d->r} * d->kr + columns - 1) / columns);
 }
 
-// Stages of 64 rows must share a gate, TMA asks for rows that are multiples of 16 bytes, and boundaries of blocks between
-// columns that different lanes have would cost more than they are worth.
+// Stages of 64 rows must share a gate, TMA asks for rows that are multiples of 16 bytes, and boundaries of blocks
+// between columns that different lanes have would cost more than they are worth.
 bool mmk_hypergrid_takes_hopper_weight(mmk::Dtype dtype, const mmk::hypergrid::WeightGradient* weight) {
   const mmk::hypergrid::WeightGradient& d = *weight;
   const int rows = d.c * d.kc, columns = d.r * d.kr;
