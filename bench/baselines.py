@@ -416,6 +416,15 @@ def _products(problem, inputs, cuda, with_compile):
 # --- Text-to-text -----------------------------------------------------------------------------------------------------------
 
 
+def _hugging_face(problem):
+    import transformers
+
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj")
+    sizes = {name: getattr(problem.config, name) for name in names}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, attn_implementation="sdpa")
+    return transformers.T5ForConditionalGeneration(config)
+
+
 def _texts(problem, with_compile):
     """A T5, its plain twin and Hugging Face's; one with grids has both of those without as its floor."""
     listed = [Candidate("mmkernels", "mmkernels", text.function(problem, "auto"))]
@@ -426,7 +435,7 @@ def _texts(problem, with_compile):
         listed.append(Candidate("mmkernels compiled", "mmkernels", function, note="torch.compile of the fused one"))
     missing = "" if importlib.util.find_spec("transformers") else "transformers is not installed"
     plain = problem._replace(grid=())
-    hugging_face = text.function(plain, "transformers")
+    hugging_face = text.function(plain, _hugging_face)
     if not problem.grid:
         return [*listed, Candidate("transformers", "baseline", hugging_face, missing)]
     floor = {"without": (text.GRIDS,), "solves": plain}

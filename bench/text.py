@@ -146,22 +146,17 @@ class _Network(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)
-def _network(problem: Text, backend: str):
-    """The model without memory. `backend`: "transformers" is Hugging Face's."""
-    factory = {"device": "meta", "dtype": problem.torch_dtype}
-    if backend != "transformers":
-        changes = vars(problem.config) | {"grid": problem.grid or None, "backend": backend}
-        return _Network(hypergrid_t5.HyperGridT5(hypergrid_t5.HyperGridT5Config(**changes), **factory), problem)
-    import transformers
-
-    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj")
-    sizes = {name: getattr(problem.config, name) for name in names}
+def _network(problem: Text, backend):
+    """The model without memory. `backend`: ours, or a function of the problem that makes another model."""
     with torch.device("meta"):
-        config = transformers.T5Config(**sizes, decoder_start_token_id=0, attn_implementation="sdpa")
-        return _Network(transformers.T5ForConditionalGeneration(config).to(problem.torch_dtype), problem)
+        if callable(backend):
+            return _Network(backend(problem).to(problem.torch_dtype), problem)
+        changes = vars(problem.config) | {"grid": problem.grid or None, "backend": backend}
+        model = hypergrid_t5.HyperGridT5(hypergrid_t5.HyperGridT5Config(**changes), device="meta", dtype=problem.torch_dtype)
+    return _Network(model, problem)
 
 
-def function(problem: Text, backend: str, *, compiler=lambda function: function):
+def function(problem: Text, backend, *, compiler=lambda function: function):
     """The model as a function of its weights, `input_ids` and `labels`: [loss], or the tokens (B, 1 + targets)."""
 
     def call(network, weights, given):
