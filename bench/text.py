@@ -152,7 +152,7 @@ def _network(problem: Text, backend):
         if callable(backend):
             return _Network(backend(problem).to(problem.torch_dtype), problem)
         changes = vars(problem.config) | {"grid": problem.grid or None, "backend": backend}
-        model = hypergrid_t5.HyperGridT5(hypergrid_t5.HyperGridT5Config(**changes), device="meta", dtype=problem.torch_dtype)
+        model = hypergrid_t5.HyperGridT5(hypergrid_t5.HyperGridT5Config(**changes), dtype=problem.torch_dtype)
     return _Network(model, problem)
 
 

@@ -11,30 +11,11 @@
 
 namespace mmk {
 
-namespace base {
-extern const GeluKernels gelu_kernels;
-}
-#if defined(__x86_64__)
-namespace v3 {
-extern const GeluKernels gelu_kernels;
-}
-namespace v4 {
-extern const GeluKernels gelu_kernels;
-}
-#endif
+MMK_KERNELS_IN_USE(GeluKernels, gelu_kernels, kernels)
 
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-const GeluKernels& kernels() {
-#if defined(__x86_64__)
-  const Isa isa = chosen_isa();
-  if (isa == Isa::kV4) return v4::gelu_kernels;
-  if (isa == Isa::kV3) return v3::gelu_kernels;
-#endif
-  return base::gelu_kernels;
-}
 
 bool is_contiguous(const Tensor& t) {
   int64_t expected = 1;

@@ -14,17 +14,7 @@
 
 namespace mmk {
 
-namespace base {
-extern const AttentionKernels attention_kernels;
-}
-#if defined(__x86_64__)
-namespace v3 {
-extern const AttentionKernels attention_kernels;
-}
-namespace v4 {
-extern const AttentionKernels attention_kernels;
-}
-#endif
+MMK_KERNELS_IN_USE(AttentionKernels, attention_kernels, attention_kernels)
 
 namespace {
 
@@ -125,15 +115,6 @@ class Pool {
 };
 
 }  // namespace
-
-const AttentionKernels& attention_kernels() {
-#if defined(__x86_64__)
-  const Isa isa = chosen_isa();
-  if (isa == Isa::kV4) return v4::attention_kernels;
-  if (isa == Isa::kV3) return v3::attention_kernels;
-#endif
-  return base::attention_kernels;
-}
 
 void attention_forward(const std::vector<const Attention*>& problems) {
   const AttentionKernels& kernels = attention_kernels();

@@ -108,13 +108,7 @@ void load_bias(const Attention& a, const Part& part, const KeyBlock& block, int6
 
 // `weight` where the element of these rows and keys survives dropout, else 0.
 MMK_INLINE Vec drop(const Attention& a, UintVec low, UintVec high, UintVec key, Vec weight) {
-  UintVec u = low ^ (key * 0x9E3779B1u);
-  for (int round = 0; round < 2; ++round) {
-    u = (u ^ (u >> 16)) * 0x7FEB352Du;
-    u = (u ^ (u >> 15)) * 0x846CA68Bu;
-    u = (u ^ (u >> 16)) + (round == 0 ? high : UintVec{});
-  }
-  return u < a.drop_below ? Vec{} : weight * a.keep_scale;
+  return dropout_bits(low, high, key) < a.drop_below ? Vec{} : weight * a.keep_scale;
 }
 
 DropoutRow dropout_row_of(const Attention& a, const Part& part, int64_t row) {

@@ -1,6 +1,7 @@
 // What the CPU kernels of all instruction sets and their callers share: strided arrays, sizes. No torch here.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 namespace mmk {
 
@@ -17,6 +18,12 @@ struct Strided {
     return data + (i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3]) * item_bytes();
   }
 };
+
+// The same array with its last two dimensions exchanged.
+inline Strided transposed(Strided s) {
+  std::swap(s.stride[2], s.stride[3]);
+  return s;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -22,15 +22,19 @@ MMK_HOST_DEVICE DropoutRow dropout_row(uint64_t seed, uint64_t row) {
   return {static_cast<uint32_t>(z), static_cast<uint32_t>(z >> 32)};
 }
 
-MMK_HOST_DEVICE uint32_t mix32(uint32_t u) {
+// U: uint32_t, or a vector of it.
+template <class U>
+MMK_HOST_DEVICE U mix32(U u) {
   u = (u ^ (u >> 16)) * 0x7FEB352Du;
   u = (u ^ (u >> 15)) * 0x846CA68Bu;
   return u ^ (u >> 16);
 }
 
 // 32 random bits of key m in a row; the element is dropped when they are below the threshold.
-MMK_HOST_DEVICE uint32_t dropout_bits(DropoutRow row, uint32_t m) {
-  return mix32(mix32(row.low ^ (m * 0x9E3779B1u)) + row.high);
+template <class U>
+MMK_HOST_DEVICE U dropout_bits(U low, U high, U m) {
+  return mix32(mix32(low ^ (m * 0x9E3779B1u)) + high);
 }
+MMK_HOST_DEVICE uint32_t dropout_bits(DropoutRow row, uint32_t m) { return dropout_bits(row.low, row.high, m); }
 
 }  // namespace mmk

@@ -50,3 +50,29 @@ inline Isa chosen_isa() {
 }
 
 }  // namespace mmk
+
+// In namespace mmk: declares the table of kernels `table` that a *_simd.cpp file defines for every instruction set, and
+// `function()`, which is the one of the set in use.
+#if defined(__x86_64__)
+#define MMK_KERNELS_IN_USE(Type, table, function)     \
+  namespace base {                                    \
+  extern const Type table;                            \
+  }                                                   \
+  namespace v3 {                                      \
+  extern const Type table;                            \
+  }                                                   \
+  namespace v4 {                                      \
+  extern const Type table;                            \
+  }                                                   \
+  static const Type& function() {                     \
+    const Isa isa = chosen_isa();                     \
+    if (isa == Isa::kV4) return v4::table;            \
+    return isa == Isa::kV3 ? v3::table : base::table; \
+  }
+#else
+#define MMK_KERNELS_IN_USE(Type, table, function) \
+  namespace base {                                \
+  extern const Type table;                        \
+  }                                               \
+  static const Type& function() { return base::table; }
+#endif

@@ -13,35 +13,11 @@
 
 namespace mmk {
 
-namespace base {
-extern const HyperGridKernels hypergrid_kernels;
-}
-#if defined(__x86_64__)
-namespace v3 {
-extern const HyperGridKernels hypergrid_kernels;
-}
-namespace v4 {
-extern const HyperGridKernels hypergrid_kernels;
-}
-#endif
+MMK_KERNELS_IN_USE(HyperGridKernels, hypergrid_kernels, kernels)
 
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-const HyperGridKernels& kernels() {
-#if defined(__x86_64__)
-  const Isa isa = chosen_isa();
-  if (isa == Isa::kV4) return v4::hypergrid_kernels;
-  if (isa == Isa::kV3) return v3::hypergrid_kernels;
-#endif
-  return base::hypergrid_kernels;
-}
-
-Strided transposed(Strided s) {
-  std::swap(s.stride[2], s.stride[3]);
-  return s;
-}
 
 Strided from(const Strided& s, int64_t row, int64_t column) {
   Strided part = s;

@@ -35,14 +35,8 @@ MMK_INLINE Vec slope(int64_t kind, Vec x) {
 
 // `v` times the gain where element (row, column) to (row, column + kWidth) survives dropout, else 0.
 MMK_INLINE Vec dropped(const Activation& a, DropoutRow row, int64_t column, Vec v) {
-  UintVec u = (UintVec{} + row.low) ^ (reinterpret_cast<UintVec>(lanes_from(column)) * 0x9E3779B1u);
-  const auto mix = [](UintVec u) {
-    u = (u ^ (u >> 16)) * 0x7FEB352Du;
-    u = (u ^ (u >> 15)) * 0x846CA68Bu;
-    return u ^ (u >> 16);
-  };
-  u = mix(mix(u) + row.high);
-  return u >= UintVec{} + a.threshold ? v * a.gain : Vec{};
+  const UintVec m = reinterpret_cast<UintVec>(lanes_from(column));
+  return dropout_bits(UintVec{} + row.low, UintVec{} + row.high, m) < a.threshold ? Vec{} : v * a.gain;
 }
 
 // A row of `count` elements of x, in place, with zeros up to the next multiple of kWidth.
@@ -95,25 +89,25 @@ struct AddScaled {
   Add to;
   const float* data;  // of the piece's factors for the tile's first column
   int64_t stride;
-  const int64_t* gates;  // of the rows
-  bool one_gate;
+  const int64_t* places;  // of the rows, in units of the stride
+  bool one_place;
   IntVec lanes[2];
 
   template <int kRows, int kVecs>
   MMK_INLINE_LAMBDA inline void operator()(const Vec (&acc)[kRows][kVecs]) const {
-    if (one_gate)
+    if (one_place)
       add<true>(acc);
     else
       add<false>(acc);
   }
 
-  template <bool kOneGate, int kRows, int kVecs>
+  template <bool kOnePlace, int kRows, int kVecs>
   MMK_INLINE_LAMBDA inline void add(const Vec (&acc)[kRows][kVecs]) const {
     Vec factor[kVecs], scaled[kRows][kVecs];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      if (i == 0 || !kOneGate) {
-        const Vec row = load(data + gates[i] * stride);
+      if (i == 0 || !kOnePlace) {
+        const Vec row = load(data + places[i] * stride);
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) factor[v] = take(row, lanes[v]);
       }
@@ -169,7 +163,7 @@ void product(const GridProduct& m, float* space) {
   };
   const auto add_scaled = [&](const Place& at) {
     const int64_t last = std::min<int64_t>(at.row + kTileRows, m.rows) - 1;
-    const bool one_gate = m.run >= kTileRows && m.gates[at.row] == m.gates[last];
+    const bool one_gate = m.run >= kTileRows && m.gates[at.row] == m.gates[last];  // two runs at most
     return AddScaled{{at.c, at.c_row, at.accumulate},
                      f.data + at.depth / f.piece * f.row + columns.gate(at.column),
                      f.stride,
@@ -254,12 +248,8 @@ void few_rows(const GridProduct& m, float* space) {
 
 // Adds P, times its factors, to dW, and P o weight to the sums of the rows of a block, apart for every column.
 struct AddGradient {
-  Add to;
+  AddScaled scaled;  // places: the grid's rows
   bool wants_weight;
-  const float* data;  // the gate's factors for the tile's first column
-  int64_t stride;     // of the grid's rows
-  const int32_t* grid_rows;
-  IntVec lanes[2];
   const float* weight;
   int64_t weight_row;
   float* sums;  // null: not wanted
@@ -267,20 +257,8 @@ struct AddGradient {
 
   template <int kRows, int kVecs>
   MMK_INLINE_LAMBDA inline void operator()(const Vec (&acc)[kRows][kVecs]) const {
-    if (wants_weight) {
-      Vec factor[kVecs] = {}, scaled[kRows][kVecs];
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        if (i == 0 || grid_rows[i] != grid_rows[i - 1]) {
-          const Vec row = load(data + grid_rows[i] * stride);
-#pragma GCC unroll 2
-          for (int v = 0; v < kVecs; ++v) factor[v] = take(row, lanes[v]);
-        }
-#pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) scaled[i][v] = acc[i][v] * factor[v];
-      }
-      to(scaled);
-    }
+    if (wants_weight) scaled(acc);
+    const int64_t* const grid_rows = scaled.places;
     if (sums == nullptr) return;
     Vec sum[kVecs] = {};
 #pragma GCC unroll 16
@@ -302,7 +280,7 @@ Extent extent_of(const GridGradient& m, int64_t depth) { return {m.rows, m.colum
 
 // Scratch: the product's, the columns' lanes, the rows of the grid, a tile of the weight, sums, 16-bit results.
 int64_t gradient_space(const GridGradient& m) {
-  return matmul_space(extent_of(m, kWidth)) + columns_space(m.columns) + columns_space(m.rows + kTileRows) +
+  return matmul_space(extent_of(m, kWidth)) + columns_space(m.columns) + 2 * columns_space(m.rows + kTileRows) +
          kTileRows * kPanel + m.grid_rows() * columns_space(m.columns) + m.rows * m.columns;
 }
 
@@ -311,13 +289,13 @@ void gradient(const GridGradient& m, float* space) {
   const bool wide = m.dweight.dtype == DType::kFloat32;
   const int64_t sums_row = columns_space(m.columns), grid_rows = m.grid_rows(), grid_columns = m.grid_columns();
   float* const lanes = space + matmul_space(extent_of(m, kWidth));
-  int32_t* const of_rows = reinterpret_cast<int32_t*>(lanes + columns_space(m.columns));
-  float* const tile = lanes + columns_space(m.columns) + columns_space(m.rows + kTileRows);
+  int64_t* const of_rows = reinterpret_cast<int64_t*>(lanes + columns_space(m.columns));
+  float* const tile = lanes + columns_space(m.columns) + 2 * columns_space(m.rows + kTileRows);
   float* const sums = tile + kTileRows * kPanel;
   float* const results = sums + grid_rows * sums_row;
   const Columns columns(m.first_column, m.columns, f.block, reinterpret_cast<int32_t*>(lanes));
   for (int64_t i = 0; i < m.rows + kTileRows; ++i)
-    of_rows[i] = static_cast<int32_t>((m.first_row + std::min(i, m.rows - 1)) / f.piece - m.grid_row());
+    of_rows[i] = (m.first_row + std::min(i, m.rows - 1)) / f.piece - m.grid_row();
   const bool dense_weight = m.weight.dtype == DType::kFloat32 && m.weight.stride[3] == 1;
   float* const c = m.dweight.data == nullptr ? nullptr : wide ? reinterpret_cast<float*>(m.dweight.data) : results;
   const int64_t c_row = wide ? m.dweight.stride[2] : m.columns;
@@ -352,12 +330,14 @@ void gradient(const GridGradient& m, float* space) {
     };
     const auto finish = [&](const Place& at) {
       const int64_t width = std::min<int64_t>(kPanel, m.columns - at.column);
-      AddGradient add{{at.c, at.c_row, at.accumulate},
+      const int64_t* const grid_row = of_rows + at.row;
+      AddGradient add{{{at.c, at.c_row, at.accumulate},
+                       f.data + gate * f.stride + m.grid_row() * f.row + columns.gate(at.column),
+                       f.row,
+                       grid_row,
+                       grid_row[0] == grid_row[kTileRows - 1],
+                       {columns.lanes(at.column), columns.lanes(at.column + kWidth)}},
                       c != nullptr,
-                      f.data + gate * f.stride + m.grid_row() * f.row + columns.gate(at.column),
-                      f.row,
-                      of_rows + at.row,
-                      {columns.lanes(at.column), columns.lanes(at.column + kWidth)},
                       nullptr,
                       m.weight.stride[2],
                       m.sums == nullptr ? nullptr : sums + at.column,

@@ -10,30 +10,11 @@
 
 namespace mmk {
 
-namespace base {
-extern const LatentKernels latent_kernels;
-}
-#if defined(__x86_64__)
-namespace v3 {
-extern const LatentKernels latent_kernels;
-}
-namespace v4 {
-extern const LatentKernels latent_kernels;
-}
-#endif
+MMK_KERNELS_IN_USE(LatentKernels, latent_kernels, latent_kernels)
 
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-const LatentKernels& latent_kernels() {
-#if defined(__x86_64__)
-  const Isa isa = chosen_isa();
-  if (isa == Isa::kV4) return v4::latent_kernels;
-  if (isa == Isa::kV3) return v3::latent_kernels;
-#endif
-  return base::latent_kernels;
-}
 
 // (B,R,C) as attention's (B,1,R,C).
 Strided with_one_head(Strided s) {

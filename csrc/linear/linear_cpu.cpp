@@ -10,33 +10,9 @@
 
 namespace mmk {
 
-namespace base {
-extern const LinearKernels linear_kernels;
-}
-#if defined(__x86_64__)
-namespace v3 {
-extern const LinearKernels linear_kernels;
-}
-namespace v4 {
-extern const LinearKernels linear_kernels;
-}
-#endif
+MMK_KERNELS_IN_USE(LinearKernels, linear_kernels, kernels)
 
 namespace {
-
-const LinearKernels& kernels() {
-#if defined(__x86_64__)
-  const Isa isa = chosen_isa();
-  if (isa == Isa::kV4) return v4::linear_kernels;
-  if (isa == Isa::kV3) return v3::linear_kernels;
-#endif
-  return base::linear_kernels;
-}
-
-Strided transposed(Strided s) {
-  std::swap(s.stride[2], s.stride[3]);
-  return s;
-}
 
 // Products, cut into parts that threads take when they are free.
 class Products {

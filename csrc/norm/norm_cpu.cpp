@@ -12,30 +12,11 @@
 
 namespace mmk {
 
-namespace base {
-extern const NormKernels norm_kernels;
-}
-#if defined(__x86_64__)
-namespace v3 {
-extern const NormKernels norm_kernels;
-}
-namespace v4 {
-extern const NormKernels norm_kernels;
-}
-#endif
+MMK_KERNELS_IN_USE(NormKernels, norm_kernels, kernels)
 
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-const NormKernels& kernels() {
-#if defined(__x86_64__)
-  const Isa isa = chosen_isa();
-  if (isa == Isa::kV4) return v4::norm_kernels;
-  if (isa == Isa::kV3) return v3::norm_kernels;
-#endif
-  return base::norm_kernels;
-}
 
 // One or two tensors (B, T_i, C) of one dtype, the rows of one behind those of the other.
 Norm describe_rows(const std::vector<Tensor>& x, const char* name) {

@@ -235,7 +235,7 @@ def test_micro_batches_have_the_whole_gradient(tokens):
     for part, share in parts:
         (text.loss(model, part) * share).backward()
     for parameter, wanted in zip(model.parameters(), whole, strict=True):
-        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_averages():
