@@ -47,17 +47,23 @@ def learning_curve(history: list, metric="accuracy") -> bytes:
     figure_class = require("matplotlib.figure", "train").Figure  # no pyplot: no display is looked for
     figure = figure_class(figsize=(8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["loss"] for row in history], ".-", label="training")
-    left.plot(epochs, [row["held_out_loss"] for row in history], ".-", label="held out")
-    left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    left.legend()
+    epochs = draw_losses(left, history, "epoch", "cross-entropy")
     right.plot(epochs, [100 * row[metric] for row in history], ".-")
     right.set(xlabel="epoch", ylabel=f"held-out {metric} (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     return png(figure)
+
+
+def draw_losses(axes, history: list, by: str, what: str) -> list:
+    """Training and held-out loss by "epoch" or "step", whose numbers it returns; `what` names the loss."""
+    numbers = [row[by] for row in history]
+    axes.plot(numbers, [row["loss"] for row in history], ".-", label="training")
+    axes.plot(numbers, [row["held_out_loss"] for row in history], ".-", label="held out")
+    axes.set(xlabel=by, ylabel=what, yscale="log")
+    axes.legend()
+    return numbers
 
 
 def png(figure) -> bytes:

@@ -22,8 +22,6 @@ from . import checkpoint
 from .data import batches, loader
 
 BEST = "best.safetensors"
-SCHEDULES = ("cosine", "constant")
-OPTIMIZERS = ("adamw", "sgd", "adafactor")
 
 
 @dataclasses.dataclass(frozen=True)

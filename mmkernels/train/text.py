@@ -9,7 +9,7 @@ import torch
 from .. import models
 from ..models.registry import InputError, read_json, require, write_atomically
 from . import text_metrics, tokenizer
-from .classification import CURVE, TASK, png
+from .classification import CURVE, TASK, draw_losses, png
 from .data import derive_seed
 from .data.text import Mixture, Texts, pad, rates
 from .loop import Task, best_row, load_best
@@ -159,11 +159,7 @@ def learning_curve(history: list) -> bytes:
     """A PNG: training and held-out loss by step, and the mean of every task's metrics with their average."""
     figure = require("matplotlib.figure", "train").Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps = [row["step"] for row in history]
-    left.plot(steps, [row["loss"] for row in history], ".-", label="training")
-    left.plot(steps, [row["held_out_loss"] for row in history], ".-", label="held out")
-    left.set(xlabel="step", ylabel="cross-entropy of a token", yscale="log")
-    left.legend()
+    steps = draw_losses(left, history, "step", "cross-entropy of a token")
     for name in dict.fromkeys(key.partition("/")[0] for key in history[-1] if "/" in key):
         right.plot(steps, [100 * mean_of(row, name) for row in history], lw=0.8, label=name)
     right.plot(steps, [100 * row[AVERAGE] for row in history], "k.-", lw=2, label=AVERAGE)

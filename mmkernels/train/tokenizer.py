@@ -130,7 +130,10 @@ def train(texts, size: int, *, most=1_000_000) -> SentencePiece:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise InputError(f"the text of the tasks is too little to train a tokenizer of {size} tokens on: {error}") from error
+        raise InputError(
+            f"a tokenizer of {size} tokens, {SENTINELS} of them sentinels, cannot be trained on the text of the tasks: it is "
+            f"too little, or has more letters than that: {error}"
+        ) from error
     return SentencePiece(written.getvalue())
 
 
