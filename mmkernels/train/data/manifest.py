@@ -81,7 +81,7 @@ def load(path, readers: dict, seed: int, *, held_out=0.1, windows=4, on_error="s
             raise InputError(f"{path} has no column {name!r}; it has {', '.join(columns)}")
     rows, problems = [], []
     tqdm = require("tqdm", "train").tqdm  # every frame of a folder is decoded once
-    for where, record in tqdm(records, desc="checking clips", unit="clip", leave=False, mininterval=1.0, dynamic_ncols=True):
+    for where, record in tqdm(records, desc="checking clips", unit="clip", leave=False, delay=1.0, dynamic_ncols=True):
         try:
             row = _parse(where, record, path.parent, readers, kind)
             row.lengths = {name: reader.length(row.paths[name]) for name, reader in readers.items()}
