@@ -122,14 +122,17 @@ struct AddScaled {
 
 Extent extent_of(const GridProduct& m) { return {m.rows, m.columns, m.depth, m.scale_b ? m.depth : m.factors.piece}; }
 
-// Scratch: the product's, the bias, the columns' lanes, 16-bit results in float32.
+// Whether sums are made where the result is; others are made in float32 scratch first.
+bool in_place(const Strided& result) { return result.dtype == DType::kFloat32 && result.stride[3] == 1; }
+
+// Scratch: the product's, the bias, the columns' lanes, results.
 int64_t product_space(const GridProduct& m) {
-  return matmul_space(extent_of(m)) + 2 * columns_space(m.columns) + m.rows * m.columns;
+  return matmul_space(extent_of(m)) + 2 * columns_space(m.columns) + (in_place(m.c) ? 0 : m.rows * m.columns);
 }
 
 void product(const GridProduct& m, float* space) {
   const Factors& f = m.factors;
-  const bool wide = m.c.dtype == DType::kFloat32 && m.c.stride[3] == 1;
+  const bool wide = in_place(m.c);
   float* const bias = space + matmul_space(extent_of(m));
   float* const lanes = bias + columns_space(m.columns);
   float* const results = lanes + columns_space(m.columns);
@@ -278,15 +281,16 @@ struct AddGradient {
 
 Extent extent_of(const GridGradient& m, int64_t depth) { return {m.rows, m.columns, depth, depth}; }
 
-// Scratch: the product's, the columns' lanes, the rows of the grid, a tile of the weight, sums, 16-bit results.
+// Scratch: the product's, the columns' lanes, the rows of the grid, a tile of the weight, sums, results.
 int64_t gradient_space(const GridGradient& m) {
+  const int64_t results = m.dweight.data == nullptr || in_place(m.dweight) ? 0 : m.rows * m.columns;
   return matmul_space(extent_of(m, kWidth)) + columns_space(m.columns) + 2 * columns_space(m.rows + kTileRows) +
-         kTileRows * kPanel + m.grid_rows() * columns_space(m.columns) + m.rows * m.columns;
+         kTileRows * kPanel + m.grid_rows() * columns_space(m.columns) + results;
 }
 
 void gradient(const GridGradient& m, float* space) {
   const Factors& f = m.factors;
-  const bool wide = m.dweight.dtype == DType::kFloat32;
+  const bool wide = in_place(m.dweight);
   const int64_t sums_row = columns_space(m.columns), grid_rows = m.grid_rows(), grid_columns = m.grid_columns();
   float* const lanes = space + matmul_space(extent_of(m, kWidth));
   int64_t* const of_rows = reinterpret_cast<int64_t*>(lanes + columns_space(m.columns));
