@@ -36,15 +36,19 @@ INNER_TIME = 5e-3
 
 
 def device_name(device: torch.device) -> str:
+    """As the vendor calls it, for a CPU with the numbers of its family and model where the name has none: virtual machines
+    call every generation the same."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= facts.keys() and not any(c.isdigit() for c in name):
+        name += f" family {facts['cpu family']} model {facts['model']}"
+    return name
 
 
 def device_folder(device: torch.device) -> str:
