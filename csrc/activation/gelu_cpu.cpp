@@ -76,7 +76,7 @@ class Rows {
   // With three dimensions of rows: a copy where there are more of them.
   static Tensor view(const Tensor& t) {
     const int64_t columns = t.size(-1), rows = t.numel() / columns;
-    if (t.dim() > 4) return torch::stable::view(torch::stable::contiguous(t), {1, 1, rows, columns});
+    if (t.dim() > 4) return torch::stable::view(as_contiguous(t), {1, 1, rows, columns});
     Tensor four = t;
     while (four.dim() < 4) four = torch::stable::unsqueeze(four, 0);
     return four;
@@ -100,7 +100,7 @@ int64_t threads_for(const Gelu& g) { return mmk::threads_for(30.0 * g.rows * g.c
 
 Tensor forward(Tensor x, OptionalTensor bias, bool tanh) {
   check(x, bias);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = allocate(x, x.sizes());
   Rows(x, bias, nullptr, bias.has_value())(tanh, &out, [](const Gelu& g) {
     const RowParts parts(g.rows, 1);
     const int64_t workers = std::min(threads_for(g), parts.count()), size = kernels().space(g.columns);
@@ -119,8 +119,8 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor x, OptionalTensor bias, 
   for (int64_t i = 0; equal && i < x.dim(); ++i) equal = dout.size(i) == x.size(i);
   STD_TORCH_CHECK(equal, "dout has shape ", text_of_shape(dout), "; it must be that of x, ", text_of_shape(x));
   const bool wants_bias = (wanted & 2) != 0 && bias.has_value(), wants_rows = (wanted & 1) != 0;
-  Tensor dx = wants_rows ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
-  Tensor dbias = torch::stable::new_empty(x, {wants_bias ? x.size(-1) : 0}, ScalarType::Float);
+  Tensor dx = wants_rows ? allocate(x, x.sizes()) : allocate(x, {0});
+  Tensor dbias = allocate(x, {wants_bias ? x.size(-1) : 0}, ScalarType::Float);
   Rows(x, bias, &dout, bias.has_value())(tanh, wants_rows ? &dx : nullptr, [&](const Gelu& g) {
     const RowParts parts(g.rows, 1);
     const int64_t workers = std::min(threads_for(g), parts.count()), size = kernels().space(g.columns);

@@ -50,6 +50,8 @@ struct KeyBlock {
   int32_t offset[kBlockKeys];  // of row i from `begin`; rising
   const float *k, *v;          // float32, row-major
   int64_t k_row, v_row;
+  float *dk, *dv;  // where their gradients may be written as they are; null where store_key_gradients has to do it
+  int64_t dk_row, dv_row;
 };
 
 struct Attention;
@@ -134,6 +136,7 @@ struct PlainAttention : Attention {
 // Sets the visible keys of a block; returns false when there are none.
 inline bool find_visible(const Attention& a, int64_t batch, KeyBlock& block) {
   block.count = 0;
+  block.dk = block.dv = nullptr;
   for_arrays(a.key_mask, block.begin, block.end - block.begin,
              [&](const Strided& mask, int64_t row, int64_t done, int64_t count) {
                for (int64_t i = 0; i < count; ++i)

@@ -290,8 +290,8 @@ PlainAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask, OptionalTensor bias,
                                    OptionalTensor seed, double scale, double dropout_p) {
   PlainAttention a = describe(q, k, v, key_mask, bias, seed, scale, dropout_p);
-  Tensor out = torch::stable::new_empty(q, {a.batch, a.heads, a.queries, a.v_dim});
-  Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.queries}, ScalarType::Float);
+  Tensor out = allocate(q, {a.batch, a.heads, a.queries, a.v_dim});
+  Tensor lse = allocate(q, {a.batch, a.heads, a.queries}, ScalarType::Float);
   a.out = strided(out);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   attention_forward({&a});
@@ -312,19 +312,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   if (dlse.has_value()) {
     check_dtype(*dlse, "dlse", ScalarType::Float);
     check_shape(*dlse, "dlse", {a.batch, a.heads, a.queries});
-    dlse = torch::stable::contiguous(*dlse);
+    dlse = as_contiguous(*dlse);
     a.dlse = floats(*dlse);
   }
-  lse = torch::stable::contiguous(lse);
+  lse = as_contiguous(lse);
   a.lse = const_cast<float*>(floats(lse));
   a.out = strided(out), a.dout = strided(dout);
 
   const bool wants_bias = (wanted & 4) != 0 && bias.has_value();
-  auto gradient = [&](const Tensor& t, bool want) {
-    return want ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
-  };
+  auto gradient = [&](const Tensor& t, bool want) { return want ? allocate(t, t.sizes()) : allocate(t, {0}); };
   Tensor dq = gradient(q, wanted & 1), dk = gradient(k, wanted & 2), dv = gradient(v, wanted & 2);
-  Tensor dbias = bias.has_value() ? gradient(*bias, wants_bias) : torch::stable::new_empty(q, {0});
+  Tensor dbias = bias.has_value() ? gradient(*bias, wants_bias) : allocate(q, {0});
   if (wanted & 1) a.dq = strided(dq);
   if (wanted & 2) {
     a.store_key_gradients = attention_kernels().store_key_gradients;
@@ -410,10 +408,9 @@ std::tuple<Tensors, Tensors> list_forward(Tensors tensors, std::vector<int64_t> 
     PlainAttention& a = described[p];
     int64_t next = static_cast<int64_t>(outs.size());
     for (const Segment& segment : list.problems[p].q)
-      if (segment.present())
-        outs.push_back(torch::stable::new_empty(tensors[0], {a.batch, segment.rows, a.heads, a.v_dim}));
+      if (segment.present()) outs.push_back(allocate(tensors[0], {a.batch, segment.rows, a.heads, a.v_dim}));
     a.out = join_rows(list.problems[p].q, outs, next);
-    lses.push_back(torch::stable::new_empty(tensors[0], {a.batch, a.heads, a.queries}, ScalarType::Float));
+    lses.push_back(allocate(tensors[0], {a.batch, a.heads, a.queries}, ScalarType::Float));
     a.lse = static_cast<float*>(lses.back().mutable_data_ptr());
     attentions.push_back(&a);
   }
@@ -440,7 +437,7 @@ Tensors list_backward(Tensors dout, Tensors dlse, Tensors tensors, std::vector<i
   Tensors gradients;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
-    gradients.push_back(wanted[i] != 0 ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0}));
+    gradients.push_back(wanted[i] != 0 ? allocate(t, t.sizes()) : allocate(t, {0}));
     if (wanted[i] != 0 && !list.covered[i]) torch::stable::zero_(gradients[i]);
   }
   std::vector<Attention*> attentions;
@@ -464,7 +461,7 @@ Tensors list_backward(Tensors dout, Tensors dlse, Tensors tensors, std::vector<i
       if (list_of->empty()) continue;
       check_dtype((*list_of)[p], name, ScalarType::Float);
       check_shape((*list_of)[p], name, {a.batch, a.heads, a.queries});
-      (*list_of)[p] = torch::stable::contiguous((*list_of)[p]);
+      (*list_of)[p] = as_contiguous((*list_of)[p]);
     }
     a.lse = const_cast<float*>(floats(lse[p]));
     if (!dlse.empty()) a.dlse = floats(dlse[p]);

@@ -597,6 +597,14 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
       if (a.wants_queries())
         gemm<false>({dscores, kFewRow, block.k, block.k_row, kPanel, state, k_ld, kPanel}, rows, a.qk_dim, block.count,
                     true);
+      const bool direct = block.dk != nullptr && rows > 0;
+      if (direct) {
+        gemm<true>({scores, kFewRow, dout, v_ld, kPanel, block.dv, block.dv_row, kPanel}, block.count, a.v_dim, rows,
+                   false);
+        gemm<true>({dscores, kFewRow, q, k_ld, kPanel, block.dk, block.dk_row, kPanel}, block.count, a.qk_dim, rows,
+                   false);
+        continue;
+      }
       if (a.store_key_gradients && rows == 0) clear(dk, kBlockKeys * (k_ld + v_ld));
       if (a.store_key_gradients) {
         gemm<true>({scores, kFewRow, dout, v_ld, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim, rows, false);
@@ -788,6 +796,12 @@ void load_keys(const Attention& a, int64_t batch, int64_t head, KeyBlock& block,
   const auto& p = static_cast<const PlainAttention&>(a);
   load_matrix(a, p.k, a.qk_dim, batch, head, block, space, &block.k, &block.k_row);
   load_matrix(a, p.v, a.v_dim, batch, head, block, space + kBlockKeys * padded_row(a.qk_dim), &block.v, &block.v_row);
+  const int64_t keys = block.end - block.begin;
+  if (block.count < keys || !in_place(p.dk, block.begin, keys, a.qk_dim) || !in_place(p.dv, block.begin, keys, a.v_dim))
+    return;
+  block.dk = reinterpret_cast<float*>(p.dk.at(batch, head, block.begin));
+  block.dv = reinterpret_cast<float*>(p.dv.at(batch, head, block.begin));
+  block.dk_row = p.dk.array_of(block.begin).stride[2], block.dv_row = p.dv.array_of(block.begin).stride[2];
 }
 
 // Their columns lie side by side.

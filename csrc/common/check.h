@@ -1,10 +1,12 @@
 // Checks of tensors at the entry of CPU ops, and their description for the kernels.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -76,13 +78,37 @@ inline Strided strided(const std::optional<Tensor>& t) { return t.has_value() ? 
 
 inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
+// Uninitialised, of `like`'s dtype unless told, on its device. The C entry allocates at once; torch::stable's own looks
+// the operator up by name first, which costs as much as a small op.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  int64_t strides[8], size = 1;
+  const int64_t rank = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(rank <= 8, "a tensor of ", rank, " dimensions; 8 are allowed");
+  for (int64_t i = rank - 1; i >= 0; --i) strides[i] = size, size *= std::max<int64_t>(sizes[i], 1);
+  int32_t type, device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  if (dtype.has_value()) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes.data(), strides, type, device, index, &made));
+  return Tensor(made);
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // Uninitialised float32 memory from torch's allocator, which accounts for it; aligned to cache lines.
 class Space {
  public:
   Space() = default;
   explicit Space(int64_t floats) {
     if (floats <= 0) return;
-    tensor_ = torch::stable::empty({floats}, ScalarType::Float);
+    const int64_t stride = 1;
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &floats, &stride, aoti_torch_dtype_float32(),
+                                                    aoti_torch_device_type_cpu(), 0, &made));
+    tensor_ = Tensor(made);
     at_ = static_cast<float*>(tensor_->mutable_data_ptr());
   }
   float* at(int64_t i) const { return at_ + i; }

@@ -180,14 +180,14 @@ MMK_INLINE void transpose(Vec (&rows)[kWidth]) { transpose_step<kWidth / 2>(rows
 // Lane j is the sum of rows[j].
 template <int kStep = kWidth / 2>
 MMK_INLINE Vec sums(Vec (&rows)[kWidth]) {
-  IntVec low, high;
+  IntVec own, other;  // one of the two is a blend, which costs next to nothing
   for (int j = 0; j < kWidth; ++j) {
-    low[j] = j & kStep ? kWidth + j - kStep : j;
-    high[j] = j & kStep ? kWidth + j : j + kStep;
+    own[j] = j & kStep ? kWidth + j : j;
+    other[j] = j & kStep ? kWidth + j - kStep : j + kStep;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kStep; ++i)
-    rows[i] = shuffle(rows[i], rows[i + kStep], low) + shuffle(rows[i], rows[i + kStep], high);
+    rows[i] = shuffle(rows[i], rows[i + kStep], own) + shuffle(rows[i], rows[i + kStep], other);
   if constexpr (kStep > 1) return sums<kStep / 2>(rows);
   return rows[0];
 }

@@ -150,7 +150,7 @@ Tensor forward(Tensor x, Tensor weight, Tensor gate, OptionalTensor bias, Option
                bool residual, int64_t activation, double dropout_p, OptionalTensor seed) {
   const Call call(x, weight, gate, index, rows_per_gate, residual, activation, dropout_p, seed);
   if (bias) check_dtype(*bias, "bias", x.scalar_type()), check_shape(*bias, "bias", {call.out});
-  Tensor out = torch::stable::new_empty(x, {call.rows, call.out});
+  Tensor out = allocate(x, {call.rows, call.out});
   if (call.rows == 0) return out;
   const GateTable table(call, true);
   GridProduct m{};
@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   check_dtype(dy, "dy", x.scalar_type());
   check_shape(dy, "dy", {call.rows, call.out});
   const auto gradient = [&](bool is_wanted, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    return is_wanted ? torch::stable::new_empty(x, sizes, dtype) : torch::stable::new_empty(x, {0}, dtype);
+    return is_wanted ? allocate(x, sizes, dtype) : allocate(x, {0}, dtype);
   };
   Tensor dx = gradient(want_x, {call.rows, call.in}, x.scalar_type());
   Tensor dweight = gradient(want_weight, {call.out, call.in}, x.scalar_type());
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   Tensor dbias = gradient(false, {0}, ScalarType::Float);
   if (want_bias) {
     const std::array<int64_t, 1> first{0};
-    const Tensor rows = torch::stable::contiguous(dy);  // sum adds in an order that depends on strides
+    const Tensor rows = as_contiguous(dy);  // sum adds in an order that depends on strides
     dbias =
         torch::stable::sum(rows, torch::headeronly::IntHeaderOnlyArrayRef(first.data(), 1), false, ScalarType::Float);
   }
@@ -290,7 +290,7 @@ void for_gates(const GateFactors& g, int64_t gates, const F& run) {
 Tensor gate_forward(Tensor row, Tensor column) {
   int64_t gates = 0;
   GateFactors g = factors_of(row, column, gates);
-  Tensor out = torch::stable::new_empty(row, {gates, g.rows, g.columns});
+  Tensor out = allocate(row, {gates, g.rows, g.columns});
   g.gate = strided(out);
   for_gates(g, gates, kernels().gate_forward);
   return out;
@@ -301,8 +301,8 @@ std::tuple<Tensor, Tensor> gate_backward(Tensor dgate, Tensor row, Tensor column
   GateFactors g = factors_of(row, column, gates);
   check_dtype(dgate, "dgate", row.scalar_type());
   check_shape(dgate, "dgate", {gates, g.rows, g.columns});
-  Tensor drow = torch::stable::new_empty(row, {gates, g.rows}, ScalarType::Float);
-  Tensor dcolumn = torch::stable::new_empty(row, {gates, g.columns}, ScalarType::Float);
+  Tensor drow = allocate(row, {gates, g.rows}, ScalarType::Float);
+  Tensor dcolumn = allocate(row, {gates, g.columns}, ScalarType::Float);
   g.gate = strided(dgate);
   g.drow = static_cast<float*>(drow.mutable_data_ptr());
   g.dcolumn = static_cast<float*>(dcolumn.mutable_data_ptr());
@@ -310,7 +310,7 @@ std::tuple<Tensor, Tensor> gate_backward(Tensor dgate, Tensor row, Tensor column
   // What all gates share is summed over them.
   const auto summed = [&](const Tensor& each, const Tensor& like) {
     if (like.size(0) == gates) return each;
-    Tensor sum = torch::stable::new_empty(row, {1, like.size(1)}, ScalarType::Float);
+    Tensor sum = allocate(row, {1, like.size(1)}, ScalarType::Float);
     add_parts(static_cast<float*>(sum.mutable_data_ptr()), floats(each), 1, gates, like.size(1), like.size(1), 1);
     return sum;
   };

@@ -68,8 +68,8 @@ LatentAttention describe(const Tensor& q, const Tensor& x, const OptionalTensor&
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor x, OptionalTensor position, OptionalTensor key_mask, double scale,
                                    double eps) {
   LatentAttention a = describe(q, x, position, key_mask, scale, eps);
-  Tensor out = torch::stable::new_empty(q, {a.batch, a.queries, a.v_dim}, ScalarType::Float);
-  Tensor lse = torch::stable::new_empty(q, {a.batch, a.queries}, ScalarType::Float);
+  Tensor out = allocate(q, {a.batch, a.queries, a.v_dim}, ScalarType::Float);
+  Tensor lse = allocate(q, {a.batch, a.queries}, ScalarType::Float);
   a.out = with_one_head(strided(out));
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   attention_forward({&a});
@@ -89,19 +89,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
   if (dlse.has_value()) {
     check_dtype(*dlse, "dlse", ScalarType::Float);
     check_shape(*dlse, "dlse", {a.batch, a.queries});
-    dlse = torch::stable::contiguous(*dlse);
+    dlse = as_contiguous(*dlse);
     a.dlse = floats(*dlse);
   }
-  lse = torch::stable::contiguous(lse);
+  lse = as_contiguous(lse);
   a.lse = const_cast<float*>(floats(lse));
   a.out = with_one_head(strided(out)), a.dout = with_one_head(strided(dout));
 
   const bool wants_position = (wanted & 4) != 0 && position.has_value(), sum_position = wants_position && a.batch != 1;
-  auto gradient = [&](const Tensor& t, bool want) {
-    return want ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
-  };
+  auto gradient = [&](const Tensor& t, bool want) { return want ? allocate(t, t.sizes()) : allocate(t, {0}); };
   Tensor dq = gradient(q, wanted & 1), dx = gradient(x, wanted & 2);
-  Tensor dposition = position.has_value() ? gradient(*position, wants_position) : torch::stable::new_empty(q, {0});
+  Tensor dposition = position.has_value() ? gradient(*position, wants_position) : allocate(q, {0});
   if (wanted & 1) {
     Strided rows = with_one_head(strided(dq));
     a.dq_shared = q.size(0) == 1 && a.batch != 1;
@@ -112,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
   Tensor position_sums = dposition;
   if (wants_position) {
     if (sum_position) {
-      position_sums = torch::stable::new_empty(dposition, dposition.sizes(), ScalarType::Float);
+      position_sums = allocate(dposition, dposition.sizes(), ScalarType::Float);
       torch::stable::zero_(position_sums);
     }
     a.dposition = strided(position_sums);
@@ -158,7 +156,7 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
   p.shift = line(norm_bias, "norm_bias", p.channels, true);
   p.b_v = line(b_v, "b_v", w_v.size(0), false);
   p.q = strided(q), p.w_k = strided(w_k), p.w_v = strided(w_v);
-  Tensor out = torch::stable::new_empty(q, {p.batch, p.queries, w_v.size(0)});
+  Tensor out = allocate(q, {p.batch, p.queries, w_v.size(0)});
   p.out = strided(out);
   if (out.numel() == 0) return out;
 

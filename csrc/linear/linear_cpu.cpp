@@ -71,7 +71,7 @@ std::vector<Tensor> forward(std::vector<Tensor> x, std::vector<Tensor> weight, s
   for (size_t i = 0; i < x.size(); ++i) {
     check_problem(x[i], weight[i]);
     const int64_t rows = x[i].size(0), depth = x[i].size(1), columns = weight[i].size(0);
-    out.push_back(torch::stable::new_empty(x[i], {rows, columns}));
+    out.push_back(allocate(x[i], {rows, columns}));
     Product m{rows, columns, depth, strided(x[i]), transposed(strided(weight[i])), strided(out[i]), {}, nullptr};
     if (bias[i].numel() > 0) {
       check_dtype(bias[i], "bias", bias[i].scalar_type() == ScalarType::Float ? ScalarType::Float : x[i].scalar_type());
@@ -98,10 +98,10 @@ std::vector<Tensor> backward(std::vector<Tensor> dout, std::vector<Tensor> x, st
     check_shape(dout[i], "dout", {rows, out});
     const bool of_x = wanted[i] & 1, of_weight = wanted[i] & 2, of_bias = wanted[i] & 4;
     const auto gradient = [&](bool is_wanted, std::initializer_list<int64_t> sizes) {
-      return is_wanted ? torch::stable::new_empty(x[i], sizes) : torch::stable::new_empty(x[i], {0});
+      return is_wanted ? allocate(x[i], sizes) : allocate(x[i], {0});
     };
     Tensor dx = gradient(of_x, {rows, in}), dweight = gradient(of_weight, {out, in});
-    Tensor dbias = torch::stable::new_empty(x[i], {of_bias ? out : 0}, ScalarType::Float);
+    Tensor dbias = allocate(x[i], {of_bias ? out : 0}, ScalarType::Float);
     float* const sums = of_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
     const Strided of_out = strided(dout[i]);
     if (of_x) products.add({rows, in, out, of_out, strided(weight[i]), strided(dx), {}, nullptr});
