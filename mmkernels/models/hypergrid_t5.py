@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..modules import HyperGridLinear
-from ..modules.backend import WithBackend, own_backend, split_heads
+from ..modules.backend import Linear, WithBackend, linear, own_backend, split_heads
 from ..modules.hypergrid import VARIANTS, check_grid
 from ..ops._shared.arguments import check_integer, check_number
 from . import official
@@ -180,8 +180,9 @@ class Attention(WithBackend):
         super().__init__(config.backend)
         self.num_heads, self.dropout, self.causal = config.num_heads, config.dropout_rate, causal
         inner = config.num_heads * config.d_kv
-        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False, **factory) for _ in range(3))
-        self.o = nn.Linear(inner, config.d_model, bias=False, **factory)
+        options = {"bias": False, "backend": config.backend, **factory}
+        self.q, self.k, self.v = (Linear(config.d_model, inner, **options) for _ in range(3))
+        self.o = Linear(inner, config.d_model, **options)
         if relative_bias:
             self.max_distance = config.relative_attention_max_distance
             buckets = config.relative_attention_num_buckets
@@ -253,9 +254,10 @@ class FeedForward(WithBackend):
     def __init__(self, config, **factory):
         super().__init__(config.backend)
         self.dropout, self.gated = config.dropout_rate, config.feed_forward_proj == "gated-gelu"
+        options = {"bias": False, "backend": config.backend, **factory}
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False, **factory))
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False, **factory)
+            setattr(self, name, Linear(config.d_model, config.d_ff, **options))
+        self.wo = Linear(config.d_ff, config.d_model, **options)
         if config.grid is not None:
             self.add_grid(config)
 
@@ -364,14 +366,14 @@ class Stack(nn.Module):
         return F.dropout(self.final_layer_norm(x), self.dropout, self.training)
 
 
-class HyperGridT5(nn.Module):
+class HyperGridT5(WithBackend):
     """T5 with or without grids (the arguments are in the config).
 
     Parameters: `shared.weight`, `encoder.*`, `decoder.*`, and `lm_head.weight` unless the head is tied.
     """
 
     def __init__(self, config: HyperGridT5Config, *, device=None, dtype=None):
-        super().__init__()
+        super().__init__(config.backend)
         self.config = config
         factory = {"device": device, "dtype": dtype}
         self.shared = nn.Embedding(config.vocab_size, config.d_model, **factory)
@@ -478,7 +480,8 @@ class HyperGridT5(nn.Module):
     def _logits(self, x):
         if self.config.scale_decoder_outputs:
             x = x * self.config.d_model**-0.5
-        return F.linear(x, self.shared.weight if self.lm_head is None else self.lm_head.weight)
+        head = self.shared if self.lm_head is None else self.lm_head
+        return linear(x, head.weight, None, self.backend)
 
     def _check_ids(self, name, ids, batch=None, ignored=None):
         if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):

@@ -4,8 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import ops
 from .._backends import NAMES
 from ..ops._shared.arguments import check_key_mask
+from ..ops.linear.api import own_is_faster
 
 BACKENDS = ("auto", *NAMES, "eager")
 
@@ -13,10 +15,29 @@ BACKENDS = ("auto", *NAMES, "eager")
 class WithBackend(nn.Module):
     """A module whose attribute `backend` chooses what computes it."""
 
-    def __init__(self, backend):
+    def __init__(self, backend="auto"):
         super().__init__()
         check_backend(backend)
         self.backend = backend
+
+
+class Linear(nn.Linear, WithBackend):
+    """`nn.Linear`, computed by `ops.linear` where that is the faster one."""
+
+    def __init__(self, in_features, out_features, bias=True, *, backend="auto", device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        check_backend(backend)
+        self.backend = backend
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias, self.backend)
+
+
+def linear(x, weight, bias, backend):
+    """x Wᵀ + b in a module with `backend`: the library's product but where ours is asked for or measured to be faster."""
+    if backend in ("cpp", "reference") or (backend != "eager" and own_is_faster(x)):
+        return ops.linear(x, weight, bias, backend=backend if backend in ("cpp", "reference") else "auto")
+    return F.linear(x, weight, bias)
 
 
 def set_backend(model: nn.Module, backend: str) -> nn.Module:

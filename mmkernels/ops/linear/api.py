@@ -60,17 +60,13 @@ def _prepare(x, weight, bias, backend):
         _check(*layer, x[0], f"[{i}]" if listed else "")
     if (dtype := autocast_dtype(x[0].device)) is not None:
         x, weight, bias = ([t if t is None else t.to(dtype) for t in side] for side in (x, weight, bias))
-    order = ("cpp", "reference") if _own_is_faster(x) else ("reference", "cpp")
+    order = ("cpp", "reference") if own_is_faster(x[0]) else ("reference", "cpp")
     return _backends.choose("linear", backend, order, lambda name: _refusals(name, x)), x, weight, bias, listed
 
 
-def _own_is_faster(x) -> bool:
-    return (
-        x[0].device.type == "cpu"
-        and x[0].dtype == torch.float32
-        and _library.SLOW_MKL
-        and x[0].numel() >= LEAST_ROWS * x[0].shape[-1]
-    )
+def own_is_faster(x) -> bool:
+    """Was "cpp" measured to be faster than the library for rows such as `x`?"""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and _library.SLOW_MKL and x.numel() >= LEAST_ROWS * x.shape[-1]
 
 
 def _like(bias, x):
