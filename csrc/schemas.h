@@ -83,6 +83,32 @@ void define_schemas(Library& m) {
   m.def("hypergrid_gate_fwd(Tensor row, Tensor column) -> Tensor");
   // -> drow and dcolumn, as row and column, float32.
   m.def("hypergrid_gate_bwd(Tensor dgate, Tensor row, Tensor column) -> (Tensor, Tensor)");
+  // Adapters with the norms and residuals around them. x, input_residual, residual (B,T,C) of one dtype  w_down (r,C)
+  // and w_up (C,r) of that dtype, or banks (A,r,C) and (A,C,r)  b_down (r) or (A,r), b_up (C) or (A,C), norm_weight,
+  // norm_bias, out_weight, out_bias (C), scale (1 or A, 1 or C), gate (B) or (B,T): of x's dtype or float32  index
+  // int64 (B) or (B,T), with a bank alone: numbers of adapters, -1 for none  seed int64 (1), absent without dropout.
+  //   s = x + input_residual   u = LayerNorm(s) with norm_weight, else s
+  //   o = dropout(gate factor scale (act(u w_down^T + b_down) w_up^T + b_up)), 0 where the index is -1
+  //   y = o + residual + (skip & 1) x + (skip & 2) input_residual + (skip & 4) u
+  //   out = LayerNorm(y) with out_weight, else y
+  // activation: 0 none, 1 relu, 2 gelu by erf, 3 gelu by tanh, 4 swish, 5 leaky relu (0.01), 6 tanh.  dropout: that of
+  // common/dropout.h with row b T + t and key c.  (skip & 2) only with input_residual, (skip & 4) only with
+  // norm_weight.
+  // -> out (B,T,C) of x's dtype and statistics float32 (2 n,B,T): mean and rstd of s, if it is normalised, then of y.
+  m.def(
+      "adapter_fwd(Tensor x, Tensor? input_residual, Tensor? residual, Tensor w_down, Tensor? b_down, Tensor w_up, "
+      "Tensor? b_up, Tensor? norm_weight, Tensor? norm_bias, Tensor? out_weight, Tensor? out_bias, Tensor? scale, "
+      "Tensor? gate, Tensor? index, Tensor? seed, int skip, int activation, float eps, float out_eps, float factor, "
+      "float dropout_p) -> (Tensor, Tensor)");
+  // -> gradients of the first 13 arguments, in their order and shapes: of rows and weights in x's dtype, the others
+  // float32; (0) where bit i of `wanted` is not set. That of the residual is that of y. Bits of what is absent are 0.
+  m.def(
+      "adapter_bwd(Tensor dout, Tensor x, Tensor? input_residual, Tensor? residual, Tensor w_down, Tensor? b_down, "
+      "Tensor w_up, Tensor? b_up, Tensor? norm_weight, Tensor? norm_bias, Tensor? out_weight, Tensor? out_bias, "
+      "Tensor? scale, Tensor? gate, Tensor? index, Tensor? seed, Tensor statistics, int skip, int activation, "
+      "float eps, float out_eps, float factor, float dropout_p, int wanted) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace mmk

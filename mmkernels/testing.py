@@ -98,6 +98,66 @@ def eager_hypergrid_gate(row, column):
     return torch.sigmoid(row[:, :, None] * column[:, None, :])
 
 
+def eager_adapter(
+    x,
+    w_down,
+    b_down,
+    w_up,
+    b_up,
+    *,
+    input_residual=None,
+    residual=None,
+    skip=False,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    activation="relu",
+    scale=1.0,
+    gate=None,
+    index=None,
+    out_norm_weight=None,
+    out_norm_bias=None,
+    out_eps=None,
+):
+    """Norms, linears, activation and additions one after the other in the inputs' dtype; of a bank, adapter by adapter the
+    rows that have its number."""
+    functional, dtype, channels = torch.nn.functional, x.dtype, x.shape[-1]
+    activations = {"swish": "silu", "leakyrelu": "leaky_relu", "gelu_tanh": "gelu"}
+    options = {"approximate": "tanh"} if activation == "gelu_tanh" else {}
+
+    def norm(rows, weight, bias, eps):
+        return functional.layer_norm(rows, (channels,), weight.to(dtype), None if bias is None else bias.to(dtype), eps)
+
+    def branch(rows, w_down, b_down, w_up, b_up, scale):
+        rows = functional.linear(rows, w_down, None if b_down is None else b_down.to(dtype))
+        if activation is not None:
+            rows = getattr(functional, activations.get(activation, activation))(rows, **options)
+        rows = functional.linear(rows, w_up, None if b_up is None else b_up.to(dtype))
+        return rows * (scale.to(dtype) if isinstance(scale, torch.Tensor) else scale)
+
+    u = x if input_residual is None else x + input_residual
+    if norm_weight is not None:
+        u = norm(u, norm_weight, norm_bias, eps)
+    if index is None:
+        o = branch(u, w_down, b_down, w_up, b_up, scale)
+    else:
+        numbers = index.reshape(*index.shape, *(1,) * (x.dim() - 1 - index.dim())).expand(x.shape[:-1])
+        o = torch.zeros_like(u)
+        for a in range(w_down.shape[0]):
+            rows = numbers == a
+            own = scale if not isinstance(scale, torch.Tensor) or scale.dim() < 2 else scale[a]
+            parts = (None if t is None else t[a] for t in (w_down, b_down, w_up, b_up))
+            o = o.index_put((rows,), branch(u[rows], *parts, own))
+    if gate is not None:
+        o = o * gate.to(dtype).reshape(*gate.shape, *(1,) * (x.dim() - gate.dim()))
+    y = o + u if skip else o
+    for term in () if residual is None else residual if isinstance(residual, (list, tuple)) else (residual,):
+        y = y + term
+    if out_norm_weight is not None:
+        y = norm(y, out_norm_weight, out_norm_bias, eps if out_eps is None else out_eps)
+    return y
+
+
 # --- Error budgets ------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from .._backends import Explanation
 from .activation import bias_gelu, explain_bias_gelu
+from .adapter import adapter, explain_adapter
 from .attention import attention, explain_attention
 from .bottleneck import bottleneck_attention, explain_bottleneck_attention
 from .hypergrid import explain_hypergrid_gate, explain_hypergrid_linear, hypergrid_gate, hypergrid_linear
@@ -10,6 +11,7 @@ from .linear import explain_linear, linear
 from .norm import explain_film_layer_norm, film_layer_norm
 
 EXPLAINERS = {
+    "adapter": explain_adapter,
     "attention": explain_attention,
     "bias_gelu": explain_bias_gelu,
     "bottleneck_attention": explain_bottleneck_attention,
@@ -21,6 +23,7 @@ EXPLAINERS = {
 }
 
 __all__ = [
+    "adapter",
     "attention",
     "bias_gelu",
     "bottleneck_attention",

@@ -1,0 +1,331 @@
+"""`ops.adapter`: signature, validation, choice of backend."""
+
+import torch
+
+from ... import _backends
+from .._shared import dropout
+from .._shared.arguments import autocast_dtype, check_dense, check_number, check_tensor
+from . import autograd, reference
+
+
+def adapter(
+    x,
+    w_down,
+    b_down,
+    w_up,
+    b_up,
+    *,
+    input_residual=None,
+    residual=None,
+    skip=False,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    activation="relu",
+    scale=1.0,
+    gate=None,
+    index=None,
+    out_norm_weight=None,
+    out_norm_bias=None,
+    out_eps=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    backend="auto",
+):
+    """An adapter with the norms and residuals around it, or a bank of adapters, each on the rows that have its number.
+
+        s = x + input_residual                                     u = LayerNorm(s) if norm_weight is given, else s
+        o = dropout(gate scale (act(u W_downᵀ + b_down) W_upᵀ + b_up))
+        y = o + u if skip + residuals                              out = LayerNorm(y) if out_norm_weight is given, else y
+
+    With h what a sub-layer gives, r what it was given, and LN its LayerNorm (adapters' library, all in one pass):
+
+        Pfeiffer (seq_bn)         adapter(h, ..., input_residual=r, norm=LN, residual=(h, r), out_norm=LN)
+        Houlsby (double_seq_bn)   adapter(h, ..., residual=(h, r), out_norm=LN)
+        parallel (par_bn)         adapter(r, ..., residual=(h, r), out_norm=LN)
+        pre-LN models             the same without the two norms
+
+    A residual that is x or input_residual itself, as the same tensor object, is not read twice, and its gradients are made as
+    one. Sums are float32. The backward makes the bottleneck again: saved are the inputs and up to four numbers a row.
+
+    Args:
+        x: (..., C): examples (B, T, C), packed rows (N, C); float32, bfloat16 or float16 (`reference` takes every float
+            dtype). Any strides.
+        w_down, w_up: (r, C) and (C, r), as `nn.Linear` has them, or banks of A adapters (A, r, C) and (A, C, r); of x's dtype.
+            Adapters of several sizes make a bank when the smaller ones are filled up with zeros, which have no part in
+            anything and get no gradient.
+        b_down, b_up: (r,) and (C,), or (A, r) and (A, C), of x's dtype or float32; or None.
+        input_residual: of x's shape and dtype, added to x first.
+        residual: a tensor of x's shape and dtype, or a tuple of them, added to the adapter's output. One that is neither x nor
+            input_residual is free; more of them are added up first.
+        skip: adds u, the input of the adapter.
+        norm_weight, norm_bias, eps: LayerNorm of the adapter's input; (C,) of x's dtype or float32.
+        activation: "relu", "gelu" (by erf), "gelu_tanh", "swish", "leakyrelu" (slope 0.01), "tanh" or None.
+        scale: a number, or a learned tensor: of one element or (C,), for a bank also (A, 1) or (A, C); of x's dtype
+            or float32.
+        gate: a factor for each example, (x.shape[0],), or for each row, x.shape[:-1]; of x's dtype or float32.
+        index: int32 or int64 numbers of adapters in any order, of each example or of each row, which a bank must have: in
+            [0, A), or -1: no adapter, o = 0. Other numbers give NaN rows on a GPU, IndexError on a CPU. Groups may be
+            empty; an adapter that nobody has gets a gradient of 0.
+        out_norm_weight, out_norm_bias, out_eps: LayerNorm of the result; `out_eps` is `eps` where it is None.
+        dropout_p: probability in [0, 1) of dropping an element of o; which ones depends on the seed and the element's place
+            alone, so that every backend drops the same.
+        dropout_seed: int64 tensor of one element on x's device; drawn from torch's generator when None.
+        backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend runs or raises.
+
+    Returns:
+        Of x's shape and dtype, contiguous. Under autocast x, residuals, weights and biases are converted to its dtype.
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument is wrong; the message names it, what it was and what is allowed.
+        BackendError: the named backend cannot run this problem; the message has every reason.
+    """
+    call = _prepare(
+        x,
+        w_down,
+        b_down,
+        w_up,
+        b_up,
+        input_residual,
+        residual,
+        skip,
+        norm_weight,
+        norm_bias,
+        eps,
+        activation,
+        scale,
+        gate,
+        index,
+        out_norm_weight,
+        out_norm_bias,
+        out_eps,
+        dropout_p,
+        dropout_seed,
+    )
+    given, index, seed, options = call
+    name = _backends.choose("adapter", backend, _backends.preference(given[0].dtype), lambda n: _refusals(n, given[0]))
+    dropout_p = options[-1]
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = dropout.draw_seed(x.device)
+    if name == "reference":
+        shape = given[0].shape
+        keep = None if seed is None else dropout.keep_mask(seed, (1, *shape), dropout_p)[0]
+        skip, number, *numbers, _ = options
+        out = reference.adapter(*given, index, skip, reference.ACTIVATIONS[number], *numbers, keep, dropout_p)
+    else:
+        out = autograd.adapter(name, given, index, seed, options)
+    return out if x.dim() == 3 else out.view(x.shape)
+
+
+def explain_adapter(x, w_down, b_down, w_up, b_up, *, backend="auto", **options):
+    """The `explain` of `adapter`."""
+    given, *_ = _prepare(x, w_down, b_down, w_up, b_up, **options)
+    name = _backends.choose("adapter", backend, _backends.preference(given[0].dtype), lambda n: _refusals(n, given[0]))
+    return _backends.Explanation("adapter", name, "", {n: _refusals(n, given[0]) for n in _backends.NAMES})
+
+
+MISSING = ("cpp", "triton", "cuda")  # kernels that are not written
+
+
+def _refusals(name, x):
+    reasons = _backends.platform_refusals(name, x.device, x.dtype)
+    if name == "sdpa":
+        reasons.append("it is an attention")
+    if name in MISSING:
+        reasons.append("adapters have no kernel of that kind")
+    return reasons
+
+
+def _prepare(
+    x,
+    w_down,
+    b_down,
+    w_up,
+    b_up,
+    input_residual=None,
+    residual=None,
+    skip=False,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    activation="relu",
+    scale=1.0,
+    gate=None,
+    index=None,
+    out_norm_weight=None,
+    out_norm_bias=None,
+    out_eps=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+):
+    """Validates, applies autocast. Returns what the registered ops take: (tensors of autograd.NAMES, index, seed, options)."""
+    check_dense("x", x)
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; it must be a floating-point tensor")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., C) with C of 1 or more")
+    low = autocast_dtype(x.device)
+    channels = x.shape[-1]
+    bank = _check_weights(x, w_down, w_up)
+    bottleneck = w_down.shape[-2]
+    leading = () if bank is None else (bank,)
+    _check_parameter("b_down", b_down, ((*leading, bottleneck),), x, low)
+    _check_parameter("b_up", b_up, ((*leading, channels),), x, low)
+    for name, weight, bias in (("norm", norm_weight, norm_bias), ("out_norm", out_norm_weight, out_norm_bias)):
+        if bias is not None and weight is None:
+            raise ValueError(f"{name}_bias is given; without {name}_weight it must be None")
+        _check_parameter(f"{name}_weight", weight, ((channels,),), x, low)
+        _check_parameter(f"{name}_bias", bias, ((channels,),), x, low)
+    if low is None:
+        for name, tensor in (("w_down", w_down), ("w_up", w_up)):
+            if tensor.dtype != x.dtype:
+                raise TypeError(f"{name} has dtype {tensor.dtype}; it must be x's, {x.dtype}")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; allowed are {', '.join(map(repr, reference.ACTIVATIONS))}")
+    if not isinstance(skip, bool):
+        raise TypeError(f"skip is {skip!r}; it must be True or False")
+    eps = check_number("eps", eps, "a number above 0", lambda e: e > 0.0)
+    out_eps = eps if out_eps is None else check_number("out_eps", out_eps, "a number above 0, or None", lambda e: e > 0.0)
+    dropout_p = check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
+    factor = 1.0
+    if isinstance(scale, torch.Tensor):
+        scale = _check_scale(scale, bank, channels, x, low)
+    else:
+        factor, scale = check_number("scale", scale, "a finite number or a tensor"), None
+    gate = _of_rows("gate", gate, x)
+    if gate is not None:
+        _check_parameter("gate", gate, None, x, low)
+    index = _check_index(index, bank, x)
+    if dropout_seed is not None:
+        check_dense("dropout_seed", dropout_seed)
+        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+            what = f"has shape {tuple(dropout_seed.shape)} and dtype {dropout_seed.dtype}"
+            raise ValueError(f"dropout_seed {what}; it must be an int64 tensor of one element, or None")
+        if dropout_seed.device != x.device:
+            raise ValueError(f"dropout_seed is on {dropout_seed.device}; it must be on x's device, {x.device}")
+        dropout_seed = dropout_seed.reshape(1)
+    flags, added = _check_residuals(x, input_residual, residual, skip, norm_weight is not None, low)
+    rows = [x, input_residual, added]
+    if low is not None:
+        rows = [t if t is None else t.to(low) for t in rows]
+        w_down, w_up = w_down.to(low), w_up.to(low)
+        b_down, b_up = (b if b is None else b.to(low) for b in (b_down, b_up))
+        norm_weight, norm_bias, out_norm_weight, out_norm_bias, scale, gate = (
+            p if p is None or p.dtype == torch.float32 else p.to(low)
+            for p in (norm_weight, norm_bias, out_norm_weight, out_norm_bias, scale, gate)
+        )
+    if x.dim() != 3:
+        rows = [t if t is None else t.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, channels) for t in rows]
+    given = (*rows, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_norm_weight, out_norm_bias, scale, gate)
+    options = flags, reference.ACTIVATIONS.index(activation), eps, out_eps, factor, dropout_p
+    return given, index, dropout_seed, options
+
+
+def _check_weights(x, w_down, w_up):
+    """Returns A, or None where there is one adapter."""
+    channels = x.shape[-1]
+    for name, tensor in (("w_down", w_down), ("w_up", w_up)):
+        if isinstance(tensor, (list, tuple)):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}; several adapters are one tensor (A, ., .): stack them, those of "
+                "smaller bottlenecks filled up with zeros"
+            )
+        check_dense(name, tensor)
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
+    if w_down.dim() not in (2, 3) or w_down.shape[-1] != channels or w_down.shape[-2] == 0:
+        raise ValueError(
+            f"w_down has shape {tuple(w_down.shape)}; it must be (r, {channels}) or (A, r, {channels}) with r of 1 or more"
+        )
+    expected = (*w_down.shape[:-2], channels, w_down.shape[-2])
+    if w_up.shape != expected:
+        raise ValueError(f"w_up has shape {tuple(w_up.shape)}; with w_down {tuple(w_down.shape)} it must be {tuple(expected)}")
+    return w_down.shape[0] if w_down.dim() == 3 else None
+
+
+def _check_parameter(name, tensor, shapes, x, low):
+    """Raises unless `tensor` is None, or of one of the shapes (None: any) and of x's dtype or float32."""
+    if tensor is None:
+        return
+    check_dense(name, tensor)
+    if shapes is not None and tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {' or '.join(map(str, shapes))}")
+    if not tensor.is_floating_point() or (low is None and tensor.dtype not in (x.dtype, torch.float32)):
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be x's, {x.dtype}, or torch.float32")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
+
+
+def _check_scale(scale, bank, channels, x, low):
+    """As (1 or A, 1 or C)."""
+    shapes = [(), (1,), (channels,)]
+    if bank is not None:
+        shapes += [(bank, 1), (bank, channels)]
+    _check_parameter("scale", scale, shapes, x, low)
+    return scale if scale.dim() == 2 else scale.reshape(1, -1)
+
+
+def _of_rows(name, tensor, x):
+    """What has a value for each example or for each row, as (B,) or (B, T) of the x (B, T, C) that the ops are given."""
+    if tensor is None:
+        return None
+    check_dense(name, tensor)
+    examples, rows = x.shape[:1] if x.dim() > 1 else (1,), x.shape[:-1]
+    if tensor.shape != examples and tensor.shape != rows:
+        allowed = " or ".join(dict.fromkeys((str(tuple(examples)), str(tuple(rows)))))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x {tuple(x.shape)} it must be {allowed}")
+    if x.dim() == 3:
+        return tensor
+    if x.dim() < 3:  # rows are the examples
+        return tensor.reshape(1, -1)
+    if tensor.shape == rows:
+        return tensor.reshape(-1, x.shape[-2])
+    return tensor.reshape(-1, *(1,) * (x.dim() - 3)).expand(x.shape[:-2]).reshape(-1)
+
+
+def _check_index(index, bank, x):
+    if bank is None:
+        if index is not None:
+            raise ValueError("index is given; with weights of one adapter, (r, C) and (C, r), it must be None")
+        return None
+    if index is None:
+        raise ValueError("index is None; a bank of adapters, w_down (A, r, C), needs a number for each example or row")
+    check_dense("index", index)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index has dtype {index.dtype}; it must be torch.int32 or torch.int64")
+    if index.device != x.device:
+        raise ValueError(f"index is on {index.device}; it must be on x's device, {x.device}")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        low, high = (int(v) for v in torch.aminmax(index))
+        if low < -1 or high >= bank:
+            raise IndexError(f"index has numbers from {low} to {high}; they must be in [0, {bank}), or -1 for no adapter")
+    return _of_rows("index", index, x).to(torch.int64)
+
+
+def _check_residuals(x, input_residual, residual, skip, has_norm, low):
+    """Returns (what is added to the output again, as the ops number it, what else is)."""
+    terms = () if residual is None else tuple(residual) if isinstance(residual, (list, tuple)) else (residual,)
+    names = ["residual"] if terms and terms[0] is residual else [f"residual[{i}]" for i in range(len(terms))]
+    for name, tensor in (*zip(names, terms, strict=True), ("input_residual", input_residual)):
+        if tensor is None and name == "input_residual" or tensor is x:
+            continue
+        check_tensor(name, tensor, tuple("." * x.dim()), "x", x.device)
+        if tensor.shape != x.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be that of x, {tuple(x.shape)}")
+        if low is None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be x's, {x.dtype}")
+    flags, added = 4 if skip and has_norm else 0, None
+    if skip and not has_norm:
+        terms = (x, *terms) if input_residual is None else (x, input_residual, *terms)
+    for term in terms:
+        if term is x and not flags & 1:
+            flags |= 1
+        elif term is input_residual and not flags & 2:
+            flags |= 2
+        else:
+            added = term if added is None else added + term
+    return flags, added

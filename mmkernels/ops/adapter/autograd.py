@@ -1,0 +1,151 @@
+"""The registered ops `mmkernels::adapter_{fwd,bwd}` (schemas in csrc/schemas.h) and the gradient around them.
+
+They serve `cpp` and `cuda`; `mmkernels_triton::` and, in tests, `mmkernels_emulator::` have the same signatures. Saved are the
+inputs and the norms' statistics: the backward makes the bottleneck again.
+"""
+
+import torch
+
+from .._shared.registration import fake, forward_backward, once_differentiable
+
+# The differentiable arguments of both ops, in their order.
+NAMES = ("x", "input_residual", "residual", "w_down", "b_down", "w_up", "b_up")
+NAMES += ("norm_weight", "norm_bias", "out_weight", "out_bias", "scale", "gate")
+X, INPUT_RESIDUAL, RESIDUAL, OUT_WEIGHT = 0, 1, 2, 9
+
+
+@fake("adapter_fwd")
+def _forward_fake(
+    x,
+    input_residual,
+    residual,
+    w_down,
+    b_down,
+    w_up,
+    b_up,
+    norm_weight,
+    norm_bias,
+    out_weight,
+    out_bias,
+    scale,
+    gate,
+    index,
+    seed,
+    skip,
+    activation,
+    eps,
+    out_eps,
+    factor,
+    dropout_p,
+):
+    norms = 2 * (norm_weight is not None) + 2 * (out_weight is not None)
+    return x.new_empty(x.shape), x.new_empty((norms, *x.shape[:-1]), dtype=torch.float32)
+
+
+@fake("adapter_bwd")
+def _backward_fake(
+    dout,
+    x,
+    input_residual,
+    residual,
+    w_down,
+    b_down,
+    w_up,
+    b_up,
+    norm_weight,
+    norm_bias,
+    out_weight,
+    out_bias,
+    scale,
+    gate,
+    index,
+    seed,
+    statistics,
+    skip,
+    activation,
+    eps,
+    out_eps,
+    factor,
+    dropout_p,
+    wanted,
+):
+    channels, bottleneck = x.shape[-1], w_down.shape[-2]
+    bank = w_down.shape[:-2]  # () or (A,)
+    shapes = [x.shape] * 3
+    shapes += [w_down.shape, (*bank, bottleneck), w_up.shape, (*bank, channels), *((channels,),) * 4]
+    shapes += [(0,) if scale is None else scale.shape, (0,) if gate is None else gate.shape]
+    narrow = (X, INPUT_RESIDUAL, RESIDUAL, 3, 5)
+    return tuple(
+        x.new_empty(shape if wanted & 1 << i else (0,), dtype=x.dtype if i in narrow else torch.float32)
+        for i, shape in enumerate(shapes)
+    )
+
+
+class _Adapter(torch.autograd.Function):
+    """`places`: of each of NAMES among `tensors`, -1 for None. A tensor stands there once, whoever shares it (Pfeiffer's
+    adapter has one LayerNorm in two places)."""
+
+    @staticmethod
+    def forward(backend, places, options, index, seed, *tensors):
+        given = [tensors[i] if i >= 0 else None for i in places]
+        return forward_backward("adapter", backend)[0](*given, index, seed, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, ctx.places, ctx.options, index, seed, *tensors = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(index, seed, output[1], *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        needs, places, skip = ctx.needs_input_grad[5:], ctx.places, ctx.options[0]
+        if dout is None:
+            return (None,) * (5 + len(needs))
+        index, seed, statistics, *tensors = ctx.saved_tensors
+        need = [i >= 0 and needs[i] for i in places]
+        # Where nothing normalises y its gradient is dout; x and input_residual have one gradient unless only one of them
+        # is added again.
+        alike = (skip & 1) == (skip >> 1 & 1)
+        asked = list(need)
+        if places[OUT_WEIGHT] < 0:
+            asked[RESIDUAL] = False
+        if alike:
+            asked[X], asked[INPUT_RESIDUAL] = need[X] or need[INPUT_RESIDUAL], False
+        gradients = [None] * len(needs)
+        with torch.no_grad():
+            given = [tensors[i] if i >= 0 else None for i in places]
+            wanted = sum(1 << i for i, is_asked in enumerate(asked) if is_asked)
+            found = forward_backward("adapter", ctx.backend)[1](dout, *given, index, seed, statistics, *ctx.options, wanted)
+            for i, place in enumerate(places):
+                if not need[i]:
+                    continue
+                grad = found[i]
+                if i == RESIDUAL and not asked[i]:
+                    grad = dout
+                elif i == INPUT_RESIDUAL and alike:
+                    grad = found[X]
+                grad = grad.to(tensors[place].dtype)
+                gradients[place] = grad if gradients[place] is None else gradients[place] + grad
+        gradients = (*(None,) * 5, *gradients)
+        return once_differentiable("mmkernels.ops.adapter", gradients, (dout, *tensors))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError(
+            "mmkernels.ops.adapter takes any number of dimensions and has no vmap rule: give it x with the mapped dimension "
+            "in front, or use backend='reference'"
+        )
+
+
+def adapter(backend, given, index, seed, options):
+    """(B,T,C) on one of the kernel backends; `given`: the tensors of NAMES, or None. Differentiable when that is wanted."""
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
+        return forward_backward("adapter", backend)[0](*given, index, seed, *options)[0]
+    tensors, places = [], []
+    for t in given:
+        place = -1 if t is None else next((i for i, other in enumerate(tensors) if other is t), len(tensors))
+        if place == len(tensors):
+            tensors.append(t)
+        places.append(place)
+    return _Adapter.apply(backend, tuple(places), options, index, seed, *tensors)[0]
