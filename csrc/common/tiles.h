@@ -86,8 +86,8 @@ static void load_tile(float* tile, int64_t ld, const char* source, DType dtype, 
     load_tile(tile, ld, reinterpret_cast<const Half*>(source), row_stride, lane_stride, rows, lanes, scale);
 }
 
-static void store_tile(char* destination, DType dtype, int64_t row_stride, int64_t lane_stride, const float* tile,
-                       int64_t ld, int64_t rows, int64_t lanes) {
+[[maybe_unused]] static void store_tile(char* destination, DType dtype, int64_t row_stride, int64_t lane_stride,
+                                        const float* tile, int64_t ld, int64_t rows, int64_t lanes) {
   if (dtype == DType::kFloat32)
     store_tile(reinterpret_cast<float*>(destination), row_stride, lane_stride, tile, ld, rows, lanes);
   else if (dtype == DType::kBFloat16)

@@ -1,9 +1,8 @@
 // HyperGrid's products, compiled once per instruction set. A gate's factor reaches the product in one of three places:
 // the sums of a piece, before they are added to C (any rows); the copy of B (rows with one gate); the copy of A (few
 // rows).
+#include "common/activation.h"
 #include "common/dots.h"
-#include "common/dropout.h"
-#include "common/gelu.h"
 #include "common/matmul.h"
 #include "common/rows.h"
 #include "hypergrid/hypergrid.h"
@@ -11,32 +10,12 @@
 namespace mmk::MMK_ISA {
 namespace {
 
-IntVec lanes_from(int64_t first) {
-  IntVec lanes;
-  for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<int32_t>(first) + i;
-  return lanes;
-}
-
 MMK_INLINE Vec take(Vec v, IntVec from) { return shuffle(v, v, from); }
 
 // --- a(x) ----------------------------------------------------------------------------------------------------------
 
-MMK_INLINE Vec activated(int64_t kind, Vec x) {
-  if (kind == 1) return x < 0.0f ? Vec{} : x;
-  if (kind == 2) return ByErf::value(x);
-  return kind == 3 ? ByTanh::value(x) : x;
-}
-
-MMK_INLINE Vec slope(int64_t kind, Vec x) {
-  if (kind == 1) return x <= 0.0f ? Vec{} : splat(1.0f);
-  if (kind == 2) return ByErf::slope(x);
-  return kind == 3 ? ByTanh::slope(x) : splat(1.0f);
-}
-
-// `v` times the gain where element (row, column) to (row, column + kWidth) survives dropout, else 0.
 MMK_INLINE Vec dropped(const Activation& a, DropoutRow row, int64_t column, Vec v) {
-  const UintVec m = reinterpret_cast<UintVec>(lanes_from(column));
-  return dropout_bits(UintVec{} + row.low, UintVec{} + row.high, m) < a.threshold ? Vec{} : v * a.gain;
+  return mmk::MMK_ISA::dropped(row, column, a.threshold, a.gain, v);
 }
 
 // A row of `count` elements of x, in place, with zeros up to the next multiple of kWidth.

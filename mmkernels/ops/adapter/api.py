@@ -126,7 +126,7 @@ def explain_adapter(x, w_down, b_down, w_up, b_up, *, backend="auto", **options)
     return _backends.Explanation("adapter", name, "", {n: _refusals(n, given[0]) for n in _backends.NAMES})
 
 
-MISSING = ("cpp", "triton", "cuda")  # kernels that are not written
+MISSING = ("triton", "cuda")  # kernels that are not written
 
 
 def _refusals(name, x):

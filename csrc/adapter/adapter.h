@@ -1,0 +1,81 @@
+// Adapters on the CPU: what the binding tells the kernels of every instruction set.
+#pragma once
+#include "common/cpu.h"
+
+namespace mmk {
+
+// Rows are numbered over (batch, length). Tensors (B,T,C) use the last three strides of a Strided, parameters the last;
+// data is null for what is absent. csrc/schemas.h has the mathematics.
+struct AdapterProblem {
+  int64_t rows, length, channels, bottleneck;
+  Strided x, input_residual, residual;
+  Strided norm_weight, norm_bias, out_weight, out_bias;
+  Strided gate;          // (B,T): the last two strides
+  const int64_t* order;  // the rows by their adapters; null: as they come
+  int64_t skip, activation;
+  float eps, out_eps;
+  bool dropout;
+  uint64_t seed;
+  uint32_t threshold;
+  float gain;
+  float *mean, *rstd, *out_mean, *out_rstd;  // (rows)
+  char* out;                                 // contiguous, of x's dtype
+  // Of the backward: null, or false, where not wanted. Gradients of rows are contiguous, of x's dtype.
+  Strided dout;
+  char *dx, *dinput_residual, *dresidual;
+  float* dgate;  // (rows)
+  bool wants_down, wants_b_down, wants_up, wants_b_up, wants_norm, wants_out_norm;
+
+  bool wants_sum() const { return dx != nullptr || dinput_residual != nullptr || wants_norm; }
+  bool wants_bottleneck() const { return wants_sum() || wants_down || wants_b_down || dgate != nullptr; }
+};
+
+// One adapter; the last two strides of the weights count.
+struct AdapterWeights {
+  Strided down, b_down, up, b_up;
+  Strided scale;  // stride 0 where channels share it
+  float factor;
+};
+
+// Rows order[begin] to order[end] with one adapter.
+struct AdapterPart {
+  int64_t begin, end;
+  const float* panels;  // its packed weights; null: none
+  float* sums;          // of the backward
+};
+
+// What the parts of one adapter have summed becomes gradients: columns `first` to `last`.
+struct AdapterGradient {
+  AdapterWeights weights;
+  const float* sums;
+  int64_t parts, first, last;
+  char *ddown, *dup;                // contiguous, of x's dtype
+  float *db_down, *db_up, *dscale;  // dscale: (C)
+};
+
+// Where the sums of a part lie. Rows of both products end at whole vectors of any instruction set.
+struct AdapterSums {
+  int64_t up_row, down_row;
+  int64_t down, b_up, b_down, norm, out_norm, size;  // `up` is first; the norms: weight, then bias
+
+  AdapterSums(int64_t channels, int64_t bottleneck)
+      : up_row(round_up(bottleneck, 16)),
+        down_row(round_up(channels, 16)),
+        down(channels * up_row),
+        b_up(down + bottleneck * down_row),
+        b_down(b_up + down_row),
+        norm(b_down + up_row),
+        out_norm(norm + 2 * down_row),
+        size(out_norm + 2 * down_row) {}
+};
+
+struct AdapterKernels {
+  int64_t (*panels_space)(int64_t channels, int64_t bottleneck, bool backward);
+  void (*pack)(const AdapterWeights&, int64_t channels, int64_t bottleneck, bool backward, float* panels);
+  int64_t (*space)(const AdapterProblem&, bool backward);
+  void (*forward)(const AdapterProblem&, const AdapterPart&, float* space);
+  void (*backward)(const AdapterProblem&, const AdapterPart&, float* space);
+  void (*finish)(const AdapterProblem&, const AdapterGradient&);
+};
+
+}  // namespace mmk

@@ -1,0 +1,344 @@
+// Adapters on the CPU: checks, rows by their adapters, parts over threads, the registered ops.
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "adapter/adapter.h"
+#include "common/check.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "common/sums.h"
+
+namespace mmk {
+
+MMK_KERNELS_IN_USE(AdapterKernels, adapter_kernels, kernels)
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kGradients = 13;
+
+// The arguments that forward and backward share, checked.
+struct Call {
+  AdapterProblem p{};
+  const Tensor &x, &w_down, &w_up;
+  const OptionalTensor &b_down, &b_up, &scale;
+  float factor;
+  int64_t adapters;
+  ScalarType dtype;
+  // Rows by their adapters: those of adapter a are order[begins[a]] to order[begins[a + 1]]; the last group has none.
+  std::vector<int64_t> order, begins;
+
+  Call(const Tensor& x, const OptionalTensor& input_residual, const OptionalTensor& residual, const Tensor& w_down,
+       const OptionalTensor& b_down, const Tensor& w_up, const OptionalTensor& b_up, const OptionalTensor& norm_weight,
+       const OptionalTensor& norm_bias, const OptionalTensor& out_weight, const OptionalTensor& out_bias,
+       const OptionalTensor& scale, const OptionalTensor& gate, const OptionalTensor& index, const OptionalTensor& seed,
+       int64_t skip, int64_t activation, double eps, double out_eps, double factor, double dropout_p)
+      : x(x), w_down(w_down), w_up(w_up), b_down(b_down), b_up(b_up), scale(scale), factor(factor) {
+    dtype = check_first(x, "x", 3);
+    const int64_t batch = x.size(0);
+    p.length = x.size(1), p.channels = x.size(2), p.rows = batch * p.length;
+    STD_TORCH_CHECK(p.channels >= 1, "x has shape ", text_of_shape(x), "; its last size must be at least 1");
+    p.x = strided(x);
+    p.input_residual = rows_of(input_residual, "input_residual"), p.residual = rows_of(residual, "residual");
+    check_dtype(w_down, "w_down", dtype), check_dtype(w_up, "w_up", dtype);
+    const bool bank = w_down.dim() == 3;
+    STD_TORCH_CHECK(bank || w_down.dim() == 2, "w_down has shape ", text_of_shape(w_down),
+                    "; it must have 2 or 3 dimensions");
+    adapters = bank ? w_down.size(0) : 1, p.bottleneck = w_down.size(w_down.dim() - 2);
+    STD_TORCH_CHECK(p.bottleneck >= 1, "w_down has shape ", text_of_shape(w_down), "; r must be at least 1");
+    if (bank) {
+      check_shape(w_down, "w_down", {adapters, p.bottleneck, p.channels});
+      check_shape(w_up, "w_up", {adapters, p.channels, p.bottleneck});
+    } else {
+      check_shape(w_down, "w_down", {p.bottleneck, p.channels}), check_shape(w_up, "w_up", {p.channels, p.bottleneck});
+    }
+    for (const auto& [bias, name, size] :
+         {std::tuple{&b_down, "b_down", p.bottleneck}, std::tuple{&b_up, "b_up", p.channels}}) {
+      if (!bias->has_value()) continue;
+      check_parameter(**bias, name);
+      bank ? check_shape(**bias, name, {adapters, size}) : check_shape(**bias, name, {size});
+    }
+    p.norm_weight = vector_of(norm_weight, "norm_weight"), p.norm_bias = vector_of(norm_bias, "norm_bias");
+    p.out_weight = vector_of(out_weight, "out_weight"), p.out_bias = vector_of(out_bias, "out_bias");
+    if (scale.has_value()) {
+      check_parameter(*scale, "scale"), check_rank(*scale, "scale", 2);
+      STD_TORCH_CHECK(
+          (scale->size(0) == 1 || scale->size(0) == adapters) && (scale->size(1) == 1 || scale->size(1) == p.channels),
+          "scale has shape ", text_of_shape(*scale), "; it must be (1 or ", adapters, ", 1 or ", p.channels, ")");
+    }
+    if (gate.has_value()) {
+      check_parameter(*gate, "gate");
+      p.gate = strided(*gate);
+      if (check_of_rows(*gate, "gate")) p.gate.stride[2] = p.gate.stride[3], p.gate.stride[3] = 0;
+    }
+    STD_TORCH_CHECK(index.has_value() == bank,
+                    bank ? "index is absent; a bank of adapters needs one" : "index is given; one adapter has none");
+    if (bank) sort_rows(*index);
+    STD_TORCH_CHECK(skip >= 0 && skip <= 7 && (input_residual.has_value() || !(skip & 2)) &&
+                        (norm_weight.has_value() || !(skip & 4)),
+                    "skip is ", skip, "; it must be a sum of 1, 2 with input_residual and 4 with norm_weight");
+    STD_TORCH_CHECK(activation >= 0 && activation <= 6, "activation is ", activation, "; it must be 0 to 6");
+    STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p is ", dropout_p, "; it must be in [0, 1)");
+    p.skip = skip, p.activation = activation;
+    p.eps = static_cast<float>(eps), p.out_eps = static_cast<float>(out_eps);
+    if (dropout_p == 0.0 || !seed) return;
+    check_dtype(*seed, "seed", ScalarType::Long), check_shape(*seed, "seed", {1});
+    p.dropout = true;
+    p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    p.threshold = static_cast<uint32_t>(std::min<uint64_t>(std::nearbyint(dropout_p * 4294967296.0), 0xFFFFFFFF));
+    p.gain = static_cast<float>(1.0 / (1.0 - dropout_p));
+  }
+
+  AdapterWeights weights(int64_t adapter) const {
+    AdapterWeights w{};
+    w.down = strided(w_down), w.up = strided(w_up), w.factor = factor;
+    w.down.data = w.down.at(0, adapter), w.up.data = w.up.at(0, adapter);
+    if (b_down.has_value()) w.b_down = strided(*b_down), w.b_down.data = w.b_down.at(0, 0, adapter);
+    if (b_up.has_value()) w.b_up = strided(*b_up), w.b_up.data = w.b_up.at(0, 0, adapter);
+    if (scale.has_value()) w.scale = strided(*scale, true), w.scale.data = w.scale.at(0, 0, adapter);
+    return w;
+  }
+
+  int64_t groups() const { return static_cast<int64_t>(begins.size()) - 1; }
+
+  Strided rows_of(const OptionalTensor& t, const char* name) const {
+    if (!t.has_value()) return {};
+    check_dtype(*t, name, dtype), check_shape(*t, name, {x.size(0), p.length, p.channels});
+    return strided(*t);
+  }
+
+ private:
+  void check_parameter(const Tensor& t, const char* name) const {
+    check_dtype(t, name, t.scalar_type() == ScalarType::Float ? ScalarType::Float : dtype);
+  }
+
+  Strided vector_of(const OptionalTensor& t, const char* name) const {
+    if (!t.has_value()) return {};
+    check_parameter(*t, name), check_shape(*t, name, {p.channels});
+    return strided(*t);
+  }
+
+  // Is it (B)? Or else (B,T).
+  bool check_of_rows(const Tensor& t, const char* name) const {
+    if (t.dim() == 1)
+      check_shape(t, name, {x.size(0)});
+    else
+      check_shape(t, name, {x.size(0), p.length});
+    return t.dim() == 1;
+  }
+
+  void sort_rows(const Tensor& index) {
+    check_dtype(index, "index", ScalarType::Long);
+    const bool of_examples = check_of_rows(index, "index");
+    const int64_t* const numbers = static_cast<const int64_t*>(index.const_data_ptr());
+    const int64_t b_stride = index.stride(0), t_stride = of_examples ? 0 : index.stride(1);
+    const auto group = [&](int64_t row) {
+      const int64_t number = numbers[row / p.length * b_stride + row % p.length * t_stride];
+      return number < 0 ? adapters : number;
+    };
+    begins.assign(adapters + 2, 0);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const int64_t number = numbers[row / p.length * b_stride + row % p.length * t_stride];
+      STD_TORCH_CHECK(number >= -1 && number < adapters, "index has the number ", number, "; numbers must be in [0, ",
+                      adapters, "), or -1 for no adapter");
+      ++begins[group(row) + 1];
+    }
+    for (int64_t g = 0; g <= adapters; ++g) begins[g + 1] += begins[g];
+    order.resize(p.rows);
+    std::vector<int64_t> next(begins.begin(), begins.end());
+    for (int64_t row = 0; row < p.rows; ++row) order[next[group(row)]++] = row;
+    p.order = order.data();
+  }
+
+ public:
+  void complete() {
+    if (begins.empty()) begins = {0, p.rows};
+  }
+};
+
+double operations(const Call& call) {
+  return 4.0 * call.p.rows * call.p.channels * call.p.bottleneck + 20.0 * call.p.rows * call.p.channels;
+}
+
+// The packed weights of every adapter that has rows, and the rows in parts of at most `size`.
+class Parts {
+ public:
+  std::vector<AdapterPart> parts;
+  std::vector<int64_t> first;  // part of every group
+
+  Parts(const Call& call, int64_t size, bool backward, int64_t threads)
+      : stride_(kernels().panels_space(call.p.channels, call.p.bottleneck, backward)) {
+    std::vector<int64_t> used;
+    for (int64_t g = 0; g < call.groups(); ++g) {
+      const int64_t begin = call.begins[g], rows = call.begins[g + 1] - begin;
+      first.push_back(static_cast<int64_t>(parts.size()));
+      if (rows == 0) continue;
+      const int64_t count = ceil_div(rows, size), step = round_up(ceil_div(rows, count), 12);
+      for (int64_t i = 0; i < rows; i += step)
+        parts.push_back({begin + i, begin + std::min(i + step, rows), nullptr, nullptr});
+      if (g < call.adapters) used.push_back(g);
+    }
+    first.push_back(static_cast<int64_t>(parts.size()));
+    space_ = Space(static_cast<int64_t>(used.size()) * stride_);
+    const int64_t count = static_cast<int64_t>(used.size());
+    for_parts(count, count * stride_ < 100000 ? 1 : threads, [&](int64_t i, int64_t) {
+      const int64_t g = used[i];
+      float* const panels = space_.at(i * stride_);
+      kernels().pack(call.weights(g), call.p.channels, call.p.bottleneck, backward, panels);
+      for (int64_t part = first[g]; part < first[g + 1]; ++part) parts[part].panels = panels;
+    });
+  }
+
+  int64_t count() const { return static_cast<int64_t>(parts.size()); }
+
+ private:
+  int64_t stride_;
+  Space space_;
+};
+
+std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, OptionalTensor residual, Tensor w_down,
+                                   OptionalTensor b_down, Tensor w_up, OptionalTensor b_up, OptionalTensor norm_weight,
+                                   OptionalTensor norm_bias, OptionalTensor out_weight, OptionalTensor out_bias,
+                                   OptionalTensor scale, OptionalTensor gate, OptionalTensor index, OptionalTensor seed,
+                                   int64_t skip, int64_t activation, double eps, double out_eps, double factor,
+                                   double dropout_p) {
+  Call call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_weight, out_bias,
+            scale, gate, index, seed, skip, activation, eps, out_eps, factor, dropout_p);
+  call.complete();
+  AdapterProblem& p = call.p;
+  const int64_t norms = norm_weight.has_value() + out_weight.has_value();
+  Tensor out = torch::stable::new_empty(x, {x.size(0), p.length, p.channels});
+  Tensor statistics = torch::stable::new_empty(x, {2 * norms, x.size(0), p.length}, ScalarType::Float);
+  if (p.rows == 0) return {out, statistics};
+  float* const numbers = static_cast<float*>(statistics.mutable_data_ptr());
+  p.mean = numbers, p.rstd = numbers + p.rows;
+  p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
+  p.out = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t threads = threads_for(operations(call));
+  const Parts parts(call, std::min<int64_t>(round_up(ceil_div(p.rows, 4 * threads), 12), 96), false, threads);
+  const int64_t workers = std::min(threads, parts.count()), size = kernels().space(p, false);
+  const Space space(workers * size);
+  for_parts(parts.count(), workers,
+            [&](int64_t part, int64_t worker) { kernels().forward(p, parts.parts[part], space.at(worker * size)); });
+  return {out, statistics};
+}
+
+// Rows whose sums for the weights' gradients are one: by sizes alone, so that bits do not depend on threads. Sums of
+// few rows cost as much as their products.
+int64_t backward_part(int64_t rows) { return rows <= 256 ? 60 : std::clamp<int64_t>(rows / 16, 132, 516); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor residual, Tensor w_down,
+         OptionalTensor b_down, Tensor w_up, OptionalTensor b_up, OptionalTensor norm_weight, OptionalTensor norm_bias,
+         OptionalTensor out_weight, OptionalTensor out_bias, OptionalTensor scale, OptionalTensor gate,
+         OptionalTensor index, OptionalTensor seed, Tensor statistics, int64_t skip, int64_t activation, double eps,
+         double out_eps, double factor, double dropout_p, int64_t wanted) {
+  Call call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_weight, out_bias,
+            scale, gate, index, seed, skip, activation, eps, out_eps, factor, dropout_p);
+  call.complete();
+  AdapterProblem& p = call.p;
+  p.dout = call.rows_of(dout, "dout");
+  const int64_t norms = norm_weight.has_value() + out_weight.has_value(), channels = p.channels, r = p.bottleneck;
+  check_dtype(statistics, "statistics", ScalarType::Float);
+  check_shape(statistics, "statistics", {2 * norms, x.size(0), p.length});
+  statistics = torch::stable::contiguous(statistics);
+  float* const numbers = const_cast<float*>(floats(statistics));
+  p.mean = numbers, p.rstd = numbers + p.rows;
+  p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
+
+  const OptionalTensor* const given[kGradients] = {nullptr,   &input_residual, &residual,    nullptr,    &b_down,
+                                                   nullptr,   &b_up,           &norm_weight, &norm_bias, &out_weight,
+                                                   &out_bias, &scale,          &gate};
+  const Tensor* const always[kGradients] = {&x, nullptr, nullptr, &w_down, nullptr, &w_up};
+  std::array<Tensor, kGradients> found;
+  std::array<char*, kGradients> to{};
+  for (int64_t i = 0; i < kGradients; ++i) {
+    const Tensor* const t = given[i] == nullptr ? always[i] : given[i]->has_value() ? &**given[i] : nullptr;
+    const bool is_wanted = wanted >> i & 1;
+    STD_TORCH_CHECK(!is_wanted || t != nullptr, "wanted is ", wanted, "; bit ", i, " is of an argument that is absent");
+    const ScalarType dtype = i <= 3 || i == 5 ? call.dtype : ScalarType::Float;
+    found[i] = is_wanted ? torch::stable::new_empty(*t, t->sizes(), dtype) : torch::stable::new_empty(x, {0}, dtype);
+    if (is_wanted) to[i] = static_cast<char*>(found[i].mutable_data_ptr());
+  }
+  const auto result = [&] { return std::tuple_cat(found); };
+  const auto floats_of = [&](int64_t i) { return reinterpret_cast<float*>(to[i]); };
+  if (p.rows == 0) {
+    for (int64_t i = 3; i < kGradients; ++i) torch::stable::zero_(found[i]);
+    return result();
+  }
+  p.dx = to[0], p.dinput_residual = to[1], p.dresidual = to[2];
+  p.wants_down = to[3] != nullptr, p.wants_b_down = to[4] != nullptr;
+  p.wants_up = to[5] != nullptr || to[11] != nullptr, p.wants_b_up = to[6] != nullptr || to[11] != nullptr;
+  p.wants_norm = to[7] != nullptr || to[8] != nullptr, p.wants_out_norm = to[9] != nullptr || to[10] != nullptr;
+  const Space gates(to[12] == nullptr ? 0 : p.rows);
+  p.dgate = gates.at(0);
+
+  const int64_t threads = threads_for(3.0 * operations(call));
+  Parts parts(call, backward_part(p.rows), true, threads);
+  const AdapterSums at(channels, r);
+  const Space sums(parts.count() * at.size);
+  for (int64_t i = 0; i < parts.count(); ++i) parts.parts[i].sums = sums.at(i * at.size);
+  {
+    const int64_t workers = std::min(threads, parts.count()), size = kernels().space(p, true);
+    const Space space(workers * size);
+    for_parts(parts.count(), workers,
+              [&](int64_t part, int64_t worker) { kernels().backward(p, parts.parts[part], space.at(worker * size)); });
+  }
+  const bool of_weights = p.wants_down || p.wants_b_down || p.wants_up || p.wants_b_up;
+  if (of_weights) {
+    const Space scales(to[11] == nullptr ? 0 : call.adapters * channels);
+    const int64_t item = call.dtype == ScalarType::Float ? 4 : 2, step = 192, pieces = ceil_div(channels, step);
+    for_parts(call.adapters * pieces, call.adapters * at.size < 100000 ? 1 : threads, [&](int64_t i, int64_t) {
+      const int64_t a = i / pieces, column = i % pieces * step;
+      AdapterGradient g{call.weights(a), sums.at(parts.first[a] * at.size), parts.first[a + 1] - parts.first[a], column,
+                        std::min(column + step, channels)};
+      if (to[3] != nullptr) g.ddown = to[3] + a * r * channels * item;
+      if (to[4] != nullptr) g.db_down = floats_of(4) + a * r;
+      if (to[5] != nullptr) g.dup = to[5] + a * r * channels * item;
+      if (to[6] != nullptr) g.db_up = floats_of(6) + a * channels;
+      if (to[11] != nullptr) g.dscale = scales.at(a * channels);
+      kernels().finish(p, g);
+    });
+    if (to[11] != nullptr) {
+      // (1 or A, 1 or C) from (A, C): first over the adapters, then over the channels.
+      const bool each = scale->size(0) == call.adapters, wide = scale->size(1) == channels;
+      const int64_t kept = each ? call.adapters : 1;
+      const Space rows(kept * channels);
+      add_parts(wide ? floats_of(11) : rows.at(0), scales.at(0), kept, call.adapters / std::max<int64_t>(kept, 1),
+                channels, channels, 1);
+      if (!wide)
+        for (int64_t a = 0; a < kept; ++a) {
+          double sum = 0.0;
+          for (int64_t c = 0; c < channels; ++c) sum += rows.at(a * channels)[c];
+          floats_of(11)[a] = static_cast<float>(sum);
+        }
+    }
+  }
+  for (int64_t i = 7; i <= 10; ++i)
+    if (to[i] != nullptr) {
+      const int64_t place = (i < 9 ? at.norm : at.out_norm) + (i % 2 == 1 ? 0 : at.down_row);
+      add_parts(floats_of(i), sums.at(place), 1, parts.count(), at.size, channels, 1);
+    }
+  if (to[12] != nullptr) {
+    const int64_t each = gate->dim() == 1 ? p.length : 1;
+    for (int64_t i = 0; i < p.rows / each; ++i) {
+      double sum = 0.0;
+      for (int64_t t = 0; t < each; ++t) sum += p.dgate[i * each + t];
+      floats_of(12)[i] = static_cast<float>(sum);
+    }
+  }
+  return result();
+}
+
+}  // namespace
+}  // namespace mmk
+
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("adapter_fwd", TORCH_BOX(&mmk::forward));
+  m.impl("adapter_bwd", TORCH_BOX(&mmk::backward));
+}

@@ -1,0 +1,526 @@
+// Adapters, compiled once per instruction set. A block of rows passes through the whole chain while it lies in the
+// second cache level; the weights are packed once a call.
+#include <cmath>
+
+#include "adapter/adapter.h"
+#include "common/activation.h"
+#include "common/gemm.h"
+#include "common/rows.h"
+#include "common/tiles.h"
+
+namespace mmk::MMK_ISA {
+namespace {
+
+// --- The weights as right operands ---------------------------------------------------------------------------------
+
+struct Panels {
+  int64_t channels, bottleneck;
+  // Of z = u down^T and o = a up^T, of da = do up and du = dz down; all of them with the scale in `up`.
+  int64_t down, up, b_down, b_up, up_back, down_back, size;
+
+  Panels(int64_t channels, int64_t bottleneck, bool backward) : channels(channels), bottleneck(bottleneck) {
+    const int64_t wide = round_up(channels, kPanel), narrow = round_up(bottleneck, kPanel);
+    down = 0;
+    up = down + channels * narrow;
+    b_down = up + bottleneck * wide;
+    b_up = b_down + narrow;
+    up_back = b_up + wide;
+    down_back = up_back + (backward ? channels * narrow : 0);
+    size = down_back + (backward ? bottleneck * wide : 0);
+  }
+};
+
+int64_t panels_space(int64_t channels, int64_t bottleneck, bool backward) {
+  return round_up(Panels(channels, bottleneck, backward).size, 16);
+}
+
+// B(p, j) = source(row p, lane j), by panels.
+void pack_panels(float* to, const Strided& source, int64_t row_stride, int64_t lane_stride, int64_t depth,
+                 int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kPanel)
+    load_tile(to + j * depth, kPanel, source.data + j * lane_stride * source.item_bytes(), source.dtype, row_stride,
+              lane_stride, depth, std::min<int64_t>(kPanel, columns - j));
+}
+
+void load_vector(float* to, const Strided& from, int64_t count) {
+  if (from.data == nullptr)
+    std::fill_n(to, round_up(count, kWidth), 0.0f);
+  else
+    load_tile(to, count, from.data, from.dtype, 0, from.stride[3], 1, count);
+}
+
+void pack(const AdapterWeights& w, int64_t channels, int64_t bottleneck, bool backward, float* panels) {
+  const Panels at(channels, bottleneck, backward);
+  pack_panels(panels + at.down, w.down, w.down.stride[3], w.down.stride[2], channels, bottleneck);
+  pack_panels(panels + at.up, w.up, w.up.stride[3], w.up.stride[2], bottleneck, channels);
+  load_vector(panels + at.b_down, w.b_down, bottleneck);
+  load_vector(panels + at.b_up, w.b_up, channels);
+  if (backward) {
+    pack_panels(panels + at.up_back, w.up, w.up.stride[2], w.up.stride[3], channels, bottleneck);
+    pack_panels(panels + at.down_back, w.down, w.down.stride[2], w.down.stride[3], bottleneck, channels);
+  }
+  if (w.scale.data == nullptr && w.factor == 1.0f) return;
+  float scale[kPanel];
+  for (int64_t j = 0; j < channels; j += kPanel) {
+    const int64_t width = std::min<int64_t>(kPanel, channels - j);
+    std::fill_n(scale, kPanel, 1.0f);
+    if (w.scale.data != nullptr)
+      load_tile(scale, kPanel, w.scale.at(0, 0, 0, j), w.scale.dtype, 0, w.scale.stride[3], 1, width);
+    for (int64_t l = 0; l < kPanel; ++l) scale[l] *= w.factor;
+    float* const up = panels + at.up + j * bottleneck;
+    for (int64_t l = 0; l < width; ++l) panels[at.b_up + j + l] *= scale[l];
+    for (int64_t i = 0; i < bottleneck; ++i)
+      for (int64_t l = 0; l < width; ++l) up[i * kPanel + l] *= scale[l];
+    if (!backward) continue;
+    for (int64_t i = 0; i < bottleneck; i += kPanel) {
+      float* const back = panels + at.up_back + i * channels + j * kPanel;
+      for (int64_t l = 0; l < width; ++l)
+        for (int64_t k = 0; k < std::min<int64_t>(kPanel, bottleneck - i); ++k) back[l * kPanel + k] *= scale[l];
+    }
+  }
+}
+
+// --- A block of rows -----------------------------------------------------------------------------------------------
+
+// Rows that pass through together: their three arrays and the packed weights share the second cache level.
+int64_t block_rows(int64_t channels) {
+  constexpr int64_t kStep = 12;
+  return std::clamp<int64_t>(48 * 1024 / padded_row(channels) / kStep * kStep, kStep, 96);
+}
+
+// Scratch memory of a worker: arrays of rows of C and of r elements, and single rows.
+struct Scratch {
+  int64_t wide, narrow;         // lengths of rows
+  float *u, *y, *dy, *dropped;  // (block, C); y: o before dropout, or du; `dropped`: o, or its gradient
+  float *z, *a, *da;            // (block, r)
+  float *weight, *bias, *out_weight, *out_bias;  // (C)
+  float* gate;                                   // (block)
+  float* rows;                                   // four rows as they are read, where they are not dense
+
+  int64_t size = 0;
+
+  Scratch(const AdapterProblem& p, bool backward, float* space) {
+    const int64_t block = block_rows(p.channels);
+    wide = padded_row(p.channels), narrow = padded_row(p.bottleneck);
+    const auto take = [&](int64_t floats) {
+      float* const piece = space == nullptr ? nullptr : space + size;
+      size += round_up(floats, 16);
+      return piece;
+    };
+    u = take(block * wide), y = take(block * wide);
+    dy = take(backward ? block * wide : 0), dropped = take(p.dropout ? block * wide : 0);
+    z = take(block * narrow), a = take(block * narrow), da = take(backward ? block * narrow : 0);
+    weight = take(wide), bias = take(wide), out_weight = take(wide), out_bias = take(wide);
+    gate = take(block), rows = take(4 * wide);
+  }
+};
+
+int64_t space(const AdapterProblem& p, bool backward) { return Scratch(p, backward, nullptr).size; }
+
+// The numbers of the rows of a block.
+struct Block {
+  const AdapterProblem& p;
+  int64_t begin, count;
+  int64_t row(int64_t i) const { return p.order == nullptr ? begin + i : p.order[begin + i]; }
+};
+
+template <class T>
+MMK_INLINE const T* row_of(const AdapterProblem& p, const Strided& s, int64_t row, float* space) {
+  return s.data == nullptr ? nullptr
+                           : dense<T>(s.at(0, row / p.length, row % p.length), s.stride[3], p.channels, space);
+}
+
+struct Statistics {
+  float mean, rstd;
+};
+
+MMK_INLINE Statistics statistics_of(const float* values, float total, int64_t columns, float eps) {
+  const float scale = 1.0f / static_cast<float>(columns), mean = total * scale;
+  Sum squares;
+  for_vectors(columns, [&](int64_t c, int i, auto lanes) MMK_INLINE_LAMBDA {
+    const Vec d = only(load(values + c, lanes) - mean, lanes);
+    squares.part[i] += d * d;
+  });
+  return {mean, 1.0f / std::sqrt(squares.total() * scale + eps)};
+}
+
+// u, and what is added to the branch: residuals and, with `bias`, the bias of the up-projection times the gate.
+template <class T>
+void input_rows(const Block& block, const Scratch& s, const float* bias, bool wants_y, bool saved) {
+  const AdapterProblem& p = block.p;
+  const int64_t columns = p.channels;
+  const bool normed = p.norm_weight.data != nullptr, x_again = p.skip & 1, input_again = p.skip & 2;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const int64_t row = block.row(i);
+    const T* x = row_of<T>(p, p.x, row, s.rows);
+    const T* input = row_of<T>(p, p.input_residual, row, s.rows + s.wide);
+    const T* residual = row_of<T>(p, p.residual, row, s.rows + 2 * s.wide);
+    float *const u = s.u + i * s.wide, *const y = s.y + i * s.wide;
+    const float gate = s.gate[i];
+    Sum total;
+    for_vectors(columns, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
+      Vec sum = load(x + c, lanes), added = bias == nullptr ? Vec{} : load(bias + c) * gate;
+      if (residual != nullptr) added += load(residual + c, lanes);
+      if (x_again) added += sum;
+      if (input != nullptr) {
+        const Vec v = load(input + c, lanes);
+        if (input_again) added += v;
+        sum += v;
+      }
+      store(u + c, sum, lanes);
+      if (wants_y) store(y + c, added, lanes);
+      total.part[k] += sum;
+    });
+    if (!normed) continue;
+    if (!saved) {
+      const Statistics found = statistics_of(u, total.total(), columns, p.eps);
+      p.mean[row] = found.mean, p.rstd[row] = found.rstd;
+    }
+    const float mean = p.mean[row], rstd = p.rstd[row];
+    const bool again = wants_y && (p.skip & 4);
+    for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+      const Vec v = (load(u + c, lanes) - mean) * rstd * load(s.weight + c) + load(s.bias + c);
+      store(u + c, v, lanes);
+      if (again) store(y + c, load(y + c, lanes) + v, lanes);
+    });
+  }
+}
+
+// z = u down^T + b_down and a = gate act(z).
+void bottleneck(const Block& block, const Scratch& s, const Panels& at, const float* panels) {
+  gemm<false>({s.u, s.wide, panels + at.down, kPanel, at.channels * kPanel, s.z, s.narrow, kPanel}, block.count,
+              at.bottleneck, at.channels, false);
+  const int64_t kind = block.p.activation;
+  for (int64_t i = 0; i < block.count; ++i) {
+    float *const z = s.z + i * s.narrow, *const a = s.a + i * s.narrow;
+    const float gate = s.gate[i];
+    for (int64_t c = 0; c < at.bottleneck; c += kWidth) {
+      const Vec v = load(z + c) + load(panels + at.b_down + c);
+      store(z + c, v);
+      store(a + c, activated(kind, v) * gate);
+    }
+  }
+}
+
+DropoutRow dropout_of(const AdapterProblem& p, int64_t row) { return dropout_row(p.seed, static_cast<uint64_t>(row)); }
+
+// y += o.
+void add_branch(const Block& block, const Scratch& s, const Panels& at, const float* panels) {
+  const AdapterProblem& p = block.p;
+  float* const o = p.dropout ? s.dropped : s.y;
+  gemm<false>({s.a, s.narrow, panels + at.up, kPanel, at.bottleneck * kPanel, o, s.wide, kPanel}, block.count,
+              at.channels, at.bottleneck, !p.dropout);
+  if (!p.dropout) return;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const DropoutRow random = dropout_of(p, block.row(i));
+    float* const y = s.y + i * s.wide;
+    for (int64_t c = 0; c < at.channels; c += kWidth) {
+      const Vec v = load(o + i * s.wide + c) + load(panels + at.b_up + c) * s.gate[i];
+      store(y + c, load(y + c) + dropped(random, c, p.threshold, p.gain, v));
+    }
+  }
+}
+
+void load_gates(const Block& block, const Scratch& s) {
+  const AdapterProblem& p = block.p;
+  for (int64_t i = 0; i < block.count; ++i) {
+    s.gate[i] = 1.0f;
+    if (p.gate.data == nullptr) continue;
+    const int64_t row = block.row(i);
+    float value[kWidth];
+    load_tile(value, kWidth, p.gate.at(0, 0, row / p.length, row % p.length), p.gate.dtype, 0, 1, 1, 1);
+    s.gate[i] = value[0];
+  }
+}
+
+void load_norms(const AdapterProblem& p, const Scratch& s) {
+  load_vector(s.weight, p.norm_weight, p.channels), load_vector(s.bias, p.norm_bias, p.channels);
+  load_vector(s.out_weight, p.out_weight, p.channels), load_vector(s.out_bias, p.out_bias, p.channels);
+}
+
+template <class T>
+void forward_of(const AdapterProblem& p, const AdapterPart& part, float* space) {
+  const Scratch s(p, false, space);
+  const Panels at(p.channels, p.bottleneck, false);
+  const int64_t columns = p.channels, most = block_rows(columns);
+  load_norms(p, s);
+  for (int64_t begin = part.begin; begin < part.end; begin += most) {
+    const Block block{p, begin, std::min(most, part.end - begin)};
+    load_gates(block, s);
+    input_rows<T>(block, s, part.panels == nullptr || p.dropout ? nullptr : part.panels + at.b_up, true, false);
+    if (part.panels != nullptr) {
+      bottleneck(block, s, at, part.panels);
+      add_branch(block, s, at, part.panels);
+    }
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int64_t row = block.row(i);
+      const float* const y = s.y + i * s.wide;
+      T* const out = reinterpret_cast<T*>(p.out) + row * columns;
+      if (p.out_weight.data == nullptr) {
+        for_vectors(columns,
+                    [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA { store(out + c, load(y + c, lanes), lanes); });
+        continue;
+      }
+      Sum total;
+      for_vectors(columns,
+                  [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA { total.part[k] += load(y + c, lanes); });
+      const Statistics found = statistics_of(y, total.total(), columns, p.out_eps);
+      p.out_mean[row] = found.mean, p.out_rstd[row] = found.rstd;
+      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+        const Vec normed = (load(y + c, lanes) - found.mean) * found.rstd;
+        store(out + c, normed * load(s.out_weight + c) + load(s.out_bias + c), lanes);
+      });
+    }
+  }
+}
+
+// --- Backward ------------------------------------------------------------------------------------------------------
+
+// With g = dout weight and xhat = (v - mean) rstd:   dv = rstd (g - avg(g) - xhat avg(g xhat)), to `gradient`, which
+// may be dout. Adds to the sums of the weight and of the bias, which may be null. `v_of(c, lanes)` is v.
+template <class T, class F>
+MMK_INLINE void norm_backward(const T* dout, const F& v_of, float mean, float rstd, const float* weight,
+                              int64_t columns, float* gradient, float* sums, int64_t sums_row) {
+  Sum first, second;
+  for_vectors(columns, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
+    const Vec normed = (v_of(c, lanes) - mean) * rstd, incoming = load(dout + c, lanes);
+    const Vec g = only(incoming * load(weight + c), lanes);
+    first.part[k] += g;
+    second.part[k] += only(g * normed, lanes);
+    if (sums != nullptr) {
+      store(sums + c, load(sums + c, lanes) + incoming * normed, lanes);
+      store(sums + sums_row + c, load(sums + sums_row + c, lanes) + incoming, lanes);
+    }
+    // Rounded once: a product that went into a fused multiply-add would differ from what the average was taken of.
+    store(gradient + c, g, lanes);
+  });
+  const float scale = 1.0f / static_cast<float>(columns), mean_g = first.total() * scale,
+              mean_gx = second.total() * scale;
+  for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+    const Vec normed = (v_of(c, lanes) - mean) * rstd;
+    store(gradient + c, ((load(gradient + c, lanes) - mean_g) - normed * mean_gx) * rstd, lanes);
+  });
+}
+
+// dy, and the gradient of o, which is dy but for dropout; their sums for the bias of the up-projection.
+template <class T>
+void output_rows(const Block& block, const Scratch& s, const AdapterSums& at, float* sums, bool branch) {
+  const AdapterProblem& p = block.p;
+  const int64_t columns = p.channels;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const int64_t row = block.row(i);
+    const T* dout = row_of<T>(p, p.dout, row, s.rows + 3 * s.wide);
+    float *const dy = s.dy + i * s.wide, *const y = s.y + i * s.wide;
+    if (p.out_weight.data != nullptr) {
+      norm_backward(
+          dout, [&](int64_t c, auto lanes) MMK_INLINE_LAMBDA { return load(y + c, lanes); }, p.out_mean[row],
+          p.out_rstd[row], s.out_weight, columns, dy, p.wants_out_norm ? sums + at.out_norm : nullptr, at.down_row);
+    } else {
+      for_vectors(columns,
+                  [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA { store(dy + c, load(dout + c, lanes), lanes); });
+    }
+    if (p.dresidual != nullptr) {
+      T* const to = reinterpret_cast<T*>(p.dresidual) + row * columns;
+      for_vectors(columns,
+                  [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA { store(to + c, load(dy + c, lanes), lanes); });
+    }
+    if (!branch) continue;
+    const float* gradient = dy;
+    if (p.dropout) {
+      const DropoutRow random = dropout_of(p, row);
+      float* const to = s.dropped + i * s.wide;
+      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+        store(to + c, dropped(random, c, p.threshold, p.gain, load(dy + c, lanes)), lanes);
+      });
+      gradient = to;
+    }
+    if (p.wants_b_up) {
+      float* const to = sums + at.b_up;
+      const float gate = s.gate[i];
+      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+        store(to + c, load(to + c, lanes) + load(gradient + c, lanes) * gate, lanes);
+      });
+    }
+  }
+}
+
+// dz, in place of da, and what has it: the gradients of the gate and of b_down.
+void bottleneck_backward(const Block& block, const Scratch& s, const Panels& at, const float* panels, const float* dout,
+                         float* db_down) {
+  const AdapterProblem& p = block.p;
+  gemm<false>({dout, s.wide, panels + at.up_back, kPanel, at.channels * kPanel, s.da, s.narrow, kPanel}, block.count,
+              at.bottleneck, at.channels, false);
+  for (int64_t i = 0; i < block.count; ++i) {
+    const float *const z = s.z + i * s.narrow, gate = s.gate[i];
+    float* const da = s.da + i * s.narrow;
+    if (p.dgate != nullptr) {
+      Sum sum;
+      for_vectors(at.bottleneck, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
+        sum.part[k] += only(load(da + c) * activated(p.activation, load(z + c)), lanes);
+      });
+      for_vectors(at.channels, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
+        sum.part[k] += only(load(dout + i * s.wide + c) * load(panels + at.b_up + c), lanes);
+      });
+      p.dgate[block.row(i)] = sum.total();
+    }
+    for_vectors(at.bottleneck, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+      const Vec dz = load(da + c) * slope(p.activation, load(z + c)) * gate;
+      store(da + c, dz);
+      if (db_down != nullptr) store(db_down + c, load(db_down + c, lanes) + dz, lanes);
+    });
+  }
+}
+
+// ds from du, which lies in y, and the gradients of x and input_residual.
+template <class T>
+void sum_rows(const Block& block, const Scratch& s, const AdapterSums& at, float* sums) {
+  const AdapterProblem& p = block.p;
+  const int64_t columns = p.channels;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const int64_t row = block.row(i);
+    float* const du = s.y + i * s.wide;
+    const float* const dy = s.dy + i * s.wide;
+    if (p.norm_weight.data != nullptr) {
+      const T* x = row_of<T>(p, p.x, row, s.rows);
+      const T* input = row_of<T>(p, p.input_residual, row, s.rows + s.wide);
+      const auto s_of = [&](int64_t c, auto lanes) MMK_INLINE_LAMBDA {
+        const Vec v = load(x + c, lanes);
+        return input == nullptr ? v : v + load(input + c, lanes);
+      };
+      if (p.skip & 4)
+        for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+          store(du + c, load(du + c, lanes) + load(dy + c, lanes), lanes);
+        });
+      norm_backward(du, s_of, p.mean[row], p.rstd[row], s.weight, columns, du, p.wants_norm ? sums + at.norm : nullptr,
+                    at.down_row);
+    }
+    for (const auto& [result, bit] : {std::pair{p.dx, 1}, std::pair{p.dinput_residual, 2}}) {
+      if (result == nullptr) continue;
+      T* const to = reinterpret_cast<T*>(result) + row * columns;
+      const bool again = p.skip & bit;
+      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+        const Vec ds = load(du + c, lanes);
+        store(to + c, again ? ds + load(dy + c, lanes) : ds, lanes);
+      });
+    }
+  }
+}
+
+template <class T>
+void backward_of(const AdapterProblem& p, const AdapterPart& part, float* space) {
+  const Scratch s(p, true, space);
+  const Panels at(p.channels, p.bottleneck, true);
+  const AdapterSums sums(p.channels, p.bottleneck);
+  const float* const panels = part.panels;
+  const int64_t columns = p.channels, most = block_rows(columns);
+  const bool branch = panels != nullptr, out_norm = p.out_weight.data != nullptr;
+  const bool again = branch && (out_norm || p.wants_bottleneck() || p.wants_up);  // is the bottleneck needed again?
+  load_norms(p, s);
+  std::fill(part.sums + sums.b_up, part.sums + sums.size, 0.0f);
+  for (int64_t begin = part.begin; begin < part.end; begin += most) {
+    const Block block{p, begin, std::min(most, part.end - begin)};
+    const bool accumulate = begin > part.begin;
+    load_gates(block, s);
+    if (again || out_norm) input_rows<T>(block, s, !branch || p.dropout ? nullptr : panels + at.b_up, out_norm, true);
+    if (again) bottleneck(block, s, at, panels);
+    if (branch && out_norm) add_branch(block, s, at, panels);
+    output_rows<T>(block, s, sums, part.sums, branch);
+    const float* const gradient = p.dropout ? s.dropped : s.dy;  // of o
+    if (branch && p.wants_up)
+      gemm<true>({gradient, s.wide, s.a, s.narrow, kPanel, part.sums, sums.up_row, kPanel}, columns, p.bottleneck,
+                 block.count, accumulate);
+    if (branch && p.wants_bottleneck())
+      bottleneck_backward(block, s, at, panels, gradient, p.wants_b_down ? part.sums + sums.b_down : nullptr);
+    if (branch && p.wants_down)
+      gemm<true>({s.da, s.narrow, s.u, s.wide, kPanel, part.sums + sums.down, sums.down_row, kPanel}, p.bottleneck,
+                 columns, block.count, accumulate);
+    if (!p.wants_sum()) continue;
+    if (branch)
+      gemm<false>({s.da, s.narrow, panels + at.down_back, kPanel, p.bottleneck * kPanel, s.y, s.wide, kPanel},
+                  block.count, columns, p.bottleneck, false);
+    else
+      std::fill_n(s.y, block.count * s.wide, 0.0f);
+    sum_rows<T>(block, s, sums, part.sums);
+  }
+  if (!branch && p.dgate != nullptr)
+    for (int64_t i = part.begin; i < part.end; ++i) p.dgate[p.order[i]] = 0.0f;
+}
+
+// --- Gradients of the weights --------------------------------------------------------------------------------------
+
+template <class T>
+void finish_of(const AdapterProblem& p, const AdapterGradient& g) {
+  const AdapterSums at(p.channels, p.bottleneck);
+  const AdapterWeights& w = g.weights;
+  const int64_t r = p.bottleneck;
+  const auto total = [&](int64_t place, auto lanes) MMK_INLINE_LAMBDA {
+    Vec sum{};
+    for (int64_t part = 0; part < g.parts; ++part) sum += load(g.sums + part * at.size + place, lanes);
+    return sum;
+  };
+  const auto value = [](const Strided& s, int64_t i, int64_t j) {
+    float lane[kWidth];
+    load_tile(lane, kWidth, s.at(0, 0, i, j), s.dtype, 0, 1, 1, 1);
+    return lane[0];
+  };
+  if (g.ddown != nullptr)
+    for (int64_t i = 0; i < r; ++i) {
+      T* const to = reinterpret_cast<T*>(g.ddown) + i * p.channels + g.first;
+      for_vectors(g.last - g.first, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+        store(to + c, total(at.down + i * at.down_row + g.first + c, lanes), lanes);
+      });
+    }
+  for (int64_t c = g.first; c < g.last; ++c) {
+    const float scale = w.factor * (w.scale.data == nullptr ? 1.0f : value(w.scale, 0, c));
+    T* const to = g.dup == nullptr ? nullptr : reinterpret_cast<T*>(g.dup) + c * r;
+    float dscale = 0.0f;
+    if (to != nullptr || g.dscale != nullptr) {
+      Sum product;
+      float up[kWidth];
+      for_vectors(r, [&](int64_t i, int k, auto lanes) MMK_INLINE_LAMBDA {
+        const Vec sum = total(c * at.up_row + i, lanes);
+        if (to != nullptr) store(to + i, sum * scale, lanes);
+        if (g.dscale == nullptr) return;
+        load_tile(up, kWidth, w.up.at(0, 0, c, i), w.up.dtype, 0, w.up.stride[3], 1, std::min<int64_t>(kWidth, r - i));
+        product.part[k] += sum * load(up);
+      });
+      dscale = product.total();
+    }
+    if (g.db_up == nullptr && g.dscale == nullptr) continue;
+    const float db_up = total(at.b_up + c, Rest{1})[0];
+    if (g.db_up != nullptr) g.db_up[c] = db_up * scale;
+    if (g.dscale != nullptr)
+      g.dscale[c] = w.factor * (dscale + (w.b_up.data == nullptr ? 0.0f : db_up * value(w.b_up, 0, c)));
+  }
+  if (g.db_down != nullptr && g.first == 0)
+    for_vectors(r, [&](int64_t i, int, auto lanes)
+                       MMK_INLINE_LAMBDA { store(g.db_down + i, total(at.b_down + i, lanes), lanes); });
+}
+
+void forward(const AdapterProblem& p, const AdapterPart& part, float* space) {
+  const DType dtype = p.x.dtype;
+  (dtype == DType::kFloat32    ? forward_of<float>
+   : dtype == DType::kBFloat16 ? forward_of<BFloat16>
+                               : forward_of<Half>)(p, part, space);
+}
+
+void backward(const AdapterProblem& p, const AdapterPart& part, float* space) {
+  const DType dtype = p.x.dtype;
+  (dtype == DType::kFloat32    ? backward_of<float>
+   : dtype == DType::kBFloat16 ? backward_of<BFloat16>
+                               : backward_of<Half>)(p, part, space);
+}
+
+void finish(const AdapterProblem& p, const AdapterGradient& gradient) {
+  const DType dtype = p.x.dtype;
+  (dtype == DType::kFloat32    ? finish_of<float>
+   : dtype == DType::kBFloat16 ? finish_of<BFloat16>
+                               : finish_of<Half>)(p, gradient);
+}
+
+}  // namespace
+
+extern const AdapterKernels adapter_kernels;
+const AdapterKernels adapter_kernels = {panels_space, pack, space, forward, backward, finish};
+
+}  // namespace mmk::MMK_ISA
