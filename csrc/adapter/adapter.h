@@ -26,8 +26,10 @@ struct AdapterProblem {
   float* dgate;  // (rows)
   bool wants_down, wants_b_down, wants_up, wants_b_up, wants_norm, wants_out_norm;
 
+  bool is_backward() const { return dout.data != nullptr; }
   bool wants_sum() const { return dx != nullptr || dinput_residual != nullptr || wants_norm; }
   bool wants_bottleneck() const { return wants_sum() || wants_down || wants_b_down || dgate != nullptr; }
+  bool needs_output() const { return out_weight.data != nullptr || !is_backward(); }
 };
 
 // One adapter; the last two strides of the weights count.
@@ -37,42 +39,43 @@ struct AdapterWeights {
   float factor;
 };
 
-// Rows order[begin] to order[end] with one adapter.
+// Rows order[begin] to order[end] with one adapter, and what the backward sums over them.
 struct AdapterPart {
   int64_t begin, end;
-  const float* panels;  // its packed weights; null: none
-  float* sums;          // of the backward
+  const float* panels;      // its packed weights; null: none
+  float *up, *down, *rest;  // AdapterSums has their sizes
 };
 
-// What the parts of one adapter have summed becomes gradients: columns `first` to `last`.
-struct AdapterGradient {
-  AdapterWeights weights;
-  const float* sums;
-  int64_t parts, first, last;
-  char *ddown, *dup;                // contiguous, of x's dtype
-  float *db_down, *db_up, *dscale;  // dscale: (C)
-};
-
-// Where the sums of a part lie. Rows of both products end at whole vectors of any instruction set.
+// Sums of a part: of the products that make the gradients of `up` (C rows) and `down` (r rows), whose rows end at whole
+// vectors of any instruction set, and of the biases and norms. Products may lie in the gradients' own memory.
 struct AdapterSums {
-  int64_t up_row, down_row;
-  int64_t down, b_up, b_down, norm, out_norm, size;  // `up` is first; the norms: weight, then bias
+  int64_t up_row, down_row, up, down;              // lengths of rows, sizes
+  int64_t b_up = 0, b_down, norm, out_norm, rest;  // places in `rest`; of a norm the weight, then the bias
 
   AdapterSums(int64_t channels, int64_t bottleneck)
       : up_row(round_up(bottleneck, 16)),
         down_row(round_up(channels, 16)),
-        down(channels * up_row),
-        b_up(down + bottleneck * down_row),
-        b_down(b_up + down_row),
+        up(channels * up_row),
+        down(bottleneck * down_row),
+        b_down(down_row),
         norm(b_down + up_row),
         out_norm(norm + 2 * down_row),
-        size(out_norm + 2 * down_row) {}
+        rest(out_norm + 2 * down_row) {}
+};
+
+// What the parts of one adapter have summed becomes gradients: columns `first` to `last`. Null: not wanted.
+struct AdapterGradient {
+  AdapterWeights weights;
+  const AdapterPart* parts;
+  int64_t count, first, last;
+  char *ddown, *dup;                // contiguous, of x's dtype
+  float *db_down, *db_up, *dscale;  // dscale: (C)
 };
 
 struct AdapterKernels {
-  int64_t (*panels_space)(int64_t channels, int64_t bottleneck, bool backward);
-  void (*pack)(const AdapterWeights&, int64_t channels, int64_t bottleneck, bool backward, float* panels);
-  int64_t (*space)(const AdapterProblem&, bool backward);
+  int64_t (*panels_space)(const AdapterProblem&);
+  void (*pack)(const AdapterProblem&, const AdapterWeights&, float* panels);
+  int64_t (*space)(const AdapterProblem&);
   void (*forward)(const AdapterProblem&, const AdapterPart&, float* space);
   void (*backward)(const AdapterProblem&, const AdapterPart&, float* space);
   void (*finish)(const AdapterProblem&, const AdapterGradient&);

@@ -171,16 +171,15 @@ class Parts {
   std::vector<AdapterPart> parts;
   std::vector<int64_t> first;  // part of every group
 
-  Parts(const Call& call, int64_t size, bool backward, int64_t threads)
-      : stride_(kernels().panels_space(call.p.channels, call.p.bottleneck, backward)) {
+  Parts(const Call& call, int64_t size, int64_t threads) : stride_(kernels().panels_space(call.p)) {
     std::vector<int64_t> used;
     for (int64_t g = 0; g < call.groups(); ++g) {
       const int64_t begin = call.begins[g], rows = call.begins[g + 1] - begin;
       first.push_back(static_cast<int64_t>(parts.size()));
       if (rows == 0) continue;
-      const int64_t count = ceil_div(rows, size), step = round_up(ceil_div(rows, count), 12);
+      const int64_t step = ceil_div(rows, ceil_div(rows, size));
       for (int64_t i = 0; i < rows; i += step)
-        parts.push_back({begin + i, begin + std::min(i + step, rows), nullptr, nullptr});
+        parts.push_back({begin + i, begin + std::min(i + step, rows), nullptr, nullptr, nullptr, nullptr});
       if (g < call.adapters) used.push_back(g);
     }
     first.push_back(static_cast<int64_t>(parts.size()));
@@ -189,7 +188,7 @@ class Parts {
     for_parts(count, count * stride_ < 100000 ? 1 : threads, [&](int64_t i, int64_t) {
       const int64_t g = used[i];
       float* const panels = space_.at(i * stride_);
-      kernels().pack(call.weights(g), call.p.channels, call.p.bottleneck, backward, panels);
+      kernels().pack(call.p, call.weights(g), panels);
       for (int64_t part = first[g]; part < first[g + 1]; ++part) parts[part].panels = panels;
     });
   }
@@ -198,6 +197,29 @@ class Parts {
 
  private:
   int64_t stride_;
+  Space space_;
+};
+
+// Memory for the sums of a product: of the first part of an adapter in the gradient itself, where that is given.
+class Products {
+ public:
+  Products(Parts& parts, int64_t size, float* gradient, float* AdapterPart::* sums) {
+    const int64_t groups = static_cast<int64_t>(parts.first.size()) - 1;
+    int64_t others = 0;
+    const auto is_first = [&](int64_t g, int64_t part) { return gradient != nullptr && part == parts.first[g]; };
+    const auto for_each = [&](const auto& f) {
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t part = parts.first[g]; part < parts.first[g + 1]; ++part)
+          if (parts.parts[part].panels != nullptr) f(g, part);
+    };
+    for_each([&](int64_t g, int64_t part) { others += !is_first(g, part); });
+    space_ = Space(others * size), others = 0;
+    for_each([&](int64_t g, int64_t part) {
+      parts.parts[part].*sums = is_first(g, part) ? gradient + g * size : space_.at(others++ * size);
+    });
+  }
+
+ private:
   Space space_;
 };
 
@@ -220,8 +242,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
   p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
   p.out = static_cast<char*>(out.mutable_data_ptr());
   const int64_t threads = threads_for(operations(call));
-  const Parts parts(call, std::min<int64_t>(round_up(ceil_div(p.rows, 4 * threads), 12), 96), false, threads);
-  const int64_t workers = std::min(threads, parts.count()), size = kernels().space(p, false);
+  const Parts parts(call, std::min<int64_t>(round_up(ceil_div(p.rows, 4 * threads), 12), 96), threads);
+  const int64_t workers = std::min(threads, parts.count()), size = kernels().space(p);
   const Space space(workers * size);
   for_parts(parts.count(), workers,
             [&](int64_t part, int64_t worker) { kernels().forward(p, parts.parts[part], space.at(worker * size)); });
@@ -230,7 +252,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
 
 // Rows whose sums for the weights' gradients are one: by sizes alone, so that bits do not depend on threads. Sums of
 // few rows cost as much as their products.
-int64_t backward_part(int64_t rows) { return rows <= 256 ? 60 : std::clamp<int64_t>(rows / 16, 132, 516); }
+int64_t backward_part(int64_t rows) { return rows <= 256 ? 64 : std::clamp<int64_t>(rows / 16, 128, 512); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor residual, Tensor w_down,
@@ -279,12 +301,16 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   p.dgate = gates.at(0);
 
   const int64_t threads = threads_for(3.0 * operations(call));
-  Parts parts(call, backward_part(p.rows), true, threads);
+  Parts parts(call, backward_part(p.rows), threads);
   const AdapterSums at(channels, r);
-  const Space sums(parts.count() * at.size);
-  for (int64_t i = 0; i < parts.count(); ++i) parts.parts[i].sums = sums.at(i * at.size);
+  const int64_t item = call.dtype == ScalarType::Float ? 4 : 2;
+  const Space rest(parts.count() * at.rest);
+  const bool in_place = call.dtype == ScalarType::Float && r == at.up_row && channels == at.down_row;
+  const Products up(parts, p.wants_up ? at.up : 0, in_place ? floats_of(5) : nullptr, &AdapterPart::up);
+  const Products down(parts, p.wants_down ? at.down : 0, in_place ? floats_of(3) : nullptr, &AdapterPart::down);
+  for (int64_t i = 0; i < parts.count(); ++i) parts.parts[i].rest = rest.at(i * at.rest);
   {
-    const int64_t workers = std::min(threads, parts.count()), size = kernels().space(p, true);
+    const int64_t workers = std::min(threads, parts.count()), size = kernels().space(p);
     const Space space(workers * size);
     for_parts(parts.count(), workers,
               [&](int64_t part, int64_t worker) { kernels().backward(p, parts.parts[part], space.at(worker * size)); });
@@ -292,18 +318,19 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   const bool of_weights = p.wants_down || p.wants_b_down || p.wants_up || p.wants_b_up;
   if (of_weights) {
     const Space scales(to[11] == nullptr ? 0 : call.adapters * channels);
-    const int64_t item = call.dtype == ScalarType::Float ? 4 : 2, step = 192, pieces = ceil_div(channels, step);
-    for_parts(call.adapters * pieces, call.adapters * at.size < 100000 ? 1 : threads, [&](int64_t i, int64_t) {
-      const int64_t a = i / pieces, column = i % pieces * step;
-      AdapterGradient g{call.weights(a), sums.at(parts.first[a] * at.size), parts.first[a + 1] - parts.first[a], column,
-                        std::min(column + step, channels)};
-      if (to[3] != nullptr) g.ddown = to[3] + a * r * channels * item;
-      if (to[4] != nullptr) g.db_down = floats_of(4) + a * r;
-      if (to[5] != nullptr) g.dup = to[5] + a * r * channels * item;
-      if (to[6] != nullptr) g.db_up = floats_of(6) + a * channels;
-      if (to[11] != nullptr) g.dscale = scales.at(a * channels);
-      kernels().finish(p, g);
-    });
+    const int64_t step = 192, pieces = ceil_div(channels, step);
+    for_parts(call.adapters * pieces, (call.adapters + parts.count()) * at.up < 200000 ? 1 : threads,
+              [&](int64_t i, int64_t) {
+                const int64_t a = i / pieces, column = i % pieces * step;
+                AdapterGradient g{call.weights(a), parts.parts.data() + parts.first[a],
+                                  parts.first[a + 1] - parts.first[a], column, std::min(column + step, channels)};
+                if (to[3] != nullptr) g.ddown = to[3] + a * r * channels * item;
+                if (to[4] != nullptr) g.db_down = floats_of(4) + a * r;
+                if (to[5] != nullptr) g.dup = to[5] + a * r * channels * item;
+                if (to[6] != nullptr) g.db_up = floats_of(6) + a * channels;
+                if (to[11] != nullptr) g.dscale = scales.at(a * channels);
+                kernels().finish(p, g);
+              });
     if (to[11] != nullptr) {
       // (1 or A, 1 or C) from (A, C): first over the adapters, then over the channels.
       const bool each = scale->size(0) == call.adapters, wide = scale->size(1) == channels;
@@ -322,7 +349,7 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   for (int64_t i = 7; i <= 10; ++i)
     if (to[i] != nullptr) {
       const int64_t place = (i < 9 ? at.norm : at.out_norm) + (i % 2 == 1 ? 0 : at.down_row);
-      add_parts(floats_of(i), sums.at(place), 1, parts.count(), at.size, channels, 1);
+      add_parts(floats_of(i), rest.at(place), 1, parts.count(), at.rest, channels, 1);
     }
   if (to[12] != nullptr) {
     const int64_t each = gate->dim() == 1 ? p.length : 1;

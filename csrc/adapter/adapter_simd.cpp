@@ -15,24 +15,22 @@ namespace {
 
 struct Panels {
   int64_t channels, bottleneck;
-  // Of z = u down^T and o = a up^T, of da = do up and du = dz down; all of them with the scale in `up`.
-  int64_t down, up, b_down, b_up, up_back, down_back, size;
+  // Of z = u down^T and o = a up^T, of da = do up and du = dz down, and the biases; `up` and its bias have the scale.
+  int64_t b_down, b_up, down, up, up_back, down_back, size;
 
-  Panels(int64_t channels, int64_t bottleneck, bool backward) : channels(channels), bottleneck(bottleneck) {
+  explicit Panels(const AdapterProblem& p) : channels(p.channels), bottleneck(p.bottleneck) {
     const int64_t wide = round_up(channels, kPanel), narrow = round_up(bottleneck, kPanel);
-    down = 0;
-    up = down + channels * narrow;
-    b_down = up + bottleneck * wide;
+    b_down = 0;
     b_up = b_down + narrow;
-    up_back = b_up + wide;
-    down_back = up_back + (backward ? channels * narrow : 0);
-    size = down_back + (backward ? bottleneck * wide : 0);
+    down = b_up + wide;
+    up = down + channels * narrow;
+    up_back = up + (p.needs_output() ? bottleneck * wide : 0);
+    down_back = up_back + (p.is_backward() && p.wants_bottleneck() ? channels * narrow : 0);
+    size = down_back + (p.is_backward() && p.wants_sum() ? bottleneck * wide : 0);
   }
 };
 
-int64_t panels_space(int64_t channels, int64_t bottleneck, bool backward) {
-  return round_up(Panels(channels, bottleneck, backward).size, 16);
-}
+int64_t panels_space(const AdapterProblem& p) { return round_up(Panels(p).size, 16); }
 
 // B(p, j) = source(row p, lane j), by panels.
 void pack_panels(float* to, const Strided& source, int64_t row_stride, int64_t lane_stride, int64_t depth,
@@ -42,6 +40,12 @@ void pack_panels(float* to, const Strided& source, int64_t row_stride, int64_t l
               lane_stride, depth, std::min<int64_t>(kPanel, columns - j));
 }
 
+float element(const Strided& s, int64_t i, int64_t j) {
+  float lane[kWidth];
+  load_tile(lane, kWidth, s.at(0, 0, i, j), s.dtype, 0, 1, 1, 1);
+  return lane[0];
+}
+
 void load_vector(float* to, const Strided& from, int64_t count) {
   if (from.data == nullptr)
     std::fill_n(to, round_up(count, kWidth), 0.0f);
@@ -49,34 +53,25 @@ void load_vector(float* to, const Strided& from, int64_t count) {
     load_tile(to, count, from.data, from.dtype, 0, from.stride[3], 1, count);
 }
 
-void pack(const AdapterWeights& w, int64_t channels, int64_t bottleneck, bool backward, float* panels) {
-  const Panels at(channels, bottleneck, backward);
-  pack_panels(panels + at.down, w.down, w.down.stride[3], w.down.stride[2], channels, bottleneck);
-  pack_panels(panels + at.up, w.up, w.up.stride[3], w.up.stride[2], bottleneck, channels);
+void pack(const AdapterProblem& p, const AdapterWeights& w, float* panels) {
+  const Panels at(p);
+  const int64_t channels = p.channels, bottleneck = p.bottleneck;
+  const bool forth = at.up < at.up_back, back = at.up_back < at.down_back;
   load_vector(panels + at.b_down, w.b_down, bottleneck);
   load_vector(panels + at.b_up, w.b_up, channels);
-  if (backward) {
-    pack_panels(panels + at.up_back, w.up, w.up.stride[2], w.up.stride[3], channels, bottleneck);
+  pack_panels(panels + at.down, w.down, w.down.stride[3], w.down.stride[2], channels, bottleneck);
+  if (forth) pack_panels(panels + at.up, w.up, w.up.stride[3], w.up.stride[2], bottleneck, channels);
+  if (back) pack_panels(panels + at.up_back, w.up, w.up.stride[2], w.up.stride[3], channels, bottleneck);
+  if (at.down_back < at.size)
     pack_panels(panels + at.down_back, w.down, w.down.stride[2], w.down.stride[3], bottleneck, channels);
-  }
   if (w.scale.data == nullptr && w.factor == 1.0f) return;
-  float scale[kPanel];
-  for (int64_t j = 0; j < channels; j += kPanel) {
-    const int64_t width = std::min<int64_t>(kPanel, channels - j);
-    std::fill_n(scale, kPanel, 1.0f);
-    if (w.scale.data != nullptr)
-      load_tile(scale, kPanel, w.scale.at(0, 0, 0, j), w.scale.dtype, 0, w.scale.stride[3], 1, width);
-    for (int64_t l = 0; l < kPanel; ++l) scale[l] *= w.factor;
-    float* const up = panels + at.up + j * bottleneck;
-    for (int64_t l = 0; l < width; ++l) panels[at.b_up + j + l] *= scale[l];
-    for (int64_t i = 0; i < bottleneck; ++i)
-      for (int64_t l = 0; l < width; ++l) up[i * kPanel + l] *= scale[l];
-    if (!backward) continue;
-    for (int64_t i = 0; i < bottleneck; i += kPanel) {
-      float* const back = panels + at.up_back + i * channels + j * kPanel;
-      for (int64_t l = 0; l < width; ++l)
-        for (int64_t k = 0; k < std::min<int64_t>(kPanel, bottleneck - i); ++k) back[l * kPanel + k] *= scale[l];
-    }
+  for (int64_t j = 0; j < channels; ++j) {
+    const float scale = w.factor * (w.scale.data == nullptr ? 1.0f : element(w.scale, 0, j));
+    const int64_t panel = j / kPanel * kPanel, lane = j % kPanel;
+    panels[at.b_up + j] *= scale;
+    for (int64_t i = 0; forth && i < bottleneck; ++i) panels[at.up + panel * bottleneck + i * kPanel + lane] *= scale;
+    for (int64_t i = 0; back && i < round_up(bottleneck, kPanel); ++i)
+      panels[at.up_back + (i / kPanel * channels + j) * kPanel + i % kPanel] *= scale;
   }
 }
 
@@ -99,7 +94,8 @@ struct Scratch {
 
   int64_t size = 0;
 
-  Scratch(const AdapterProblem& p, bool backward, float* space) {
+  Scratch(const AdapterProblem& p, float* space) {
+    const bool backward = p.is_backward();
     const int64_t block = block_rows(p.channels);
     wide = padded_row(p.channels), narrow = padded_row(p.bottleneck);
     const auto take = [&](int64_t floats) {
@@ -115,7 +111,7 @@ struct Scratch {
   }
 };
 
-int64_t space(const AdapterProblem& p, bool backward) { return Scratch(p, backward, nullptr).size; }
+int64_t space(const AdapterProblem& p) { return Scratch(p, nullptr).size; }
 
 // The numbers of the rows of a block.
 struct Block {
@@ -224,12 +220,8 @@ void add_branch(const Block& block, const Scratch& s, const Panels& at, const fl
 void load_gates(const Block& block, const Scratch& s) {
   const AdapterProblem& p = block.p;
   for (int64_t i = 0; i < block.count; ++i) {
-    s.gate[i] = 1.0f;
-    if (p.gate.data == nullptr) continue;
     const int64_t row = block.row(i);
-    float value[kWidth];
-    load_tile(value, kWidth, p.gate.at(0, 0, row / p.length, row % p.length), p.gate.dtype, 0, 1, 1, 1);
-    s.gate[i] = value[0];
+    s.gate[i] = p.gate.data == nullptr ? 1.0f : element(p.gate, row / p.length, row % p.length);
   }
 }
 
@@ -240,8 +232,8 @@ void load_norms(const AdapterProblem& p, const Scratch& s) {
 
 template <class T>
 void forward_of(const AdapterProblem& p, const AdapterPart& part, float* space) {
-  const Scratch s(p, false, space);
-  const Panels at(p.channels, p.bottleneck, false);
+  const Scratch s(p, space);
+  const Panels at(p);
   const int64_t columns = p.channels, most = block_rows(columns);
   load_norms(p, s);
   for (int64_t begin = part.begin; begin < part.end; begin += most) {
@@ -408,15 +400,15 @@ void sum_rows(const Block& block, const Scratch& s, const AdapterSums& at, float
 
 template <class T>
 void backward_of(const AdapterProblem& p, const AdapterPart& part, float* space) {
-  const Scratch s(p, true, space);
-  const Panels at(p.channels, p.bottleneck, true);
+  const Scratch s(p, space);
+  const Panels at(p);
   const AdapterSums sums(p.channels, p.bottleneck);
   const float* const panels = part.panels;
   const int64_t columns = p.channels, most = block_rows(columns);
   const bool branch = panels != nullptr, out_norm = p.out_weight.data != nullptr;
   const bool again = branch && (out_norm || p.wants_bottleneck() || p.wants_up);  // is the bottleneck needed again?
   load_norms(p, s);
-  std::fill(part.sums + sums.b_up, part.sums + sums.size, 0.0f);
+  std::fill_n(part.rest, sums.rest, 0.0f);
   for (int64_t begin = part.begin; begin < part.end; begin += most) {
     const Block block{p, begin, std::min(most, part.end - begin)};
     const bool accumulate = begin > part.begin;
@@ -424,23 +416,23 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, float* space)
     if (again || out_norm) input_rows<T>(block, s, !branch || p.dropout ? nullptr : panels + at.b_up, out_norm, true);
     if (again) bottleneck(block, s, at, panels);
     if (branch && out_norm) add_branch(block, s, at, panels);
-    output_rows<T>(block, s, sums, part.sums, branch);
+    output_rows<T>(block, s, sums, part.rest, branch);
     const float* const gradient = p.dropout ? s.dropped : s.dy;  // of o
     if (branch && p.wants_up)
-      gemm<true>({gradient, s.wide, s.a, s.narrow, kPanel, part.sums, sums.up_row, kPanel}, columns, p.bottleneck,
+      gemm<true>({gradient, s.wide, s.a, s.narrow, kPanel, part.up, sums.up_row, kPanel}, columns, p.bottleneck,
                  block.count, accumulate);
     if (branch && p.wants_bottleneck())
-      bottleneck_backward(block, s, at, panels, gradient, p.wants_b_down ? part.sums + sums.b_down : nullptr);
+      bottleneck_backward(block, s, at, panels, gradient, p.wants_b_down ? part.rest + sums.b_down : nullptr);
     if (branch && p.wants_down)
-      gemm<true>({s.da, s.narrow, s.u, s.wide, kPanel, part.sums + sums.down, sums.down_row, kPanel}, p.bottleneck,
-                 columns, block.count, accumulate);
+      gemm<true>({s.da, s.narrow, s.u, s.wide, kPanel, part.down, sums.down_row, kPanel}, p.bottleneck, columns,
+                 block.count, accumulate);
     if (!p.wants_sum()) continue;
     if (branch)
       gemm<false>({s.da, s.narrow, panels + at.down_back, kPanel, p.bottleneck * kPanel, s.y, s.wide, kPanel},
                   block.count, columns, p.bottleneck, false);
     else
       std::fill_n(s.y, block.count * s.wide, 0.0f);
-    sum_rows<T>(block, s, sums, part.sums);
+    sum_rows<T>(block, s, sums, part.rest);
   }
   if (!branch && p.dgate != nullptr)
     for (int64_t i = part.begin; i < part.end; ++i) p.dgate[p.order[i]] = 0.0f;
@@ -453,48 +445,42 @@ void finish_of(const AdapterProblem& p, const AdapterGradient& g) {
   const AdapterSums at(p.channels, p.bottleneck);
   const AdapterWeights& w = g.weights;
   const int64_t r = p.bottleneck;
-  const auto total = [&](int64_t place, auto lanes) MMK_INLINE_LAMBDA {
+  const auto total = [&](float* AdapterPart::* sums, int64_t place, auto lanes) MMK_INLINE_LAMBDA {
     Vec sum{};
-    for (int64_t part = 0; part < g.parts; ++part) sum += load(g.sums + part * at.size + place, lanes);
+    for (int64_t part = 0; part < g.count; ++part) sum += load(g.parts[part].*sums + place, lanes);
     return sum;
   };
-  const auto value = [](const Strided& s, int64_t i, int64_t j) {
-    float lane[kWidth];
-    load_tile(lane, kWidth, s.at(0, 0, i, j), s.dtype, 0, 1, 1, 1);
-    return lane[0];
-  };
-  if (g.ddown != nullptr)
-    for (int64_t i = 0; i < r; ++i) {
-      T* const to = reinterpret_cast<T*>(g.ddown) + i * p.channels + g.first;
-      for_vectors(g.last - g.first, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
-        store(to + c, total(at.down + i * at.down_row + g.first + c, lanes), lanes);
-      });
-    }
+  const bool done = g.count == 1 && reinterpret_cast<char*>(g.parts->down) == g.ddown;
+  for (int64_t i = 0; g.ddown != nullptr && !done && i < r; ++i) {
+    T* const to = reinterpret_cast<T*>(g.ddown) + i * p.channels + g.first;
+    for_vectors(g.last - g.first, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+      store(to + c, total(&AdapterPart::down, i * at.down_row + g.first + c, lanes), lanes);
+    });
+  }
   for (int64_t c = g.first; c < g.last; ++c) {
-    const float scale = w.factor * (w.scale.data == nullptr ? 1.0f : value(w.scale, 0, c));
+    const float scale = w.factor * (w.scale.data == nullptr ? 1.0f : element(w.scale, 0, c));
     T* const to = g.dup == nullptr ? nullptr : reinterpret_cast<T*>(g.dup) + c * r;
-    float dscale = 0.0f;
-    if (to != nullptr || g.dscale != nullptr) {
-      Sum product;
-      float up[kWidth];
+    const bool done = scale == 1.0f && g.count == 1 && reinterpret_cast<char*>(g.parts->up) == g.dup;
+    Sum product;  // of the sums and the weight: what a factor on the weight has
+    if ((to != nullptr && !done) || g.dscale != nullptr)
       for_vectors(r, [&](int64_t i, int k, auto lanes) MMK_INLINE_LAMBDA {
-        const Vec sum = total(c * at.up_row + i, lanes);
+        const Vec sum = total(&AdapterPart::up, c * at.up_row + i, lanes);
         if (to != nullptr) store(to + i, sum * scale, lanes);
         if (g.dscale == nullptr) return;
+        float up[kWidth];
         load_tile(up, kWidth, w.up.at(0, 0, c, i), w.up.dtype, 0, w.up.stride[3], 1, std::min<int64_t>(kWidth, r - i));
         product.part[k] += sum * load(up);
       });
-      dscale = product.total();
-    }
     if (g.db_up == nullptr && g.dscale == nullptr) continue;
-    const float db_up = total(at.b_up + c, Rest{1})[0];
+    const float db_up = total(&AdapterPart::rest, at.b_up + c, Rest{1})[0];
     if (g.db_up != nullptr) g.db_up[c] = db_up * scale;
     if (g.dscale != nullptr)
-      g.dscale[c] = w.factor * (dscale + (w.b_up.data == nullptr ? 0.0f : db_up * value(w.b_up, 0, c)));
+      g.dscale[c] = w.factor * (product.total() + (w.b_up.data == nullptr ? 0.0f : db_up * element(w.b_up, 0, c)));
   }
   if (g.db_down != nullptr && g.first == 0)
-    for_vectors(r, [&](int64_t i, int, auto lanes)
-                       MMK_INLINE_LAMBDA { store(g.db_down + i, total(at.b_down + i, lanes), lanes); });
+    for_vectors(r, [&](int64_t i, int, auto lanes) MMK_INLINE_LAMBDA {
+      store(g.db_down + i, total(&AdapterPart::rest, at.b_down + i, lanes), lanes);
+    });
 }
 
 void forward(const AdapterProblem& p, const AdapterPart& part, float* space) {

@@ -144,8 +144,14 @@ def adapter(backend, given, index, seed, options):
         return forward_backward("adapter", backend)[0](*given, index, seed, *options)[0]
     tensors, places = [], []
     for t in given:
-        place = -1 if t is None else next((i for i, other in enumerate(tensors) if other is t), len(tensors))
-        if place == len(tensors):
+        if t is None:
+            places.append(-1)
+            continue
+        for place, other in enumerate(tensors):
+            if other is t:
+                break
+        else:
+            place = len(tensors)
             tensors.append(t)
         places.append(place)
     return _Adapter.apply(backend, tuple(places), options, index, seed, *tensors)[0]
