@@ -458,7 +458,8 @@ void finish_of(const AdapterProblem& p, const AdapterGradient& g) {
     });
   }
   for (int64_t c = g.first; c < g.last; ++c) {
-    const float scale = w.factor * (w.scale.data == nullptr ? 1.0f : element(w.scale, 0, c));
+    // Without rows there is no gradient, whatever the scale is.
+    const float scale = g.count == 0 ? 0.0f : w.factor * (w.scale.data == nullptr ? 1.0f : element(w.scale, 0, c));
     T* const to = g.dup == nullptr ? nullptr : reinterpret_cast<T*>(g.dup) + c * r;
     const bool done = scale == 1.0f && g.count == 1 && reinterpret_cast<char*>(g.parts->up) == g.dup;
     Sum product;  // of the sums and the weight: what a factor on the weight has
@@ -474,7 +475,9 @@ void finish_of(const AdapterProblem& p, const AdapterGradient& g) {
     if (g.db_up == nullptr && g.dscale == nullptr) continue;
     const float db_up = total(&AdapterPart::rest, at.b_up + c, Rest{1})[0];
     if (g.db_up != nullptr) g.db_up[c] = db_up * scale;
-    if (g.dscale != nullptr)
+    if (g.dscale != nullptr && g.count == 0)
+      g.dscale[c] = 0.0f;
+    else if (g.dscale != nullptr)
       g.dscale[c] = w.factor * (product.total() + (w.b_up.data == nullptr ? 0.0f : db_up * element(w.b_up, 0, c)));
   }
   if (g.db_down != nullptr && g.first == 0)

@@ -1,12 +1,18 @@
 """`ops.adapter` on every backend: against float64 with plain eager's error as the budget, and by its meaning."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import mmkernels
 from mmkernels import ops, testing
-from mmkernels.ops.adapter import api
+from mmkernels.ops._shared.registration import forward_backward
+from mmkernels.ops.adapter import api, autograd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,9 +66,13 @@ def wanted_of(tensors):
     return tuple(n for n, t in tensors.items() if t is not None and t.is_floating_point())
 
 
-def check(generator, tensors, backend, wanted=None, **options):
+def skip_missing(backend):
     if backend in api.MISSING:
         pytest.skip(f"there are no {backend} kernels")
+
+
+def check(generator, tensors, backend, wanted=None, **options):
+    skip_missing(backend)
     grad = torch.randn(tensors["x"].shape, generator=generator, device=generator.device)
     with testing.poisoned_memory():
         return testing.check_op(adapter, eager, tensors, wanted or wanted_of(tensors), backend, grad, **options)
@@ -213,6 +223,298 @@ def test_an_adapter_filled_up_with_zeros_is_the_same(generator, activation):
     torch.testing.assert_close(alone.gradients["x"], filled.gradients["x"])
     assert not filled.gradients["w_down"][4:].any() and not filled.gradients["w_up"][:, 4:].any()
     assert not filled.gradients["b_down"][4:].any()
+
+
+# --- Layouts, sizes -------------------------------------------------------------------------------------------------------
+
+
+EVERYTHING = dict(norms="in out", terms=("x", "input_residual", "extra"), scale="channels", gate="rows")
+
+
+@pytest.mark.parametrize("index", ["", "examples", "rows"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_any_strides(backend, generator, layout, index):
+    """With the same bits as when everything is dense."""
+    tensors = make(generator, (3, 9, 32), 20, bank=4 if index else 0, index=index, **EVERYTHING)
+    wanted, options = wanted_of(tensors), dict(terms=EVERYTHING["terms"], activation="gelu")
+
+    def changed(t):
+        if layout == "sliced":
+            return torch.stack([t, t], -1).flatten(-2)[..., ::2]
+        return t.mT.contiguous().mT if t.dim() > 1 else t
+
+    if layout == "expanded":
+        tensors |= {n: tensors[n][:1].expand(3, -1, -1) for n in ("x", "input_residual", "extra")}
+        wanted = tuple(n for n in wanted if n not in ("x", "input_residual", "extra"))
+    else:
+        tensors = {n: changed(t) for n, t in tensors.items()}
+    run = check(generator, tensors, backend, wanted, **options)
+    testing.run(adapter, tensors, wanted, backend=backend, **options)  # an incoming gradient of stride 0
+    packed = testing.run(adapter, {n: t.contiguous() for n, t in tensors.items()}, (), backend=backend, **options)
+    assert torch.equal(run.output, packed.output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tiles(backend, generator, dtype):
+    """Several blocks of rows, several parts of an adapter's rows, several panels of channels and of the bottleneck."""
+    length = 60 if backend != "cpp" else 700
+    check(generator, make(generator, (1, length, 80), 70, dtype, norms="in out", scale="channels"), backend)
+    index = dict(bank=3, index="rows", terms=("x",))
+    check(generator, make(generator, (3, length // 2, 48), 16, dtype, **index), backend, terms=("x",), activation="tanh")
+    check(generator, make(generator, (1, 20, 1100), 33, dtype, norms="out"), backend)
+
+
+@pytest.mark.parametrize("bank", [0, 3])
+@pytest.mark.parametrize("shape", [(0, 7, 32), (3, 0, 32), (0, 32)], ids=str)
+def test_empty_batches(backend, generator, shape, bank):
+    skip_missing(backend)
+    tensors = make(generator, shape, 8, bank=bank, **EVERYTHING)
+    run = testing.run(adapter, tensors, wanted_of(tensors), backend=backend, terms=EVERYTHING["terms"])
+    assert run.output.shape == shape
+    assert all(g.shape == tensors[n].shape and not g.any() for n, g in run.gradients.items())
+
+
+# --- Many adapters -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", ["examples", "rows"])
+def test_a_mixed_batch_is_its_adapters_alone(backend, generator, index):
+    """Rows in any order, one adapter that nobody has (NaN even), one with a single row, rows without an adapter."""
+    skip_missing(backend)
+    tensors = make(generator, (9, 5, 24), 10, bank=6, index=index, norms="out", terms=("x",), scale="one")
+    numbers = tensors["index"]
+    numbers[numbers == 4] = 1
+    numbers[numbers == 3] = -1
+    numbers[numbers == 2] = 0
+    numbers.view(-1)[3] = 2
+    banks = ("w_down", "b_down", "w_up", "b_up", "scale")
+    for name in banks:
+        tensors[name][4] = float("nan")
+    grad = torch.randn(9, 5, 24, generator=generator, device=generator.device)
+    run = testing.run(adapter, tensors, wanted_of(tensors), grad, backend=backend, terms=("x",))
+    rows = numbers if index == "rows" else numbers[:, None].expand(9, 5)
+    norm = {"out_norm_weight": tensors["out_norm_weight"], "out_norm_bias": tensors["out_norm_bias"]}
+    for number in range(6):
+        mine = rows == number
+        alone = {n: t[number] for n, t in tensors.items() if n in banks} | {"x": tensors["x"][mine]} | norm
+        one = testing.run(adapter, alone, ("x", *banks), grad[mine], backend="reference", terms=("x",))
+        torch.testing.assert_close(run.output[mine], one.output)
+        torch.testing.assert_close(run.gradients["x"][mine], one.gradients["x"], rtol=1e-4, atol=1e-5)
+        for name in banks:
+            expected = one.gradients[name] if mine.any() else torch.zeros_like(one.gradients[name])
+            torch.testing.assert_close(run.gradients[name][number], expected, rtol=1e-4, atol=1e-5)
+    none = rows < 0
+    plain = torch.nn.functional.layer_norm(tensors["x"][none], (24,), *norm.values())
+    torch.testing.assert_close(run.output[none], plain)
+    assert torch.equal(run.output, adapter(**tensors | {"index": numbers.int()}, backend=backend, terms=("x",)))
+
+
+def test_nobody_has_an_adapter(backend, generator):
+    skip_missing(backend)
+    tensors = make(generator, (3, 5, 24), 10, bank=2, gate="rows", terms=("x",), norms="in")
+    tensors["index"].fill_(-1)
+    run = testing.run(adapter, tensors, wanted_of(tensors), backend=backend, terms=("x",))
+    assert torch.equal(run.output, tensors["x"])
+    assert all(g.any() == (n == "x") for n, g in run.gradients.items())
+
+
+def test_numbers_out_of_range_give_nan(on, generator):
+    """Where the values cannot be looked at, on a GPU, a wrong number must be seen in the result and read no memory."""
+    for name in ("triton", "cuda"):
+        skip_missing(on(name))
+        tensors = make(generator, (4, 3, 16), 5, bank=2, index="rows")
+        tensors["index"][1, 2], tensors["index"][3, 0] = 2, -2
+        weights = (tensors[n] for n in ("w_down", "b_down", "w_up", "b_up"))
+        given = [tensors["x"], None, None, *weights, *(None,) * 6, tensors["index"]]
+        out, _ = forward_backward("adapter", name)[0](*given, None, 0, 1, 1e-5, 1e-5, 1.0, 0.0)
+        wrong = (tensors["index"] < -1) | (tensors["index"] > 1)
+        assert torch.equal(out.isnan().all(-1), wrong) and torch.equal(out.isnan().any(-1), wrong)
+
+
+# --- What it is in training --------------------------------------------------------------------------------------------------
+
+
+def test_nan_rows_stay_alone(backend, generator):
+    skip_missing(backend)
+    tensors = make(generator, (2, 9, 33), 12, norms="in out", terms=("x",))
+    tensors["x"][1, 4, 7] = -float("nan")
+    run = testing.run(adapter, tensors, ("x",), backend=backend, terms=("x",))
+    expected = torch.zeros(2, 9, dtype=torch.bool, device=generator.device)
+    expected[1, 4] = True
+    for result in (run.output, run.gradients["x"]):
+        assert torch.equal(result.isnan().any(-1), expected) and torch.equal(result.isnan().all(-1), expected)
+
+
+def test_a_residual_that_is_the_input_is_the_same_as_a_copy(backend, generator):
+    skip_missing(backend)
+    tensors = make(generator, (2, 9, 32), 12, norms="in out", terms=("x", "input_residual"))
+    names = wanted_of(tensors)
+    same = testing.run(adapter, tensors, names, backend=backend, terms=("x", "input_residual"))
+    copies = tensors | {"extra": tensors["x"] + tensors["input_residual"]}
+    copied = testing.run(adapter, copies, (*names, "extra"), backend=backend, terms=("extra",))
+    torch.testing.assert_close(same.output, copied.output)
+    for name in names:
+        expected = copied.gradients[name]
+        if name in ("x", "input_residual"):
+            expected = expected + copied.gradients["extra"]
+        torch.testing.assert_close(same.gradients[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_norm_in_two_places_has_one_gradient(backend, generator):
+    skip_missing(backend)
+    tensors = make(generator, (2, 9, 32), 12, norms="in out")
+    shared = {n: t for n, t in tensors.items() if not n.startswith("out")}
+
+    def call(norm_weight, norm_bias, **arguments):
+        norms = dict(norm_weight=norm_weight, norm_bias=norm_bias, out_norm_weight=norm_weight, out_norm_bias=norm_bias)
+        return ops.adapter(**arguments, **norms)
+
+    run, exact = (testing.run(call, shared, wanted_of(shared), backend=b) for b in (backend, "reference"))
+    for name in shared:
+        torch.testing.assert_close(run.gradients[name], exact.gradients[name], rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_gradients_that_are_wanted(backend, generator):
+    """The same ones, bit by bit, whatever else is wanted; empty tensors for the others."""
+    skip_missing(backend)
+    tensors = make(generator, (5, 9, 24), 7, bank=3, index="rows", **EVERYTHING)
+    names = ["out_weight" if n == "out_norm_weight" else "out_bias" if n == "out_norm_bias" else n for n in tensors]
+    tensors = dict(zip(names, tensors.values(), strict=True)) | {"residual": tensors["extra"]}
+    given = [tensors.get(n) for n in autograd.NAMES]
+    forward, backward = forward_backward("adapter", backend)
+    options = 1, 4, 1e-5, 1e-5, 1.0, 0.0
+    out, statistics = forward(*given, tensors["index"], None, *options)
+    dout = torch.randn(out.shape, generator=generator, device=generator.device)
+    call = lambda wanted: backward(dout, *given, tensors["index"], None, statistics, *options, wanted)  # noqa: E731
+    everything = call(2 ** len(autograd.NAMES) - 1)
+    for bit in range(len(autograd.NAMES)):
+        for i, (found, whole) in enumerate(zip(call(1 << bit), everything, strict=True)):
+            assert torch.equal(found, whole) if i == bit else found.shape == (0,)
+    assert all(g.shape == (0,) for g in call(0))
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("w_up",), ("b_up",), ("w_down",), ("b_down",), ("gate",), ("scale",), ("extra",)])
+def test_one_gradient_alone(backend, generator, wanted):
+    skip_missing(backend)
+    tensors = make(generator, (4, 7, 24), 7, bank=2, terms=("extra",), scale="one", gate="examples")
+    check(generator, tensors, backend, wanted, terms=("extra",))
+
+
+@pytest.mark.parametrize("norms", ["", "in out"])
+def test_dropout_is_that_of_the_reference(backend, generator, norms):
+    skip_missing(backend)
+    tensors = make(generator, (3, 9, 40), 12, norms=norms, gate="rows", scale="channels", bank=2)
+    options = dict(activation="gelu", dropout_p=0.4, dropout_seed=torch.tensor([77], device=generator.device))
+    names = wanted_of(tensors)
+    run, exact = (testing.run(adapter, tensors, names, backend=b, **options) for b in (backend, "reference"))
+    torch.testing.assert_close(run.output, exact.output, rtol=1e-4, atol=1e-5)
+    for name in names:
+        torch.testing.assert_close(run.gradients[name], exact.gradients[name], rtol=1e-4, atol=1e-4)
+    if not norms:
+        assert 0.3 < (exact.output == 0).float().mean() < 0.5 and torch.equal(run.output == 0, exact.output == 0)
+
+
+def test_activation_checkpoint_redraws_the_same_dropout(backend, generator):
+    skip_missing(backend)
+    tensors = {n: t.requires_grad_() for n, t in make(generator, (3, 9, 32), 24, norms="out").items()}
+    gradients = []
+    for wrapped in (False, True):
+        torch.manual_seed(3)
+        call = lambda t: adapter(**t, dropout_p=0.4, backend=backend)  # noqa: E731
+        out = checkpoint(call, tensors, use_reentrant=False) if wrapped else call(tensors)
+        gradients.append(torch.autograd.grad(out.square().sum(), list(tensors.values())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    torch.manual_seed(4)
+    assert not torch.equal(adapter(**tensors, dropout_p=0.4, backend=backend), out)
+
+
+def test_autocast_computes_as_a_linear_layer_does(backend, generator, tensor_device):
+    skip_missing(backend)
+    made = make(generator, (3, 9, 32), 24, norms="in out", terms=("x",), scale="one")
+    tensors = {n: t.requires_grad_() for n, t in made.items()}
+    with torch.autocast(tensor_device.type, dtype=torch.bfloat16):
+        out = adapter(**tensors, backend=backend, terms=("x",))
+    low = {n: t.bfloat16() if n[:2] in ("x", "w_", "b_") else t for n, t in tensors.items()}
+    assert out.dtype == torch.bfloat16 and torch.equal(out, adapter(**low, backend=backend, terms=("x",)))
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), list(tensors.values())))
+
+
+def test_saved_are_the_inputs_and_four_numbers_a_row(backend, generator):
+    skip_missing(backend)
+    tensors = make(generator, (3, 9, 32), 24, norms="in out", terms=("x",), bank=2)
+    tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        adapter(**tensors, backend=backend, terms=("x",))
+    own = [t for t in saved if t.data_ptr() not in {t.data_ptr() for t in tensors.values()}]
+    assert len(saved) > 5 and sum(t.numel() for t in own) <= 4 * 27
+
+
+def test_the_same_bits_every_time(backend, generator):
+    skip_missing(backend)
+    tensors = make(generator, (3, 40, 64), 24, torch.bfloat16, bank=2, index="rows", **EVERYTHING)
+    names = wanted_of(tensors)
+    first, second = (testing.run(adapter, tensors, names, backend=backend, terms=EVERYTHING["terms"]) for _ in range(2))
+    assert torch.equal(first.output, second.output)
+    assert all(torch.equal(first.gradients[n], second.gradients[n]) for n in names)
+
+
+# --- The C++ kernels --------------------------------------------------------------------------------------------------------
+
+
+def awkward_adapters():
+    """Run as a script, once for every instruction set: channels and bottlenecks around vectors and panels, all activations."""
+    generator = torch.Generator().manual_seed(7)
+    activations = (None, "relu", "gelu", "gelu_tanh", "swish", "leakyrelu", "tanh")
+    sizes = ((1, 1), (3, 2), (16, 31), (31, 16), (64, 33), (65, 8), (145, 48))
+    for activation, (channels, bottleneck) in zip(activations, sizes, strict=True):
+        for dtype in DTYPES:
+            tensors = make(generator, (2, 35, channels), bottleneck, dtype, bank=2, **EVERYTHING)
+            tensors["x"] *= 4.0  # also where activations are flat
+            check(generator, tensors, "cpp", terms=EVERYTHING["terms"], activation=activation)
+
+
+@pytest.mark.parametrize("isa", ["base", "v3", "v4"])
+def test_every_instruction_set(on, isa):
+    """A set that this processor lacks falls back to the widest it has, so this runs everywhere."""
+    on("cpp")
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_adapter; test_adapter.awkward_adapters()"
+    run = subprocess.run(
+        [sys.executable, "-c", script, os.path.dirname(__file__)],
+        env={**os.environ, "MMKERNELS_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "swish", "leakyrelu", "tanh"])
+def test_activations_of_any_number(on, generator, activation):
+    """An adapter of one channel and one weight is its activation: near 0, where it is flat, at the ends of float32."""
+    on("cpp")
+    ends = [0.0, -0.0, 1e-30, -1e-30, 1e-4, -1e-4, 88.0, -88.0, 100.0, -100.0, 1e15, -1e15]
+    x = torch.cat([torch.tensor(ends), torch.linspace(-12, 12, 4001)])[:, None].requires_grad_()
+    one = torch.ones(1, 1)
+    outs = [ops.adapter(t, one.to(t.dtype), None, one.to(t.dtype), None, activation=activation) for t in (x, x.double())]
+    torch.testing.assert_close(outs[0].double(), outs[1], rtol=1e-6, atol=1e-9)
+    gradients = [torch.autograd.grad(out.sum(), x)[0] for out in outs]
+    torch.testing.assert_close(*gradients, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("index", ["", "rows"])
+def test_the_number_of_threads_changes_no_bit(on, generator, index):
+    on("cpp")
+    tensors = make(generator, (3, 400, 96), 24, bank=3 if index else 0, index=index, **EVERYTHING)
+    names, before, runs = wanted_of(tensors), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(testing.run(adapter, tensors, names, backend="cpp", terms=EVERYTHING["terms"]))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert torch.equal(runs[0].output, other.output)
+        assert all(torch.equal(runs[0].gradients[n], other.gradients[n]) for n in names)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------------

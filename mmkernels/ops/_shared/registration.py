@@ -5,6 +5,7 @@ Namespaces: `mmkernels` (native, one name for CPU and CUDA tensors), `mmkernels_
 """
 
 import importlib
+import inspect
 
 import torch
 
@@ -54,6 +55,13 @@ def forward_backward(family: str, backend: str, op: str = ""):
         ops = torch.ops.mmkernels
     op = op or family
     return getattr(ops, f"{op}_fwd").default, getattr(ops, f"{op}_bwd").default
+
+
+def known_signature(function):
+    """Class decorator of an autograd function: torch looks at the signature of its `forward` at every call, which takes longer
+    than a small kernel; here it finds it made."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
 
 
 class _OnceDifferentiable(torch.autograd.Function):

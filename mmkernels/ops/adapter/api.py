@@ -217,7 +217,7 @@ def _prepare(
             for p in (norm_weight, norm_bias, out_norm_weight, out_norm_bias, scale, gate)
         )
     if x.dim() != 3:
-        rows = [t if t is None else t.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, channels) for t in rows]
+        rows = [t if t is None else t.flatten(0, -3) if x.dim() > 3 else t[(None,) * (3 - x.dim())] for t in rows]
     given = (*rows, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_norm_weight, out_norm_bias, scale, gate)
     options = flags, reference.ACTIVATIONS.index(activation), eps, out_eps, factor, dropout_p
     return given, index, dropout_seed, options

@@ -6,7 +6,7 @@ inputs and the norms' statistics: the backward makes the bottleneck again.
 
 import torch
 
-from .._shared.registration import fake, forward_backward, once_differentiable
+from .._shared.registration import fake, forward_backward, known_signature, once_differentiable
 
 # The differentiable arguments of both ops, in their order.
 NAMES = ("x", "input_residual", "residual", "w_down", "b_down", "w_up", "b_up")
@@ -81,6 +81,7 @@ def _backward_fake(
     )
 
 
+@known_signature
 class _Adapter(torch.autograd.Function):
     """`places`: of each of NAMES among `tensors`, -1 for None. A tensor stands there once, whoever shares it (Pfeiffer's
     adapter has one LayerNorm in two places)."""
@@ -147,11 +148,12 @@ def adapter(backend, given, index, seed, options):
         if t is None:
             places.append(-1)
             continue
-        for place, other in enumerate(tensors):
+        place = 0
+        for other in tensors:
             if other is t:
                 break
+            place += 1
         else:
-            place = len(tensors)
             tensors.append(t)
         places.append(place)
     return _Adapter.apply(backend, tuple(places), options, index, seed, *tensors)[0]
