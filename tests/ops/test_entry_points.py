@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mmkernels.ops._shared.registration import forward_backward
+from mmkernels.ops.adapter.api import MISSING
+from mmkernels.ops.adapter.autograd import NAMES
 from mmkernels.ops.attention import api as attention_api
 
 
@@ -228,3 +230,59 @@ def test_hypergrid_gate(native, generator):
     call_with_mutations(forward, [row, column], ("row", "column"), lambda a: legal(*a))
     right = lambda a: legal(*a[1:]) and a[0].dtype == torch.float32 and a[0].shape == forward(*a[1:]).shape  # noqa: E731
     call_with_mutations(backward, [torch.ones(2, 5, 7), row, column], ("dgate", "row", "column"), right)
+
+
+def is_adapter(arguments):
+    """Of the 15 tensors of adapter_fwd, all of them given, with a bank."""
+    x, input_residual, residual, w_down, b_down, w_up, b_up, *vectors, scale, gate, index, seed = arguments[:15]
+    if any(t.dtype != torch.float32 for t in arguments[:13]) or index.dtype != torch.int64 or seed.dtype != torch.int64:
+        return False
+    if x.dim() != 3 or w_down.dim() != 3 or scale.dim() != 2:
+        return False
+    adapters, bottleneck, channels = *w_down.shape[:2], x.shape[2]
+    alike = input_residual.shape == residual.shape == x.shape and w_down.shape[2] == channels and seed.shape == (1,)
+    banks = (b_down, (bottleneck,)), (w_up, (channels, bottleneck)), (b_up, (channels,))
+    scaled = scale.shape[0] in (1, adapters) and scale.shape[1] in (1, channels)
+    of_rows = all(t.shape in (x.shape[:1], x.shape[:2]) for t in (gate, index))
+    numbers = bool(((index >= -1) & (index < adapters)).all())
+    return (
+        alike
+        and all(t.shape == (adapters, *sizes) for t, sizes in banks)
+        and all(t.shape == (channels,) for t in vectors)
+        and scaled
+        and of_rows
+        and numbers
+    )
+
+
+@both
+def test_adapter(native, generator):
+    if native in MISSING:
+        pytest.skip(f"there are no {native} kernels")
+    forward, backward = forward_backward("adapter", native)
+    shapes = [(2, 3, 8)] * 3 + [(5, 4, 8), (5, 4), (5, 8, 4), (5, 8)] + [(8,)] * 4 + [(5, 8), (2, 3)]
+    tensors = [torch.randn(s, generator=generator) for s in shapes]
+    tensors += [torch.tensor([4, -1]), torch.tensor([3])]
+    options = [7, 1, 1e-5, 1e-5, 1.0, 0.5]
+    names = (*NAMES, "index", "seed")
+    call_with_mutations(forward, tensors + options, names, is_adapter)
+    _, statistics = forward(*tensors, *options)
+    inputs = [torch.randn(2, 3, 8, generator=generator), *tensors, statistics, *options, 2**13 - 1]
+
+    def legal(a):
+        same = all(t.dtype == torch.float32 for t in (a[0], a[16])) and a[0].shape == a[1].shape
+        return same and is_adapter(a[1:16]) and a[16].shape == (4, *a[1].shape[:2])
+
+    call_with_mutations(backward, inputs, ("dout", *names, "statistics"), legal)
+    for place, wrong, message in ((15, 8, "skip is 8"), (16, 7, "activation is 7"), (20, 1.0, "dropout_p is 1")):
+        with pytest.raises(RuntimeError, match=message):
+            forward(*tensors, *options[: place - 15], wrong, *options[place - 14 :])
+    for place, skip in ((1, 2), (7, 4)):
+        with pytest.raises(RuntimeError, match=f"skip is {skip}"):
+            forward(*tensors[:place], None, *tensors[place + 1 :], skip, *options[1:])
+    with pytest.raises(RuntimeError, match="index is absent; a bank of adapters needs one"):
+        forward(*tensors[:13], None, *tensors[14:], *options)
+    with pytest.raises(RuntimeError, match="index has the number 5; numbers must be in"):
+        forward(*tensors[:13], torch.tensor([5, 0]), *tensors[14:], *options)
+    with pytest.raises(RuntimeError, match="bit 1 is of an argument that is absent"):
+        backward(*inputs[:2], None, *inputs[3:17], 1, *options[1:], 2)

@@ -1,5 +1,5 @@
-"""`film_layer_norm`, `bias_gelu` and HyperGrid's ops inside torch: registration, compilation, export, autocast, checkpoints,
-transforms; instruction sets and threads of the C++ kernels."""
+"""`film_layer_norm`, `bias_gelu`, `adapter` and HyperGrid's ops inside torch: registration, compilation, export, autocast,
+checkpoints, transforms; instruction sets and threads of the C++ kernels."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mmkernels
 from mmkernels import testing
-from mmkernels.ops import bias_gelu, film_layer_norm, hypergrid_gate, hypergrid_linear
+from mmkernels.ops import adapter, bias_gelu, film_layer_norm, hypergrid_gate, hypergrid_linear
 from mmkernels.ops._shared.registration import forward_backward
+from mmkernels.ops.adapter.api import MISSING
 
 
 def norm_inputs(generator, batch=2, length=9, dtype=torch.float32):
@@ -46,15 +47,47 @@ def gate_inputs(generator, batch=2, length=9, dtype=torch.float32):
     return {n: torch.randn(s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
 
 
+def adapter_inputs(generator, batch=2, length=9, dtype=torch.float32):
+    shapes = {"x": (batch, length, 24), "input_residual": (batch, length, 24), "w_down": (7, 24), "b_down": (7,)}
+    shapes |= {"w_up": (24, 7), "b_up": (24,), "weight": (24,), "bias": (24,), "scale": (1,), "gate": (batch,)}
+    return {n: torch.randn(s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+def pfeiffer(x, input_residual, w_down, b_down, w_up, b_up, weight, bias, scale, gate, backend):
+    """One norm in two places, both rows added again."""
+    norms = dict(norm_weight=weight, norm_bias=bias, out_norm_weight=weight, out_norm_bias=bias)
+    options = dict(input_residual=input_residual, residual=(x, input_residual), scale=scale, gate=gate, backend=backend)
+    return adapter(x, w_down, b_down, w_up, b_up, **norms, **options)
+
+
+def bank_inputs(generator, batch=2, length=9, dtype=torch.float32):
+    shapes = {"x": (batch, length, 24), "residual": (batch, length, 24), "w_down": (3, 7, 24), "w_up": (3, 24, 7)}
+    return {n: torch.randn(s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+def bank(x, residual, w_down, w_up, backend):
+    index = torch.arange(x.shape[0], device=x.device) % 4 - 1
+    return adapter(x, w_down, None, w_up, None, residual=residual, index=index, activation="swish", backend=backend)
+
+
 OPS = {
     "norm": (norm, norm_inputs),
     "gelu": (bias_gelu, gelu_inputs),
     "grid": (grid, grid_inputs),
     "gate": (hypergrid_gate, gate_inputs),
+    "adapter": (pfeiffer, adapter_inputs),
+    "bank": (bank, bank_inputs),
 }
 FAMILIES = {"norm": ("norm", ""), "gelu": ("activation", "bias_gelu"), "grid": ("hypergrid", "")}
-FAMILIES |= {"gate": ("hypergrid", "hypergrid_gate")}
+FAMILIES |= {"gate": ("hypergrid", "hypergrid_gate"), "adapter": ("adapter", ""), "bank": ("adapter", "")}
 each_op = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.fixture(autouse=True)
+def skip_missing(request):
+    parameters = getattr(request.node, "callspec", None)
+    if parameters and parameters.params.get("op") in ("adapter", "bank") and parameters.params.get("backend") in MISSING:
+        pytest.skip("that kernel is not written")
 
 
 def registered(op, backend):
@@ -71,6 +104,13 @@ def arguments(op, tensors):
         return [x.flatten(0, 1), tensors["weight"], tensors["gate"], tensors["bias"], None, x.shape[1], True, 2, 0.0, None]
     if op == "gate":
         return [tensors["row"], tensors["column"]]
+    if op == "adapter":
+        weights = [tensors[n] for n in ("w_down", "b_down", "w_up", "b_up", "weight", "bias", "weight", "bias")]
+        rest = [tensors["scale"][None], tensors["gate"], None, torch.tensor([3]), 3, 1, 1e-5, 1e-6, 2.0, 0.3]
+        return [tensors["x"], tensors["input_residual"], None, *weights, *rest]
+    if op == "bank":
+        rows, index = [tensors["x"], None, tensors["residual"]], torch.arange(tensors["x"].shape[0]) % 4 - 1
+        return [*rows, tensors["w_down"], None, tensors["w_up"], *(None,) * 7, index, None, 1, 4, 1e-5, 1e-6, 1.0, 0.0]
     return [[tensors["x"], tensors["x2"]], *(tensors[n] for n in ("residual", "residual_bias", "gain", "bias")), 1e-5]
 
 
@@ -82,6 +122,10 @@ def gradient_arguments(op, tensors, results, incoming):
         return [incoming[0], x, weight, gate, *options, True, True, True, True]
     if op == "gate":
         return [incoming[0], tensors["row"], tensors["column"]]
+    if op in ("adapter", "bank"):
+        given = arguments(op, tensors)
+        wanted = sum(1 << i for i, t in enumerate(given[:13]) if t is not None)
+        return [incoming[0], *given[:15], results[1], *given[15:], wanted]
     return [*incoming, [results[1]], *results[2:], tensors["gain"], 15]
 
 
@@ -110,7 +154,14 @@ def test_opcheck(backend, generator, op):
 def test_a_compiler_may_change_the_strides_of_anything(backend, generator, op):
     tensors = {n: t.detach() for n, t in OPS[op][1](generator).items()}
     forward, backward = registered(op, backend)
-    shapes = {"norm": (2, 12, 24), "gelu": (2, 9, 24), "grid": (18, 16), "gate": (2, 9, 5)}
+    shapes = {
+        "norm": (2, 12, 24),
+        "gelu": (2, 9, 24),
+        "grid": (18, 16),
+        "gate": (2, 9, 5),
+        "adapter": (2, 9, 24),
+        "bank": (2, 9, 24),
+    }
     incoming = [torch.randn(shapes[op], generator=generator) for _ in range(2)]
 
     def reversed_dimensions(t):
@@ -247,7 +298,7 @@ def test_second_derivatives_are_refused_and_the_reference_has_them(backend, gene
         assert twice("auto")[0].isfinite().all()
 
 
-@pytest.mark.parametrize("op", ["norm", "gelu", "grid"])
+@pytest.mark.parametrize("op", ["norm", "gelu", "grid", "adapter", "bank"])
 def test_rows_further_apart_than_32_bits_reach(backend, generator, op):
     """Examples and rows across 2^31 elements, in virtual memory of which only the rows are touched."""
     function, make = OPS[op]
