@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import fusion, launches, products, rows, text
+from . import adapters, fusion, launches, products, rows, text
 from .registry import Inputs, Problem
 
 SDPA = F.scaled_dot_product_attention
@@ -240,6 +240,8 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
         return _rows(problem, inputs, cuda, with_compile)
     if isinstance(problem, products.Product):
         return _products(problem, inputs, cuda, with_compile)
+    if isinstance(problem, adapters.Adapters):
+        return _adapters(problem, inputs, cuda, with_compile)
     if isinstance(problem, text.Text):
         return _texts(problem, with_compile)
     if isinstance(problem, fusion.Fusion):
@@ -410,6 +412,26 @@ def _products(problem, inputs, cuda, with_compile):
         for name, function in plain.items():
             label, note = ("torch.compile", "") if name == "eager" else (f"{name}, compiled", "torch.compile of it")
             listed.append(Candidate(label, "baseline", _compiled(function), note=note))
+    return listed
+
+
+# --- Adapters ---------------------------------------------------------------------------------------------------------------
+
+
+def _adapters(problem, inputs, cuda, with_compile):
+    explanation = adapters.explain(problem, inputs.tensors)
+    listed = [*_backends_of(explanation, cuda, functools.partial(adapters.function, problem))]
+    plain = adapters.function(problem, "eager")
+    listed.append(Candidate("eager", "baseline", plain, note="a loop over the adapters" if problem.adapters else ""))
+    if with_compile:
+        looped = "its loop over the adapters breaks the graph" if problem.adapters else ""
+        listed.append(Candidate("torch.compile", "baseline", _compiled(plain), looped))
+    if problem.adapters:
+        first = problem._replace(first=True)
+        function, floor = adapters.function(first, "auto"), {"without": ("index",), "solves": first}
+        listed.append(Candidate("one adapter", "floor", function, note="ours, all examples with the first one", **floor))
+    floor = {"without": ("stream", "norm", "index"), "solves": problem._replace(place="products")}
+    listed.append(Candidate("products alone", "floor", adapters.products, note="of one adapter, by F.linear", **floor))
     return listed
 
 

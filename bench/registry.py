@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import fusion, products, rows, text
+from . import adapters, fusion, products, rows, text
 from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
 
 class Case(NamedTuple):
-    problem: Problem | fusion.Fusion | rows.Rows | products.Product | text.Text
+    problem: Problem | fusion.Fusion | adapters.Adapters | rows.Rows | products.Product | text.Text
     pass_: str  # forward: without gradients. backward: alone. step: both. -dx: the input wants a gradient too
 
     @property
@@ -122,6 +122,7 @@ def _gpu_cases():
     cases += _cases(three, *(p._replace(dtype="bfloat16", batch=128) for p in (*_PRODUCTS, products.LARGE)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=128) for p in _DECODE))
     cases += _cases(three, products.GATE._replace(dtype="bfloat16"))
+    cases += _cases(three, *(p._replace(dtype="bfloat16") for p in (*adapters.GPU, *adapters.MIXED, adapters.LARGE)))
     cases += _cases(("step",), *(p._replace(dtype="bfloat16", batch=32) for p in (text.BASE, text.BASE_PLAIN)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=32) for p in text.GENERATE_BASE))
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
@@ -137,7 +138,8 @@ PRESETS = {
     + _cases(("forward", "step"), CONV, FEW_QUERIES, FEW_KEYS)
     + _cases(("forward",), BYTES, SELF_LANGUAGE)
     + _cases(("forward", "step"), fusion.SECONDS_4._replace(batch=1), rows.NORM, rows.GELU)
-    + _cases(("forward",), products.SHORT_FLOOR._replace(batch=2), products.SHORT._replace(batch=2), products.GATE),
+    + _cases(("forward",), products.SHORT_FLOOR._replace(batch=2), products.SHORT._replace(batch=2), products.GATE)
+    + _cases(("forward", "step"), adapters.PFEIFFER[1], adapters.MIXED[0]),
     "paper": _cases(("forward", "step", "step-dx", "backward", "backward-dx"), IMAGENET)
     + _cases(("forward", "step"), IMAGENET, dtype="bfloat16")
     + _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
@@ -152,6 +154,8 @@ PRESETS = {
     + _cases(("forward", "step", "backward"), rows.NORM, rows.GELU)
     + _cases(("forward", "step", "backward"), products.MBT, *_PRODUCTS, products.GATE)
     + _cases(("forward",), *(p._replace(batch=b) for p in _DECODE for b in (1, 16, 64)))
+    + _cases(("forward", "step", "backward"), *adapters.ALONE, *adapters.PFEIFFER, *adapters.HOULSBY, *adapters.PARALLEL)
+    + _cases(("forward", "step", "backward"), *adapters.MIXED, adapters.LARGE)
     + _cases(("step",), text.SMALL, text.SMALL_PLAIN)
     + _cases(("forward",), *text.GENERATE)
     # Time and memory against M.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import (
+    adapters,
     baselines,
     build,
     cli,
@@ -56,7 +57,9 @@ def test_ids_are_unique_and_passes_known(preset):
 def test_select_names_what_is_wrong():
     with pytest.raises(ValueError, match="preset is 'fast'; allowed are 'quick', 'paper', 'gpu'"):
         registry.select("fast")
-    with pytest.raises(ValueError, match="op is 'norm'; preset 'quick' has cases of 'attention', 'bias_gelu', 'bottleneck"):
+    with pytest.raises(
+        ValueError, match="op is 'norm'; preset 'quick' has cases of 'adapter', 'attention', 'bias_gelu', 'bottleneck"
+    ):
         registry.select("quick", op="norm")
     with pytest.raises(ValueError, match="case is 'nothing'; it matches none of"):
         registry.select("quick", case="nothing")
@@ -108,6 +111,20 @@ def test_every_candidate_of_several_outputs_computes_the_same(problem, pass_):
     assert len(listed) >= 2
     if names:  # a gradient that is zero everywhere would pass any check
         assert all(gradient.any() for gradient in exact.gradients.values())
+
+
+@pytest.mark.parametrize("place", ["alone", "pfeiffer", "houlsby", "parallel"])
+@pytest.mark.parametrize("pass_", ["forward", "step"])
+def test_adapters_and_their_floors_are_verified(place, pass_, monkeypatch):
+    monkeypatch.setattr(memory, "peak", lambda *_: None)
+    for problem in (adapters.PFEIFFER[0], adapters.MIXED[0]):
+        case = registry.Case(problem.small()._replace(place=place), pass_)
+        found = {r["candidate"]: r for r in run.run_problem([case], CPU, seconds=0.01, with_compile=False)}
+        assert {r["status"] for r in found.values()} <= {"ok", "unsupported"}
+        assert found["products alone"]["kind"] == "floor" and found["eager"]["speedup_over"]["products alone"] > 0
+        assert ("one adapter" in found) == (problem.adapters > 0)
+        errors = set(found["eager"]["errors"])
+        assert ("gradient of stream" in errors) == (place != "alone" and pass_ == "step")
 
 
 @pytest.mark.parametrize("pass_", ["forward", "step"])
