@@ -109,6 +109,13 @@ void define_schemas(Library& m) {
       "float eps, float out_eps, float factor, float dropout_p, int wanted) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // query (B,T,C)  outputs (B,T,A,C) of its dtype, A of 1 or more. p = softmax over a of scale query . outputs[a].
+  // -> out (B,T,C) = sum over a of p[a] outputs[a], of query's dtype, and weights p float32 (B,T,A).
+  m.def("adapter_fusion_fwd(Tensor query, Tensor outputs, float scale) -> (Tensor, Tensor)");
+  // -> dquery, doutputs; (0) where not wanted.
+  m.def(
+      "adapter_fusion_bwd(Tensor dout, Tensor query, Tensor outputs, Tensor weights, float scale, bool want_query, "
+      "bool want_outputs) -> (Tensor, Tensor)");
 }
 
 }  // namespace mmk

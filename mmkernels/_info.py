@@ -61,6 +61,7 @@ def backends(device: str) -> dict:
 
     problems = {
         "adapter": (zeros(1, 2, 8), zeros(2, 8), None, zeros(8, 2), None),
+        "adapter_fusion": (zeros(1, 2, 8), zeros(1, 2, 3, 8), *(None,) * 5),
         "attention": (zeros(1, 1, 1, 8), zeros(1, 1, 2, 8), zeros(1, 1, 2, 8)),
         "bias_gelu": (zeros(2, 8), zeros(8)),
         "bottleneck_attention": ([zeros(1, 2, 3, 1, 8)], [zeros(1, 1, 3, 1, 8)]),

@@ -158,6 +158,16 @@ def eager_adapter(
     return y
 
 
+def eager_adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0):
+    """Keys and values of every adapter's output, every step in the inputs' dtype."""
+    linear = torch.nn.functional.linear
+    q, k = linear(query, w_q, b_q), linear(outputs, w_k, b_k)
+    v = outputs if w_v is None else linear(outputs, w_v)
+    p = ((k @ q[..., None])[..., 0] / temperature).softmax(-1)
+    out = (p[..., None, :] @ v)[..., 0, :]
+    return out if residual is None else out + residual
+
+
 # --- Error budgets ------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from .._backends import Explanation
 from .activation import bias_gelu, explain_bias_gelu
-from .adapter import adapter, explain_adapter
+from .adapter import adapter, adapter_fusion, explain_adapter, explain_adapter_fusion
 from .attention import attention, explain_attention
 from .bottleneck import bottleneck_attention, explain_bottleneck_attention
 from .hypergrid import explain_hypergrid_gate, explain_hypergrid_linear, hypergrid_gate, hypergrid_linear
@@ -12,6 +12,7 @@ from .norm import explain_film_layer_norm, film_layer_norm
 
 EXPLAINERS = {
     "adapter": explain_adapter,
+    "adapter_fusion": explain_adapter_fusion,
     "attention": explain_attention,
     "bias_gelu": explain_bias_gelu,
     "bottleneck_attention": explain_bottleneck_attention,
@@ -24,6 +25,7 @@ EXPLAINERS = {
 
 __all__ = [
     "adapter",
+    "adapter_fusion",
     "attention",
     "bias_gelu",
     "bottleneck_attention",

@@ -1,5 +1,5 @@
-"""`film_layer_norm`, `bias_gelu`, `adapter` and HyperGrid's ops inside torch: registration, compilation, export, autocast,
-checkpoints, transforms; instruction sets and threads of the C++ kernels."""
+"""`film_layer_norm`, `bias_gelu`, `adapter`, its fusion and HyperGrid's ops inside torch: registration, compilation, export,
+autocast, checkpoints, transforms; instruction sets and threads of the C++ kernels."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmkernels
 from mmkernels import testing
-from mmkernels.ops import adapter, bias_gelu, film_layer_norm, hypergrid_gate, hypergrid_linear
+from mmkernels.ops import adapter, adapter_fusion, bias_gelu, film_layer_norm, hypergrid_gate, hypergrid_linear
 from mmkernels.ops._shared.registration import forward_backward
 from mmkernels.ops.adapter.api import MISSING
 
@@ -70,6 +70,17 @@ def bank(x, residual, w_down, w_up, backend):
     return adapter(x, w_down, None, w_up, None, residual=residual, index=index, activation="swish", backend=backend)
 
 
+def fusion_inputs(generator, batch=2, length=9, dtype=torch.float32):
+    shapes = {"query": (batch, length, 24), "outputs": (batch, length, 3, 24), "residual": (batch, length, 24)}
+    shapes |= {"w_q": (24, 24), "b_q": (24,), "w_k": (24, 24), "w_v": (24, 24)}
+    scales = {n: 0.2 if n in ("w_q", "w_k", "w_v") else 1.0 for n in shapes}
+    return {n: (torch.randn(s, generator=generator) * scales[n]).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+def fusion(query, outputs, residual, w_q, b_q, w_k, w_v, backend):
+    return adapter_fusion(query, outputs, w_q, b_q, w_k, None, w_v, residual=residual, backend=backend)
+
+
 OPS = {
     "norm": (norm, norm_inputs),
     "gelu": (bias_gelu, gelu_inputs),
@@ -77,16 +88,22 @@ OPS = {
     "gate": (hypergrid_gate, gate_inputs),
     "adapter": (pfeiffer, adapter_inputs),
     "bank": (bank, bank_inputs),
+    "fusion": (fusion, fusion_inputs),
 }
 FAMILIES = {"norm": ("norm", ""), "gelu": ("activation", "bias_gelu"), "grid": ("hypergrid", "")}
 FAMILIES |= {"gate": ("hypergrid", "hypergrid_gate"), "adapter": ("adapter", ""), "bank": ("adapter", "")}
+FAMILIES |= {"fusion": ("adapter", "adapter_fusion")}
 each_op = pytest.mark.parametrize("op", OPS)
 
 
 @pytest.fixture(autouse=True)
 def skip_missing(request):
     parameters = getattr(request.node, "callspec", None)
-    if parameters and parameters.params.get("op") in ("adapter", "bank") and parameters.params.get("backend") in MISSING:
+    if (
+        parameters
+        and parameters.params.get("op") in ("adapter", "bank", "fusion")
+        and parameters.params.get("backend") in MISSING
+    ):
         pytest.skip("that kernel is not written")
 
 
@@ -111,6 +128,8 @@ def arguments(op, tensors):
     if op == "bank":
         rows, index = [tensors["x"], None, tensors["residual"]], torch.arange(tensors["x"].shape[0]) % 4 - 1
         return [*rows, tensors["w_down"], None, tensors["w_up"], *(None,) * 7, index, None, 1, 4, 1e-5, 1e-6, 1.0, 0.0]
+    if op == "fusion":
+        return [tensors["query"], tensors["outputs"], 0.5]
     return [[tensors["x"], tensors["x2"]], *(tensors[n] for n in ("residual", "residual_bias", "gain", "bias")), 1e-5]
 
 
@@ -126,6 +145,8 @@ def gradient_arguments(op, tensors, results, incoming):
         given = arguments(op, tensors)
         wanted = sum(1 << i for i, t in enumerate(given[:13]) if t is not None)
         return [incoming[0], *given[:15], results[1], *given[15:], wanted]
+    if op == "fusion":
+        return [incoming[0], tensors["query"], tensors["outputs"], results[1], 0.5, True, True]
     return [*incoming, [results[1]], *results[2:], tensors["gain"], 15]
 
 
@@ -161,6 +182,7 @@ def test_a_compiler_may_change_the_strides_of_anything(backend, generator, op):
         "gate": (2, 9, 5),
         "adapter": (2, 9, 24),
         "bank": (2, 9, 24),
+        "fusion": (2, 9, 24),
     }
     incoming = [torch.randn(shapes[op], generator=generator) for _ in range(2)]
 

@@ -1,5 +1,5 @@
-"""Adapter bottlenecks with the norms and residuals around them, one or many adapters in a batch."""
+"""Adapter bottlenecks with the norms and residuals around them, one or many adapters in a batch; their fusion."""
 
-from .api import adapter, explain_adapter
+from .api import adapter, adapter_fusion, explain_adapter, explain_adapter_fusion
 
-__all__ = ["adapter", "explain_adapter"]
+__all__ = ["adapter", "adapter_fusion", "explain_adapter", "explain_adapter_fusion"]

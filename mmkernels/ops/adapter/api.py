@@ -1,4 +1,4 @@
-"""`ops.adapter`: signature, validation, choice of backend."""
+"""`ops.adapter` and `ops.adapter_fusion`: signatures, validation, choice of backend."""
 
 import torch
 
@@ -126,6 +126,55 @@ def explain_adapter(x, w_down, b_down, w_up, b_up, *, backend="auto", **options)
     return _backends.Explanation("adapter", name, "", {n: _refusals(n, given[0]) for n in _backends.NAMES})
 
 
+def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0, backend="auto"):
+    """AdapterFusion (Pfeiffer et al. 2021, section 3.2): every token attends to what A adapters made of it.
+
+        q = query W_qᵀ + b_q          p = softmax over a of q (W_k outputs_a + b_k) / temperature
+        out = sum_a p_a W_v outputs_a + residual
+
+    W_k is applied to the query and W_v to the sum, so that no output is projected: 3 C^2 multiplications a token, whatever A
+    is, instead of (1 + 2 A) C^2. b_k adds the same to all scores; its gradient is zero. Its products are the library's.
+
+    Args:
+        query: (..., C): (B, T, C), or rows (N, C); float32, bfloat16 or float16 (`reference` takes every float dtype). Any
+            strides.
+        outputs: (..., A, C) of query's dtype, A of 1 or more: outputs of the adapters, after their scale.
+        w_q, w_k: (D, C) as `nn.Linear` has them, of query's dtype; None: no projection.
+        b_q, b_k: (D,) of query's dtype, or None.
+        w_v: (E, C), or None: the outputs themselves.
+        residual: (..., E) of query's dtype, added.
+        temperature: a number above 0.
+        backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend runs or raises.
+
+    Returns:
+        (..., E) of query's dtype; E is C without w_v. Under autocast everything is converted to its dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
+        BackendError: the named backend cannot run this problem; the message has every reason.
+    """
+    tensors, temperature = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature)
+    query, outputs, w_q, b_q, w_k, b_k, w_v, residual = tensors
+    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query))
+    if name == "reference":
+        return reference.adapter_fusion(*tensors, temperature)
+    linear = torch.nn.functional.linear
+    q = query if w_q is None and b_q is None else query + b_q if w_q is None else linear(query, w_q, b_q)
+    q = q if w_k is None else q @ w_k
+    q, outputs = _in_examples(q, 1), _in_examples(outputs, 2)
+    out = autograd.adapter_fusion(name, q, outputs, b_k, 1.0 / temperature)
+    out = out if query.dim() == 3 else out.view(query.shape)
+    out = out if w_v is None else linear(out, w_v)
+    return out if residual is None else out + residual
+
+
+def explain_adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0, backend="auto"):
+    """The `explain` of `adapter_fusion`."""
+    (query, *_), _ = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature)
+    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query))
+    return _backends.Explanation("adapter_fusion", name, "", {n: _refusals(n, query) for n in _backends.NAMES})
+
+
 MISSING = ("triton", "cuda")  # kernels that are not written
 
 
@@ -217,10 +266,18 @@ def _prepare(
             for p in (norm_weight, norm_bias, out_norm_weight, out_norm_bias, scale, gate)
         )
     if x.dim() != 3:
-        rows = [t if t is None else t.flatten(0, -3) if x.dim() > 3 else t[(None,) * (3 - x.dim())] for t in rows]
+        rows = [t if t is None else _in_examples(t, 1) for t in rows]
     given = (*rows, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_norm_weight, out_norm_bias, scale, gate)
     options = flags, reference.ACTIVATIONS.index(activation), eps, out_eps, factor, dropout_p
     return given, index, dropout_seed, options
+
+
+def _in_examples(tensor, trailing):
+    """(B, T, ...) of (..., ...), of which the last `trailing` dimensions stay."""
+    leading = tensor.dim() - trailing
+    if leading == 2:
+        return tensor
+    return tensor.flatten(0, leading - 2) if leading > 2 else tensor[(None,) * (2 - leading)]
 
 
 def _check_weights(x, w_down, w_up):
@@ -329,3 +386,41 @@ def _check_residuals(x, input_residual, residual, skip, has_norm, low):
         else:
             added = term if added is None else added + term
     return flags, added
+
+
+def _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature):
+    """Validates, applies autocast. Returns the tensors and the temperature."""
+    check_dense("query", query)
+    if not query.is_floating_point():
+        raise TypeError(f"query has dtype {query.dtype}; it must be a floating-point tensor")
+    if query.dim() == 0 or query.shape[-1] == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it must be (..., C) with C of 1 or more")
+    low, leading, channels = autocast_dtype(query.device), tuple(query.shape[:-1]), query.shape[-1]
+    check_dense("outputs", outputs)
+    sizes = tuple(outputs.shape)
+    if len(sizes) != len(leading) + 2 or sizes[:-2] != leading or sizes[-2] == 0 or sizes[-1] != channels:
+        allowed = ", ".join((*map(str, leading), "A", str(channels)))
+        raise ValueError(f"outputs has shape {sizes}; with query {tuple(query.shape)} it must be ({allowed}), A of 1 or more")
+    width = channels if w_q is None else w_q.shape[0] if isinstance(w_q, torch.Tensor) and w_q.dim() == 2 else -1
+    of_values = channels if w_v is None else w_v.shape[0] if isinstance(w_v, torch.Tensor) and w_v.dim() == 2 else -1
+    if w_k is None and width not in (channels, -1):
+        raise ValueError(f"w_k is None; with w_q {tuple(w_q.shape)} it must be ({width}, {channels})")
+    shapes = {"w_q": (w_q, (max(width, 1), channels)), "b_q": (b_q, (width,)), "w_k": (w_k, (width, channels))}
+    shapes |= {
+        "b_k": (b_k, (width,)),
+        "w_v": (w_v, (max(of_values, 1), channels)),
+        "residual": (residual, (*leading, of_values)),
+    }
+    for name, (tensor, shape) in {"outputs": (outputs, sizes), **shapes}.items():
+        if tensor is None:
+            continue
+        check_dense(name, tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
+        if not tensor.is_floating_point() or (low is None and tensor.dtype != query.dtype):
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be query's, {query.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on query's device, {query.device}")
+    temperature = check_number("temperature", temperature, "a number above 0", lambda t: t > 0.0)
+    tensors = query, outputs, w_q, b_q, w_k, b_k, w_v, residual
+    return tensors if low is None else tuple(t if t is None else t.to(low) for t in tensors), temperature

@@ -1,7 +1,8 @@
-"""The registered ops `mmkernels::adapter_{fwd,bwd}` (schemas in csrc/schemas.h) and the gradient around them.
+"""The registered ops `mmkernels::adapter_{fwd,bwd}` and `adapter_fusion_{fwd,bwd}` (schemas in csrc/schemas.h) and the
+gradients around them.
 
 They serve `cpp` and `cuda`; `mmkernels_triton::` and, in tests, `mmkernels_emulator::` have the same signatures. Saved are the
-inputs and the norms' statistics: the backward makes the bottleneck again.
+inputs and the norms' statistics (the backward makes the bottleneck again), or the weights of the fusion.
 """
 
 import torch
@@ -157,3 +158,61 @@ def adapter(backend, given, index, seed, options):
             tensors.append(t)
         places.append(place)
     return _Adapter.apply(backend, tuple(places), options, index, seed, *tensors)[0]
+
+
+@fake("adapter_fusion_fwd")
+def _fusion_forward_fake(query, outputs, scale):
+    return query.new_empty(query.shape), query.new_empty(outputs.shape[:-1], dtype=torch.float32)
+
+
+@fake("adapter_fusion_bwd")
+def _fusion_backward_fake(dout, query, outputs, weights, scale, want_query, want_outputs):
+    return (
+        query.new_empty(query.shape if want_query else (0,)),
+        query.new_empty(outputs.shape if want_outputs else (0,)),
+    )
+
+
+@known_signature
+class _Fusion(torch.autograd.Function):
+    """`b_k`, which adds one number to all scores of a row, has a gradient of zero."""
+
+    @staticmethod
+    def forward(backend, scale, query, outputs, b_k):
+        return forward_backward("adapter", backend, "adapter_fusion")[0](query, outputs, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, ctx.scale, query, outputs, b_k = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(query, outputs, output[1], b_k)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 5
+        query, outputs, weights, b_k = ctx.saved_tensors
+        _, _, *need, need_bias = ctx.needs_input_grad
+        with torch.no_grad():
+            found = forward_backward("adapter", ctx.backend, "adapter_fusion")[1](
+                dout, query, outputs, weights, ctx.scale, *need
+            )
+            found = [g if is_needed else None for g, is_needed in zip(found, need, strict=True)]
+            found.append(torch.zeros_like(b_k) if need_bias else None)
+        gradients = (None, None, *found)
+        return once_differentiable("mmkernels.ops.adapter_fusion", gradients, (dout, query, outputs))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError(
+            "mmkernels.ops.adapter_fusion takes any number of dimensions and has no vmap rule: give it query and outputs with "
+            "the mapped dimension in front, or use backend='reference'"
+        )
+
+
+def adapter_fusion(backend, query, outputs, b_k, scale):
+    """(B,T,C) from query (B,T,C) and outputs (B,T,A,C) on one of the kernel backends."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, outputs, b_k)):
+        return _Fusion.apply(backend, scale, query, outputs, b_k)[0]
+    return forward_backward("adapter", backend, "adapter_fusion")[0](query, outputs, scale)[0]

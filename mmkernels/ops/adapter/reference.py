@@ -105,3 +105,22 @@ def mixed(u, w_down, b_down, w_up, b_up, scale, index, activation):
         up = bottleneck(torch.where(rows, u, 0.0), *banks, of_rows, activation)
         out = torch.where(rows, up, out)
     return out
+
+
+def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature):
+    """The plain form: every output is projected to a key and a value.
+
+    q = query W_qᵀ + b_q     k_a = outputs_a W_kᵀ + b_k     v_a = outputs_a W_vᵀ
+    out = sum_a softmax_a(q k_a / temperature) v_a + residual
+    """
+    dtype, out_dtype = torch.promote_types(query.dtype, torch.float32), query.dtype
+
+    def projected(rows, weight, bias):
+        rows = rows.to(dtype)
+        rows = rows if weight is None else rows @ weight.to(dtype).t()
+        return rows if bias is None else rows + bias.to(dtype)
+
+    q, k, v = projected(query, w_q, b_q), projected(outputs, w_k, b_k), projected(outputs, w_v, None)
+    p = torch.softmax((q[..., None, :] * k).sum(-1) / temperature, -1)
+    out = (p[..., None] * v).sum(-2)
+    return (out if residual is None else out + residual.to(dtype)).to(out_dtype)
