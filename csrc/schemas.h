@@ -9,15 +9,17 @@ namespace mmk {
 template <class Library>
 void define_schemas(Library& m) {
   // q (B,H,N,D)  k (B,H,M,D)  v (B,H,M,E)  key_mask bool (B,M)  bias broadcastable to (B,H,N,M)  seed int64 (1)
+  // Or bias float32 (G,N,C), contiguous, diagonal blocks: the scores of n and m with n / C == m / C have bias[g, n, m %
+  // C] of the example's group g, which bias_index int64 (B) holds; without that every example has its own, G = B.
   // -> out (B,H,N,E) of q's dtype, lse float32 (B,H,N), -inf for rows with no key.
   m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, Tensor? seed, float scale, "
-      "float dropout_p) -> (Tensor, Tensor)");
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, Tensor? bias_index, Tensor? seed, "
+      "float scale, float dropout_p) -> (Tensor, Tensor)");
   // wanted: 1 dq, 2 dk and dv, 4 dbias (of bias's own shape; not for one that is broadcast over M, whose gradient is
   // that of lse).
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? key_mask, Tensor? bias, Tensor? seed, float scale, float dropout_p, int wanted) "
+      "Tensor? key_mask, Tensor? bias, Tensor? bias_index, Tensor? seed, float scale, float dropout_p, int wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // Problems of unequal lengths in one launch, each with one or two segments of queries and of keys, which lie behind
   // each other without being joined. attention/attention_list.h has the contract.
@@ -44,18 +46,19 @@ void define_schemas(Library& m) {
   m.def(
       "latent_attention(Tensor q, Tensor x, Tensor w_k, Tensor w_v, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? b_v, Tensor? position, Tensor? key_mask, int num_heads, float scale, float eps) -> Tensor");
-  // x: one or two (B,T_i,C), one behind the other  residual (B,T,C)  residual_bias (C)  gain, bias (C) or (B,C); these
-  // three of x's dtype or float32. s = x + residual + residual_bias.
+  // x: one or two (B,T_i,C), one behind the other  residual (B,T,C)  residual_bias (C)  gain, bias (C) or (G,C); these
+  // three of x's dtype or float32. Example b has the row index[b] of (G,C), index int64 (B), or without it b, G = B.
+  // s = x + residual + residual_bias.
   // -> out (B,T,C) = LayerNorm(s) and sum = s of x's dtype (without a residual (0)), mean and rstd float32 (B,T).
   m.def(
-      "norm_fwd(Tensor[] x, Tensor? residual, Tensor? residual_bias, Tensor? gain, Tensor? bias, float eps) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  // rows: [sum], or x where there was no residual. wanted: 1 dx, 2 dgain, 4 dbias, 8 dresidual_bias, 16: bias is (B,C).
+      "norm_fwd(Tensor[] x, Tensor? residual, Tensor? residual_bias, Tensor? gain, Tensor? bias, Tensor? index, "
+      "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  // rows: [sum], or x where there was no residual. wanted: 1 dx, 2 dgain, 4 dbias, 8 dresidual_bias, 16: bias is (G,C).
   // -> dx (B,T,C), which is the gradient of the residual too; dgain and dbias as gain and bias, dresidual_bias (C), all
   // three float32.
   m.def(
-      "norm_bwd(Tensor dout, Tensor? dsum, Tensor[] rows, Tensor mean, Tensor rstd, Tensor? gain, int wanted) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "norm_bwd(Tensor dout, Tensor? dsum, Tensor[] rows, Tensor mean, Tensor rstd, Tensor? gain, Tensor? index, "
+      "SymInt groups, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
   // x (...,C)  bias (C) of x's dtype or float32 -> gelu(x + bias), by tanh or by erf.
   m.def("bias_gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor");
   // wanted: 1 dx, 2 dbias, which is float32.

@@ -17,11 +17,26 @@ from . import _backends, _library
 def eager_attention(q, k, v, *, key_mask=None, bias=None, scale=None):
     """softmax(scale q k^T + bias) v, every step in the inputs' dtype."""
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
+    if isinstance(bias, tuple):  # ops.BlockDiagonalBias, as a matrix of each example
+        scores = scores + eager_block_diagonal_bias(*bias, keys=k.shape[2]).to(scores.dtype)
+    elif bias is not None:
         scores = scores + bias.to(scores.dtype)
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
     return scores.softmax(-1) @ v
+
+
+def eager_block_diagonal_bias(matrix, gain, shift, index=None, *, keys):
+    """The (B, 1, N, keys) of an `ops.BlockDiagonalBias`, block after block, in its dtype."""
+    if index is not None:
+        gain, shift = gain[index], shift[index]
+    queries, width = matrix.shape
+    blocks = (1.0 + gain)[:, None] * matrix + shift[:, None]
+    out = blocks.new_zeros(gain.shape[0], 1, queries, keys)
+    for first in range(0, min(queries, keys), width):
+        rows, columns = out[:, 0, first : first + width, first : first + width].shape[1:]
+        out[:, 0, first : first + rows, first : first + columns] = blocks[:, first : first + rows, :columns]
+    return out
 
 
 def eager_latent_attention(
@@ -53,14 +68,16 @@ def eager_latent_attention(
     return attention(q, k, v, key_mask=key_mask, scale=scale).transpose(1, 2).flatten(2)
 
 
-def eager_film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-5):
+def eager_film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, index=None, eps=1e-5):
     """Concatenation, addition, LayerNorm, gain and bias, every step in the inputs' dtype."""
     rows = torch.cat(tuple(x), 1) if isinstance(x, (list, tuple)) else x
     if residual is not None:
         rows = rows + (residual if residual_bias is None else residual + residual_bias.to(residual.dtype))
 
     def of_rows(parameter):
-        return parameter.to(rows.dtype) if parameter.dim() == 1 else parameter.to(rows.dtype)[:, None]
+        if parameter.dim() == 1:
+            return parameter.to(rows.dtype)
+        return (parameter if index is None else parameter[index]).to(rows.dtype)[:, None]
 
     out = torch.nn.functional.layer_norm(rows, rows.shape[-1:], eps=eps)
     out = out if gain is None else out * of_rows(gain)

@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor x, std::optional<Tensor>
   check_blocks(blocks_of(g, parts.count), "bias_gelu_bwd");
   check_launch(mmk_gelu_backward(call.dtype, &g, parts.count, device.stream), "bias_gelu_bwd");
   if (wants_bias)
-    check_launch(mmk_sum_rows(g.sums, floats(dbias), 1, parts.count, g.columns, device.stream), "bias_gelu_bwd");
+    check_launch(mmk_sum_rows(g.sums, floats(dbias), 1, parts.count, g.columns, nullptr, 1, device.stream),
+                 "bias_gelu_bwd");
   return {dx, dbias};
 }
 

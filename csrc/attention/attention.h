@@ -71,6 +71,11 @@ struct Attention {
 
   Strided bias;                 // (B,H,N,M) with stride 0 where broadcast, or no data
   bool bias_per_query = false;  // N is not broadcast
+  // Or diagonal blocks (G,N,C), contiguous: the scores of n and m with n / C == m / C have [bias_row of the
+  // example][n][m % C].
+  const float* bias_blocks = nullptr;
+  int64_t bias_width = 0;               // C
+  const int64_t* bias_index = nullptr;  // of every example its row; null: its own number
   bool dropout = false;
   uint64_t seed = 0;
   uint32_t drop_below = 0;
@@ -89,7 +94,8 @@ struct Attention {
   bool summed_over_batch = false, summed_over_heads = false;  // by some gradient: they then go one after another
   Strided dbias;  // contiguous, of bias's shape, zero at first; stride 0 where broadcast
   int64_t dbias_size = 0;
-  bool dbias_direct = false;  // nothing is summed: every element is written once. Else it is float32
+  bool dbias_direct = false;      // nothing is summed: every element is written once. Else it is float32
+  float* dbias_blocks = nullptr;  // (B,H,N,C), zero at first: what every (batch, head) has to say
 
   bool wants_queries() const { return dq.given(); }
 };

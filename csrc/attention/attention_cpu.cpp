@@ -10,6 +10,7 @@
 #include "attention/attention_list.h"
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/sums.h"
 #include "common/waves.h"
 
 namespace mmk {
@@ -250,7 +251,8 @@ void set_keys_in_memory(Attention& a) {
 }
 
 PlainAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
-                        const OptionalTensor& bias, const OptionalTensor& seed, double scale, double dropout_p) {
+                        const OptionalTensor& bias, const OptionalTensor& bias_index, const OptionalTensor& seed,
+                        double scale, double dropout_p) {
   const ScalarType dtype = check_first(q, "q", 4);
   check_dtype(k, "k", dtype);
   check_dtype(v, "v", dtype);
@@ -270,7 +272,16 @@ PlainAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const
     check_shape(*key_mask, "key_mask", {a.batch, a.keys});
     a.key_mask = strided(*key_mask);
   }
-  if (bias.has_value()) {
+  if (bias.has_value() && bias->dim() == 3) {
+    const int64_t groups = bias_index.has_value() ? bias->size(0) : a.batch;
+    a.bias_width = bias->size(2);
+    check_dtype(*bias, "bias", ScalarType::Float);
+    check_shape(*bias, "bias", {groups, a.queries, a.bias_width});
+    STD_TORCH_CHECK(a.bias_width >= 1 && bias->is_contiguous(), "bias has shape ", text_of_shape(*bias),
+                    "; diagonal blocks must be contiguous and at least 1 wide");
+    a.bias_blocks = floats(*bias);
+    if (bias_index.has_value()) a.bias_index = group_index(*bias_index, "bias_index", a.batch, groups);
+  } else if (bias.has_value()) {
     STD_TORCH_CHECK(bias->is_cpu(), "bias is not on the CPU; every tensor of this call must be");
     STD_TORCH_CHECK(bias->scalar_type() == dtype || bias->scalar_type() == ScalarType::Float, "bias has dtype ",
                     torch::headeronly::toString(bias->scalar_type()), "; it must be q's or float32");
@@ -288,8 +299,8 @@ PlainAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask, OptionalTensor bias,
-                                   OptionalTensor seed, double scale, double dropout_p) {
-  PlainAttention a = describe(q, k, v, key_mask, bias, seed, scale, dropout_p);
+                                   OptionalTensor bias_index, OptionalTensor seed, double scale, double dropout_p) {
+  PlainAttention a = describe(q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p);
   Tensor out = allocate(q, {a.batch, a.heads, a.queries, a.v_dim});
   Tensor lse = allocate(q, {a.batch, a.heads, a.queries}, ScalarType::Float);
   a.out = strided(out);
@@ -300,9 +311,9 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v,
                                                     Tensor out, Tensor lse, OptionalTensor key_mask,
-                                                    OptionalTensor bias, OptionalTensor seed, double scale,
-                                                    double dropout_p, int64_t wanted) {
-  PlainAttention a = describe(q, k, v, key_mask, bias, seed, scale, dropout_p);
+                                                    OptionalTensor bias, OptionalTensor bias_index, OptionalTensor seed,
+                                                    double scale, double dropout_p, int64_t wanted) {
+  PlainAttention a = describe(q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p);
   for (const auto& [tensor, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_dtype(*tensor, name, q.scalar_type());
     check_shape(*tensor, name, {a.batch, a.heads, a.queries, a.v_dim});
@@ -328,7 +339,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
     a.store_key_gradients = attention_kernels().store_key_gradients;
     a.dk = strided(dk), a.dv = strided(dv);
   }
-  if (wants_bias) {
+  Space blocks;
+  if (wants_bias && a.bias_blocks != nullptr) {
+    const int64_t size = a.batch * a.heads * a.queries * a.bias_width;
+    blocks = Space(size);
+    a.dbias_blocks = blocks.at(0);
+    std::fill_n(a.dbias_blocks, size, 0.0f);
+  } else if (wants_bias) {
     STD_TORCH_CHECK(bias->size(3) == a.keys, "bias has shape ", text_of_shape(*bias),
                     "; dbias may be wanted where its last size is ", a.keys);
     torch::stable::zero_(dbias);
@@ -339,6 +356,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
     a.dbias_direct = dbias.numel() == a.batch * a.heads * a.queries * a.keys;
   }
   attention_backward({&a});
+  if (wants_bias && a.bias_blocks != nullptr) {
+    const int64_t size = a.queries * a.bias_width, parts = a.batch == 0 ? 0 : a.heads;
+    add_parts(static_cast<float*>(dbias.mutable_data_ptr()), a.dbias_blocks, bias->size(0), parts, size, size,
+              threads_for(2.0 * a.batch * a.heads * size), a.bias_index, a.batch);
+  }
   return {dq, dk, dv, dbias};
 }
 

@@ -10,6 +10,7 @@
 
 #include "attention/attention_list.h"
 #include "common/cuda_binding.h"
+#include "common/rows_cuda.h"
 #include "common/waves.h"
 
 namespace mmk::attention {
@@ -305,7 +306,8 @@ Pass gradient_of(const Call& call, Side side, Role role) {
 // --- One problem of one segment ---
 
 Call plain_call(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_mask,
-                const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, double scale, double dropout_p) {
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& bias_index,
+                const std::optional<Tensor>& seed, double scale, double dropout_p) {
   Call call(q, "q", scale, dropout_p, seed);
   STD_TORCH_CHECK(q.dim() == 4, "q has ", q.dim(), " dimensions; it must have 4: (B, H, N, D)");
   check_like(k, "k", q, q.scalar_type());
@@ -327,7 +329,21 @@ Call plain_call(const Tensor& q, const Tensor& k, const Tensor& v, const std::op
     check_shape(*key_mask, "key_mask", {batch, keys});
     p.key_mask[0] = mask_of(*key_mask);
   }
-  if (bias) {
+  if (bias && bias->dim() == 3) {
+    const int64_t width = bias->size(2);
+    check_like(*bias, "bias", q, ScalarType::Float);
+    check_shape(*bias, "bias", {bias_index ? bias->size(0) : batch, queries, width});
+    STD_TORCH_CHECK(width >= 1 && width < (1 << 30) && bias->is_contiguous(), "bias has blocks ", width,
+                    " wide; they must be contiguous and 1 to 2**30 - 1 wide");
+    call.pass.bias_blocks = static_cast<const float*>(bias->const_data_ptr());
+    call.pass.bias_width = static_cast<int>(width);
+    if (bias_index) {
+      check_like(*bias_index, "bias_index", q, ScalarType::Long);
+      check_shape(*bias_index, "bias_index", {batch});
+      STD_TORCH_CHECK(bias_index->is_contiguous(), "bias_index is not contiguous; it must be");
+      call.pass.bias_index = static_cast<const int64_t*>(bias_index->const_data_ptr());
+    }
+  } else if (bias) {
     check_like(*bias, "bias", q, bias->scalar_type() == ScalarType::Float ? ScalarType::Float : q.scalar_type());
     check_shape(*bias, "bias", {batch, heads, queries, keys}, true);
     call.pass.bias = bias->const_data_ptr();
@@ -342,9 +358,10 @@ Call plain_call(const Tensor& q, const Tensor& k, const Tensor& v, const std::op
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const std::optional<Tensor>& key_mask, const std::optional<Tensor>& bias,
-                                   const std::optional<Tensor>& seed, double scale, double dropout_p) {
+                                   const std::optional<Tensor>& bias_index, const std::optional<Tensor>& seed,
+                                   double scale, double dropout_p) {
   const OnDevice device(q);
-  Call call = plain_call(q, k, v, key_mask, bias, seed, scale, dropout_p);
+  Call call = plain_call(q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p);
   Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
   Tensor lse = empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   call.pass.problem[0].out[0] = segment_of(out, kHeadsFirst);
@@ -356,9 +373,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const std::optional<Tensor>& key_mask, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& seed, double scale, double dropout_p, int64_t wanted) {
+    const std::optional<Tensor>& bias_index, const std::optional<Tensor>& seed, double scale, double dropout_p,
+    int64_t wanted) {
   const OnDevice device(q);
-  Call call = plain_call(q, k, v, key_mask, bias, seed, scale, dropout_p);
+  Call call = plain_call(q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p);
   Problem& p = call.pass.problem[0];
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
   for (const Tensor* t : {&dout, &out}) {
@@ -378,8 +396,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   auto gradient = [&](bool want, const Tensor& t) {
     return want ? empty(t, t.sizes(), t.scalar_type()) : empty(t, {0}, t.scalar_type());
   };
-  const bool want_bias = wanted & 4 && bias;
-  STD_TORCH_CHECK(!want_bias || bias->size(3) == k.size(2), "bias has size ", bias->size(3),
+  const bool want_bias = wanted & 4 && bias, want_blocks = want_bias && call.pass.bias_blocks;
+  STD_TORCH_CHECK(!want_bias || want_blocks || bias->size(3) == k.size(2), "bias has size ", bias->size(3),
                   " in dimension 3; dbias may be wanted where it is ", k.size(2));
   Tensor dq = gradient(wanted & 1, q), dk = gradient(wanted & 2, k), dv = gradient(wanted & 2, v);
   Tensor dbias = bias ? gradient(want_bias, *bias) : empty(q, {0}, q.scalar_type());
@@ -390,10 +408,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     pass.problem[0].out[0] = segment_of(t, kHeadsFirst);
     run(pass, call.dtype, Mode::backward, q, device);
   };
-  if (wanted & 1) run_gradient(kQueries, kA, dq);
+  std::optional<Tensor> blocks;
+  if (want_blocks) {
+    const int64_t width = bias->size(2), keys = k.size(2);
+    const bool beyond = ceil_div(queries, width) * width > keys;  // blocks are cut off there, and nobody writes
+    const std::vector<int64_t> sizes{batch, heads, queries, width};
+    blocks = beyond ? torch::stable::new_zeros(q, sizes, ScalarType::Float) : empty(q, sizes, ScalarType::Float);
+    call.pass.dbias_blocks = floats(*blocks);
+    run_gradient(kQueries, kA, wanted & 1 ? dq : empty(q, q.sizes(), q.scalar_type()));
+    call.pass.dbias_blocks = nullptr;
+    if (dbias.numel() > 0)
+      check_launch(mmk_sum_rows(floats(*blocks), floats(dbias), bias->size(0), heads, queries * width,
+                                call.pass.bias_index, batch, device.stream),
+                   "attention_bwd");
+  } else if (wanted & 1) {
+    run_gradient(kQueries, kA, dq);
+  }
   if (wanted & 2) run_gradient(kKeys, kB, dv);
   if (wanted & 2) run_gradient(kKeys, kA, dk);
-  if (want_bias) run_bias(gradient_of(call, kQueries, kA), call.dtype, dbias, device);
+  if (want_bias && !want_blocks) run_bias(gradient_of(call, kQueries, kA), call.dtype, dbias, device);
   return {dq, dk, dv, dbias};
 }
 

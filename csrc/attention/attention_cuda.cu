@@ -121,6 +121,24 @@ __device__ __forceinline__ uint32_t visible_bits(const Pass& pass, const Problem
   return bits;
 }
 
+// Calls use(place, j, i) for the entries of a tile that lie in diagonal blocks of the bias: their place in (N, C).
+template <int Blocks, class Use>
+__device__ __forceinline__ void for_block_entries(const Pass& pass, const Problem& p, const Place& at, Use use) {
+  const int rows_here = static_cast<int>(blockDim.x) / 2, width = pass.bias_width;
+  const bool keys_first = pass.row_side == kKeys;
+  const int n_begin = keys_first ? at.column : at.row, n_end = n_begin + (keys_first ? Blocks * 8 : rows_here);
+  const int m_begin = keys_first ? at.row : at.column, m_end = m_begin + (keys_first ? rows_here : Blocks * 8);
+  if (m_end <= n_begin / width * width || m_begin >= ((n_end - 1) / width + 1) * width) return;
+  by<Blocks>(
+      kQueries, pass, at, [&](int n) { return n / width * width; },
+      [&](int first, int j, int i) {
+        const int row = entry_row(at, i), column = entry_column(at, j, i);
+        const int n = keys_first ? column : row, m = keys_first ? row : column;
+        if (m >= first && m - first < width && n < p.length[kQueries] && m < p.length[kKeys])
+          use(static_cast<int64_t>(n) * width + (m - first), j, i);
+      });
+}
+
 // s * scale + bias; -inf where there is no key, no query, or a masked key.
 template <class T, int Blocks>
 __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass& pass, const Problem& p,
@@ -128,11 +146,22 @@ __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass&
   const int rows_here = static_cast<int>(blockDim.x) / 2;
   const bool whole =
       at.row + rows_here <= p.length[pass.row_side] && at.column + Blocks * 8 <= p.length[!pass.row_side];
-  if (whole && !p.key_mask[0].data && !p.key_mask[1].data && !pass.bias) {
+  if (pass.bias_blocks) {  // first, so that what may not be attended becomes -inf after all
+    const int64_t group = pass.bias_index ? pass.bias_index[at.batch] : at.batch;
+    const float* blocks = pass.bias_blocks + group * p.length[kQueries] * pass.bias_width;
 #pragma unroll
     for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[j][i] *= pass.scale;
+    }
+    for_block_entries<Blocks>(pass, p, at, [&](int64_t place, int j, int i) { s[j][i] += blocks[place]; });
+  }
+  const float scale = pass.bias_blocks ? 1.0f : pass.scale;
+  if (whole && !p.key_mask[0].data && !p.key_mask[1].data && !pass.bias) {
+#pragma unroll
+    for (int j = 0; j < Blocks; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] *= scale;
     }
     return;
   }
@@ -144,7 +173,7 @@ __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass&
     for (int i = 0; i < 4; ++i) {
       float x = -INFINITY;
       if (visible >> (4 * j + i) & 1) {
-        x = s[j][i] * pass.scale;
+        x = s[j][i] * scale;
         if (pass.bias) {
           const int row = entry_row(at, i), column = entry_column(at, j, i);
           const int n = pass.row_side == kKeys ? column : row, m = pass.row_side == kKeys ? row : column;
@@ -374,6 +403,10 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
         by<kTileBlocks>(
             kQueries, pass, at, [&](int n) { return n < p.length[kQueries] ? p.delta[first_query + n] : 0.0f; },
             [&](float delta, int j, int i) { s[j][i] *= gradient[j][i] * pass.keep_scale - delta; });
+        if (pass.dbias_blocks && first_value == 0) {
+          float* to = pass.dbias_blocks + first_query * pass.bias_width;
+          for_block_entries<kTileBlocks>(pass, p, at, [&](int64_t place, int j, int i) { to[place] = s[j][i]; });
+        }
       } else if (pass.seed) {
         drop(s, keep);
       }

@@ -78,7 +78,11 @@ struct Pass {
   const void* bias;
   bool bias_is_fp32;
   int64_t bias_sizes[4], bias_strides[4];  // strides are 0 where it is broadcast
-  const int64_t* seed;                     // null: no dropout
+  const float* bias_blocks;                // of diagonal blocks (G, N, C), contiguous, or null
+  const int64_t* bias_index;               // of every example its row of them; null: its own number
+  float* dbias_blocks;  // (B, H, N, C): dS in the blocks, which the pass of dq writes; null: not wanted
+  int bias_width;       // C
+  const int64_t* seed;  // null: no dropout
   uint32_t drop_below;
   float keep_scale;
 

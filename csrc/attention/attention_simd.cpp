@@ -1,4 +1,6 @@
 // The parts of attention that compute, compiled once per instruction set. attention.h explains the layout.
+#include <algorithm>
+
 #include "attention/attention.h"
 #include "common/dots.h"
 #include "common/dropout.h"
@@ -104,6 +106,30 @@ void load_bias(const Attention& a, const Part& part, const KeyBlock& block, int6
     load_tile(tile + i * kPanel, kPanel, a.bias.at(part.batch, part.head, row, block.begin + offset), a.bias.dtype,
               a.bias.stride[3], a.bias.stride[2], length, lanes);
   });
+}
+
+// Calls use(i, l, place) for the scores of a block of keys and `lanes` queries from `row` on that the bias's diagonal
+// blocks meet: key i of the block, query l and the place in (N, C).
+template <class F>
+MMK_INLINE void for_block_entries(const Attention& a, const KeyBlock& block, int64_t row, int64_t lanes, const F& use) {
+  for (int64_t begin = 0, end; begin < lanes; begin = end) {
+    const int64_t first = (row + begin) / a.bias_width * a.bias_width;  // queries and keys of this diagonal block
+    end = smaller(lanes, first + a.bias_width - row);
+    const int32_t *keys = block.offset, *keys_end = keys + block.count;
+    const auto key_end = static_cast<int32_t>(smaller(first + a.bias_width, block.end) - block.begin);
+    for (const int32_t* key = std::lower_bound(keys, keys_end, first - block.begin); key != keys_end && *key < key_end;
+         ++key)
+      for (int64_t l = begin; l < end; ++l) use(key - keys, l, (row + l) * a.bias_width + block.begin + *key - first);
+  }
+}
+
+// Adds the diagonal blocks to scores whose keys are `key_step` apart and queries `query_step`.
+void add_block_bias(const Attention& a, const Part& part, const KeyBlock& block, int64_t row, int64_t lanes,
+                    float* scores, int64_t key_step, int64_t query_step) {
+  const int64_t group = a.bias_index == nullptr ? part.batch : a.bias_index[part.batch];
+  const float* from = a.bias_blocks + group * a.queries * a.bias_width;
+  for_block_entries(a, block, row, lanes,
+                    [&](int64_t i, int64_t l, int64_t place) { scores[i * key_step + l * query_step] += from[place]; });
 }
 
 // `weight` where the element of these rows and keys survives dropout, else 0.
@@ -232,6 +258,7 @@ void few_forward(const Attention& a, const Part& part, float* state, float* spac
     a.load_keys(a, part.batch, part.head, block, key_space);
     dots(q, q_ld, rows, block.k, block.k_row, block.count, scores, kFewRow, a.qk_dim);
     if (a.bias.data != nullptr) add_few_bias(a, part, block, scores, bias);
+    if (a.bias_blocks != nullptr) add_block_bias(a, part, block, part.row_begin, rows, scores, 1, kFewRow);
     for (int64_t n = 0; n < rows; ++n) {
       float* row = scores + n * kFewRow;
       for (int64_t i = block.count; i % kWidth != 0; ++i) row[i] = -kInfinity;
@@ -286,7 +313,8 @@ void finish_few_forward(const Attention& a, const Part& part, float* states, int
 // --- Forward against few keys: queries in lanes ---------------------------------------------------------------------
 
 bool few_keys(const Attention& a) {
-  return a.keys <= kFew && !few_queries(a) && a.bias.data == nullptr && !a.dropout && !a.one_key_gradient;
+  return a.keys <= kFew && !few_queries(a) && a.bias.data == nullptr && a.bias_blocks == nullptr && !a.dropout &&
+         !a.one_key_gradient;
 }
 
 // k times the scale, (count, padded_row(D)).
@@ -385,6 +413,7 @@ void forward(const Attention& a, const Part& part, float* state, float* space) {
         for (int64_t i = 0; i < block.count * kPanel; i += kPanel)
           for (int64_t l = 0; l < lanes; l += kWidth) store(scores + i + l, load(scores + i + l) + load(bias + i + l));
       }
+      if (a.bias_blocks != nullptr) add_block_bias(a, part, block, part.row_begin + row, lanes, scores, kPanel, 1);
       if (a.dropout) {
         const PanelDropout drop(a, part, part.row_begin + row);
         online_softmax<2>(a, block, scores, s, first, &drop);
@@ -459,7 +488,9 @@ Chunk chunk_at(const Attention& a, float* memory) {
 }
 
 // The gradient of a bias is summed in the general form only.
-bool few_queries_backward(const Attention& a) { return few_queries(a) && a.dbias.data == nullptr; }
+bool few_queries_backward(const Attention& a) {
+  return few_queries(a) && a.dbias.data == nullptr && a.dbias_blocks == nullptr;
+}
 
 int64_t backward_state(const Attention& a, int64_t rows) {
   return few_queries_backward(a) ? kFew * padded_row(a.qk_dim) : few_keys(a) ? 0 : panels(rows) * kPanel * a.qk_dim;
@@ -584,6 +615,7 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
       dots(q, k_ld, rows, block.k, block.k_row, block.count, scores, kFewRow, a.qk_dim);
       dots(dout, v_ld, rows, block.v, block.v_row, block.count, dscores, kFewRow, a.v_dim);
       if (a.bias.data != nullptr) add_few_bias(a, part, block, scores, bias);
+      if (a.bias_blocks != nullptr) add_block_bias(a, part, block, part.row_begin, rows, scores, 1, kFewRow);
       for (int64_t n = 0; n < rows; ++n) {
         const DropoutRow r = dropout_row_of(a, part, part.row_begin + n);
         for (int64_t i = n * kFewRow, key = 0; key < block.count; i += kWidth, key += kWidth) {
@@ -707,6 +739,8 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
               store(s, load(s) + load(bias + i * kPanel + l));
             }
         }
+        if (a.bias_blocks != nullptr)
+          add_block_bias(a, part, block, part.row_begin + row, lanes, scores + r, kChunkRow, 1);
         if (a.dropout) {
           const PanelDropout drop(a, part, part.row_begin + row);
           softmax_gradient<2>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, &drop);
@@ -717,6 +751,11 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
         }
         if (a.dbias.data != nullptr)
           add_bias_gradient(a, part, block, part.row_begin + row, lanes, dscores + r, kChunkRow, transposed);
+        if (a.dbias_blocks != nullptr) {
+          float* to = a.dbias_blocks + (part.batch * a.heads + part.head) * a.queries * a.bias_width;
+          for_block_entries(a, block, part.row_begin + row, lanes,
+                            [&](int64_t i, int64_t l, int64_t place) { to[place] = dscores[i * kChunkRow + r + l]; });
+        }
       }
       if (a.wants_queries())
         gemm<true>(

@@ -48,6 +48,18 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
   STD_TORCH_CHECK(equal, name, " has shape ", text_of_shape(t), "; it must be ", text(sizes));
 }
 
+// The group of every example: int64 (examples), contiguous, in [0, groups).
+inline const int64_t* group_index(const Tensor& t, const char* name, int64_t examples, int64_t groups) {
+  check_dtype(t, name, ScalarType::Long);
+  check_shape(t, name, {examples});
+  STD_TORCH_CHECK(t.is_contiguous(), name, " is not contiguous; it must be");
+  const auto* index = static_cast<const int64_t*>(t.const_data_ptr());
+  for (int64_t i = 0; i < examples; ++i)
+    STD_TORCH_CHECK(index[i] >= 0 && index[i] < groups, name, " has the number ", index[i], "; numbers must be in [0, ",
+                    groups, ")");
+  return index;
+}
+
 // The dtype that all floating-point arguments of a call share is the one of its first argument.
 inline ScalarType check_first(const Tensor& t, const char* name, int64_t rank) {
   const ScalarType dtype = t.scalar_type();

@@ -61,6 +61,13 @@ inline DeviceParameter row_parameter(const std::optional<Tensor>& t, const char*
   return p;
 }
 
+// The row of every example: int64 (examples), contiguous. Its numbers are on the device; nobody looks at them here.
+inline const int64_t* row_index(const Tensor& t, const char* name, const Tensor& like, int64_t examples) {
+  check_rows(t, name, like, ScalarType::Long, {examples});
+  STD_TORCH_CHECK(t.is_contiguous(), name, " is not contiguous; it must be");
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 inline void check_blocks(int64_t blocks, const char* op) {

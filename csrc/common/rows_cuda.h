@@ -31,6 +31,8 @@ struct DeviceRowParts {
 }  // namespace mmk
 
 extern "C" {
-// out[g][c] = sum of partial[(g parts + p) columns + c] over the parts p, in an order that never changes.
-int mmk_sum_rows(const float* partial, float* out, int64_t groups, int64_t parts, int64_t columns, void* stream);
+// out[g][c] = sum of partial[(g parts + p) columns + c] over the parts p, in an order that never changes. With `index`
+// there are `parts` of each of `examples`, and group g has those of the examples whose index is g.
+int mmk_sum_rows(const float* partial, float* out, int64_t groups, int64_t parts, int64_t columns, const int64_t* index,
+                 int64_t examples, void* stream);
 }

@@ -12,11 +12,14 @@ struct Norm {
   float eps;
   Strided x[2];                                 // forward: the rows; backward: what was normalised
   Strided residual, residual_bias, gain, bias;  // data is null for what is absent
+  const int64_t* index;                         // of every example its row of gain and bias; null: its own number
   char *out, *sum;                              // contiguous, of x's dtype
   float *mean, *rstd;
   Strided dout, dsum;
   char* dx;         // contiguous, of x's dtype; null: not wanted
   bool wants_rows;  // dx, or its sum over rows, which is the gradient of the residual's bias
+
+  int64_t parameter_row(int64_t example) const { return index == nullptr ? example : index[example]; }
 };
 
 struct NormKernels {

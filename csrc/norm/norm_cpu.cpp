@@ -36,12 +36,12 @@ Norm describe_rows(const std::vector<Tensor>& x, const char* name) {
   return n;
 }
 
-// (C) or, where that is allowed, (B, C); of x's dtype or float32.
-Strided parameter(const OptionalTensor& t, const char* name, const Norm& n, ScalarType dtype, bool per_example) {
+// (C) or, where `groups` is not negative, (groups, C); of x's dtype or float32.
+Strided parameter(const OptionalTensor& t, const char* name, const Norm& n, ScalarType dtype, int64_t groups) {
   if (!t.has_value()) return {};
   check_dtype(*t, name, t->scalar_type() == ScalarType::Float ? ScalarType::Float : dtype);
-  if (per_example && t->dim() == 2)
-    check_shape(*t, name, {n.batch, n.columns});
+  if (groups >= 0 && t->dim() == 2)
+    check_shape(*t, name, {groups, n.columns});
   else
     check_shape(*t, name, {n.columns});
   return strided(*t);
@@ -51,7 +51,7 @@ int64_t threads_for(const Norm& n) { return mmk::threads_for(10.0 * n.batch * n.
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::vector<Tensor> x, OptionalTensor residual,
                                                    OptionalTensor residual_bias, OptionalTensor gain,
-                                                   OptionalTensor bias, double eps) {
+                                                   OptionalTensor bias, OptionalTensor index, double eps) {
   Norm n = describe_rows(x, "x");
   const ScalarType dtype = x[0].scalar_type();
   const std::vector<int64_t> shape{n.batch, n.length, n.columns};
@@ -62,9 +62,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::vector<Tensor> x, Option
   }
   STD_TORCH_CHECK(residual.has_value() || !residual_bias.has_value(),
                   "residual_bias is given; without a residual it must be None");
-  n.residual_bias = parameter(residual_bias, "residual_bias", n, dtype, false);
-  n.gain = parameter(gain, "gain", n, dtype, true);
-  n.bias = parameter(bias, "bias", n, dtype, true);
+  int64_t groups = n.batch;
+  if (index.has_value()) {
+    groups = gain.has_value() && gain->dim() == 2   ? gain->size(0)
+             : bias.has_value() && bias->dim() == 2 ? bias->size(0)
+                                                    : 0;
+    n.index = group_index(*index, "index", n.batch, groups);
+  }
+  n.residual_bias = parameter(residual_bias, "residual_bias", n, dtype, -1);
+  n.gain = parameter(gain, "gain", n, dtype, groups);
+  n.bias = parameter(bias, "bias", n, dtype, groups);
   n.eps = static_cast<float>(eps);
   Tensor out = torch::stable::new_empty(x[0], shape);
   Tensor sum = residual.has_value() ? torch::stable::new_empty(x[0], shape) : torch::stable::new_empty(x[0], {0});
@@ -84,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::vector<Tensor> x, Option
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dsum, std::vector<Tensor> rows,
-                                                    Tensor mean, Tensor rstd, OptionalTensor gain, int64_t wanted) {
+                                                    Tensor mean, Tensor rstd, OptionalTensor gain, OptionalTensor index,
+                                                    int64_t rows_of_parameters, int64_t wanted) {
   Norm n = describe_rows(rows, "rows");
   const ScalarType dtype = rows[0].scalar_type();
   check_dtype(dout, "dout", dtype);
@@ -102,9 +110,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   }
   n.mean = const_cast<float*>(floats(mean));
   n.rstd = const_cast<float*>(floats(rstd));
-  n.gain = parameter(gain, "gain", n, dtype, true);
+  const int64_t own_rows = index.has_value() ? rows_of_parameters : n.batch;
+  if (index.has_value()) n.index = group_index(*index, "index", n.batch, own_rows);
+  n.gain = parameter(gain, "gain", n, dtype, own_rows);
 
-  // Gradients of gain, of bias, of the residual's bias: which are wanted, and whether every example has its own.
+  // Gradients of gain, of bias, of the residual's bias: which are wanted, and whether examples have rows of their own.
   const bool gain_per_example = gain.has_value() && gain->dim() == 2;
   const bool wants[3] = {(wanted & 2) != 0, (wanted & 4) != 0, (wanted & 8) != 0};
   const bool per_example[3] = {gain_per_example, (wanted & 16) != 0, false};
@@ -112,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   const int64_t groups = (wants[0] && per_example[0]) || (wants[1] && per_example[1]) ? n.batch : 1;
   auto gradient = [&](int i) {
     if (!wants[i]) return torch::stable::new_empty(rows[0], {0}, ScalarType::Float);
-    if (per_example[i]) return torch::stable::new_empty(rows[0], {n.batch, n.columns}, ScalarType::Float);
+    if (per_example[i]) return torch::stable::new_empty(rows[0], {own_rows, n.columns}, ScalarType::Float);
     return torch::stable::new_empty(rows[0], {n.columns}, ScalarType::Float);
   };
   Tensor gradients[3] = {gradient(0), gradient(1), gradient(2)};
@@ -132,9 +142,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   });
   for (int i = 0; i < 3; ++i) {
     if (!wants[i]) continue;
-    const int64_t kept = per_example[i] ? groups : 1;
-    add_parts(static_cast<float*>(gradients[i].mutable_data_ptr()), sums.at(i * n.columns), kept,
-              kept == 0 ? 0 : parts.count() / kept, sums_size, n.columns, workers);
+    const int64_t examples = per_example[i] ? groups : 1;
+    add_parts(static_cast<float*>(gradients[i].mutable_data_ptr()), sums.at(i * n.columns),
+              per_example[i] ? own_rows : 1, examples == 0 ? 0 : parts.count() / examples, sums_size, n.columns,
+              workers, per_example[i] ? n.index : nullptr, examples);
   }
   return {dx, gradients[0], gradients[1], gradients[2]};
 }

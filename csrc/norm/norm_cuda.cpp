@@ -42,7 +42,8 @@ struct Call {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::vector<Tensor> x, std::optional<Tensor> residual,
                                                    std::optional<Tensor> residual_bias, std::optional<Tensor> gain,
-                                                   std::optional<Tensor> bias, double eps) {
+                                                   std::optional<Tensor> bias, std::optional<Tensor> index,
+                                                   double eps) {
   Call call(x, "x");
   const OnDevice device(x[0]);
   Norm& n = call.n;
@@ -50,8 +51,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::vector<Tensor> x, std::o
                   "residual_bias is given; without a residual it must be None");
   if (residual) n.residual = call.like(*residual, "residual", x[0]);
   n.residual_bias = row_parameter(residual_bias, "residual_bias", x[0], n.columns, -1);
-  n.gain = row_parameter(gain, "gain", x[0], n.columns, call.batch);
-  n.bias = row_parameter(bias, "bias", x[0], n.columns, call.batch);
+  int64_t groups = call.batch;
+  if (index) {
+    groups = gain && gain->dim() == 2 ? gain->size(0) : bias && bias->dim() == 2 ? bias->size(0) : 0;
+    n.index = row_index(*index, "index", x[0], call.batch);
+  }
+  n.gain = row_parameter(gain, "gain", x[0], n.columns, groups);
+  n.bias = row_parameter(bias, "bias", x[0], n.columns, groups);
   n.eps = static_cast<float>(eps);
   const ScalarType type = x[0].scalar_type();
   const std::vector<int64_t> shape{call.batch, n.length, n.columns};
@@ -67,13 +73,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::vector<Tensor> x, std::o
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dsum, std::vector<Tensor> rows,
                                                     Tensor mean, Tensor rstd, std::optional<Tensor> gain,
+                                                    std::optional<Tensor> index, int64_t rows_of_parameters,
                                                     int64_t wanted) {
   Call call(rows, "rows");
   const OnDevice device(rows[0]);
   Norm& n = call.n;
   n.dout = call.like(dout, "dout", rows[0]);
   if (dsum) n.dsum = call.like(*dsum, "dsum", rows[0]);
-  n.gain = row_parameter(gain, "gain", rows[0], n.columns, call.batch);
+  const int64_t own_rows = index ? rows_of_parameters : call.batch;
+  if (index) n.index = row_index(*index, "index", rows[0], call.batch);
+  n.gain = row_parameter(gain, "gain", rows[0], n.columns, own_rows);
   check_rows(mean, "mean", rows[0], ScalarType::Float, {call.batch, n.length});
   check_rows(rstd, "rstd", rows[0], ScalarType::Float, {call.batch, n.length});
   mean = torch::stable::contiguous(mean), rstd = torch::stable::contiguous(rstd);
@@ -91,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<T
     if (!wants[i])
       gradients.push_back(empty(rows[0], {0}, ScalarType::Float));
     else if (per_example[i])
-      gradients.push_back(empty(rows[0], {call.batch, n.columns}, ScalarType::Float));
+      gradients.push_back(empty(rows[0], {own_rows, n.columns}, ScalarType::Float));
     else
       gradients.push_back(empty(rows[0], {n.columns}, ScalarType::Float));
   }
@@ -108,8 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<T
   check_launch(mmk_norm_backward(call.dtype, &n, all_parts, device.stream), "norm_bwd");
   for (int i = 0; i < 3; ++i) {
     if (!wants[i]) continue;
-    const int64_t kept = per_example[i] ? groups : 1;
-    check_launch(mmk_sum_rows(n.sums[i], floats(gradients[i]), kept, all_parts / kept, n.columns, device.stream),
+    const int64_t examples = per_example[i] ? groups : 1;
+    check_launch(mmk_sum_rows(n.sums[i], floats(gradients[i]), per_example[i] ? own_rows : 1, all_parts / examples,
+                              n.columns, per_example[i] ? n.index : nullptr, examples, device.stream),
                  "norm_bwd");
   }
   return {dx, gradients[0], gradients[1], gradients[2]};

@@ -24,6 +24,10 @@ __device__ __forceinline__ const T* row_of(const Rows& m, int64_t example, int64
   return static_cast<const T*>(m.data) + example * m.example + t * m.row;
 }
 
+__device__ __forceinline__ int64_t parameter_row(const Norm& n, int64_t example) {
+  return n.index ? n.index[example] : example;
+}
+
 // The sums of a and b over the block, in every thread.
 __device__ __forceinline__ void sum_over_block(float& a, float& b) {
   auto* sums = reinterpret_cast<float2*>(shared_memory());
@@ -44,7 +48,7 @@ __device__ __forceinline__ void sum_over_block(float& a, float& b) {
 
 template <class T, int V>
 __global__ void __launch_bounds__(kMostThreads<V>) forward_kernel(const Norm n) {
-  const int64_t r = blockIdx.x, example = r / n.length, t = r % n.length;
+  const int64_t r = blockIdx.x, example = r / n.length, t = r % n.length, own = parameter_row(n, example);
   const Rows& x = n.x[t < n.first ? 0 : 1];
   const T* row = row_of<T>(x, example, t < n.first ? t : t - n.first);
   const float scale = 1.0f / static_cast<float>(n.columns);
@@ -84,8 +88,8 @@ __global__ void __launch_bounds__(kMostThreads<V>) forward_kernel(const Norm n) 
     const int c = column_of<V>(g);
     if (c >= n.columns) continue;
     float gain[V], bias[V];
-    load_parameter<T, V>(gain, n.gain, example, c, 1.0f);
-    load_parameter<T, V>(bias, n.bias, example, c, 0.0f);
+    load_parameter<T, V>(gain, n.gain, own, c, 1.0f);
+    load_parameter<T, V>(bias, n.bias, own, c, 0.0f);
 #pragma unroll
     for (int i = 0; i < V; ++i) s[g][i] = (s[g][i] - mean) * rstd * gain[i] + bias[i];
     store_elements<T, V>(static_cast<T*>(n.out) + r * n.columns, c, s[g]);
@@ -113,7 +117,7 @@ __global__ void __launch_bounds__(kMostThreads<V>) backward_kernel(const Norm n)
   float* gradient = reinterpret_cast<float*>(shared_memory() + kSumBytes);
   float dgain[kGroups<V>][V] = {}, dbias[kGroups<V>][V] = {}, dresidual_bias[kGroups<V>][V] = {};
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t example = r / n.length, t = r % n.length;
+    const int64_t example = r / n.length, t = r % n.length, own_row = parameter_row(n, example);
     const Rows& x = n.x[t < n.first ? 0 : 1];
     const T* row = row_of<T>(x, example, t < n.first ? t : t - n.first);
     const float mean = n.mean[r], rstd = n.rstd[r];
@@ -125,7 +129,7 @@ __global__ void __launch_bounds__(kMostThreads<V>) backward_kernel(const Norm n)
       float gain[V], incoming[V];
       load_elements<T, V>(normed[g], row, c, x.column, x.by_four);
       load_elements<T, V>(incoming, row_of<T>(n.dout, example, t), c, n.dout.column, n.dout.by_four);
-      load_parameter<T, V>(gain, n.gain, example, c, 1.0f);
+      load_parameter<T, V>(gain, n.gain, own_row, c, 1.0f);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         normed[g][i] = (normed[g][i] - mean) * rstd;

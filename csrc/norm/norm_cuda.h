@@ -21,7 +21,8 @@ struct Norm {
   Rows x[2];  // forward: the rows; backward: what was normalised
   Rows residual, dout, dsum;
   DeviceParameter residual_bias, gain, bias;
-  void *out, *sum, *dx;  // contiguous
+  const int64_t* index = nullptr;  // of every example its row of gain and bias; null: its own number
+  void *out, *sum, *dx;            // contiguous
   float *mean, *rstd;
   float* sums[3];                   // (parts, C): of the gradients of gain, bias, residual's bias; null: not wanted
   int64_t group_rows, parts, size;  // rows of a group, its parts, rows of a part

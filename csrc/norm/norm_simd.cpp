@@ -35,7 +35,8 @@ void forward_rows(const Norm& n, int64_t begin, int64_t end, float* space) {
   const float scale = 1.0f / static_cast<float>(columns);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t example = r / n.length, t = r % n.length;
-    const float *gain = gains.of(example), *bias = biases.of(example);
+    const int64_t own = n.parameter_row(example);
+    const float *gain = gains.of(own), *bias = biases.of(own);
     const T* x = dense<T>(row_of(n, example, t), step_of(n, t), columns, space + 4 * size);
     T* out = reinterpret_cast<T*>(n.out) + r * columns;
     Sum total;
@@ -86,7 +87,7 @@ void backward_rows(const Norm& n, int64_t begin, int64_t end, float* sums, float
   float *dgain = sums, *dbias = sums + columns, *dresidual_bias = sums + 2 * columns;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t example = r / n.length, t = r % n.length;
-    const float* gain = gains.of(example);
+    const float* gain = gains.of(n.parameter_row(example));
     const T* s = dense<T>(row_of(n, example, t), step_of(n, t), columns, space + size);
     const T* dout = dense<T>(n.dout.at(0, example, t), n.dout.stride[3], columns, space + 2 * size);
     const T* dsum = nullptr;

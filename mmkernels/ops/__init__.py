@@ -3,7 +3,7 @@
 from .._backends import Explanation
 from .activation import bias_gelu, explain_bias_gelu
 from .adapter import adapter, adapter_fusion, explain_adapter, explain_adapter_fusion
-from .attention import attention, explain_attention
+from .attention import BlockDiagonalBias, attention, explain_attention
 from .bottleneck import bottleneck_attention, explain_bottleneck_attention
 from .hypergrid import explain_hypergrid_gate, explain_hypergrid_linear, hypergrid_gate, hypergrid_linear
 from .latent import explain_latent_attention, latent_attention
@@ -24,6 +24,7 @@ EXPLAINERS = {
 }
 
 __all__ = [
+    "BlockDiagonalBias",
     "adapter",
     "adapter_fusion",
     "attention",

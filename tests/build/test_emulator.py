@@ -96,8 +96,8 @@ ops = torch.ops.mmkernels_emulator
 for dtype, n, m, d, e in ((torch.bfloat16, 1, 97, 5, 17), (torch.float32, 63, 65, 17, 40), (torch.float16, 17, 33, 261, 20)):
     q, k, v = (torch.randn(2, 1, *size, dtype=dtype) for size in ((n, d), (m, d), (m, e)))
     mask, bias, seed = torch.rand(2, m) < 0.7, torch.randn(1, 1, 1, m, dtype=dtype), torch.tensor([1])
-    out, lse = ops.attention_fwd(q, k, v, mask, bias, seed, 0.3, 0.2)
-    ops.attention_bwd(torch.randn_like(out), lse, q, k, v, out, lse, mask, bias, seed, 0.3, 0.2, 7)
+    out, lse = ops.attention_fwd(q, k, v, mask, bias, None, seed, 0.3, 0.2)
+    ops.attention_bwd(torch.randn_like(out), lse, q, k, v, out, lse, mask, bias, None, seed, 0.3, 0.2, 7)
 for dtype, d, e in ((torch.bfloat16, 5, 17), (torch.float32, 17, 40), (torch.float16, 261, 20)):
     # Two segments of queries, the first of which counts in part, and of keys; then one of each.
     sizes = ((63, d), (5, d), (97, d), (97, e), (3, d), (3, e), (17, d), (33, d), (33, e))

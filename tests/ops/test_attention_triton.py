@@ -169,7 +169,7 @@ def test_offsets_beyond_two_to_the_31(generator):
     assert torch.equal(ours.output, expected.output)
     out, lse = attention(**near, return_lse=True, backend=BACKEND)
     backward = torch.ops.mmkernels_triton.attention_bwd
-    rest = (out, lse, None, None, None, 0.3, 0.0, 7)
+    rest = (out, lse, None, None, None, None, 0.3, 0.0, 7)
     for far, close in zip(
         backward(grad, None, *tensors.values(), *rest), backward(grad, None, *near.values(), *rest), strict=True
     ):
@@ -180,7 +180,7 @@ def test_a_compiler_may_change_the_strides_of_what_was_saved(generator):
     tensors = make(generator, (2, 3, 9, 20), (8, 12))
     out, lse = attention(**tensors, return_lse=True, backend=BACKEND)
     grad, dlse = cotangent(generator, tensors), torch.ones(()).expand(2, 3, 9)
-    backward, rest = torch.ops.mmkernels_triton.attention_bwd, (None, None, None, 0.3, 0.0, 7)
+    backward, rest = torch.ops.mmkernels_triton.attention_bwd, (None, None, None, None, 0.3, 0.0, 7)
     expected = backward(grad, dlse.contiguous(), *tensors.values(), out, lse, *rest)
 
     def permuted(t):
@@ -195,10 +195,10 @@ def test_opcheck(generator):
     tensors = make(generator, (1, 2, 5, 9), (8, 8))
     out, lse = attention(**tensors, return_lse=True, backend=BACKEND)
     ops = torch.ops.mmkernels_triton
-    torch.library.opcheck(ops.attention_fwd.default, (*tensors.values(), None, None, None, 0.3, 0.0))
+    torch.library.opcheck(ops.attention_fwd.default, (*tensors.values(), None, None, None, None, 0.3, 0.0))
     torch.library.opcheck(
         ops.attention_bwd.default,
-        (torch.ones_like(out), None, *tensors.values(), out, lse, None, None, None, 0.3, 0.0, 3),
+        (torch.ones_like(out), None, *tensors.values(), out, lse, None, None, None, None, 0.3, 0.0, 3),
     )
 
 

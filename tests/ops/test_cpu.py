@@ -102,7 +102,7 @@ def check_joined(generator, problems, dims=(16, 16), dtype=torch.float32, masked
         if rows >= 0:
             q = torch.cat([q[:, :, :rows], q[:, :, queries[0] :]], 2)
         own_seed = (seed + i * lists._SEED_STEP + 2**63) % 2**64 - 2**63
-        own = (lists.joined_mask(place, tensors, masks), None, torch.tensor([own_seed]), *options[1:])
+        own = (lists.joined_mask(place, tensors, masks), None, None, torch.tensor([own_seed]), *options[1:])
         expected_out, expected_lse = torch.ops.mmkernels.attention_fwd(q, k, v, *own)
         ours, grad = (torch.cat([next(each) for _ in queries], 1).transpose(1, 2) for each in (outs, douts))
         assert torch.equal(ours, expected_out) and torch.equal(lse[i], expected_lse)

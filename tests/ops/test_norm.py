@@ -78,6 +78,27 @@ def test_parameters_of_a_layer_or_of_each_example(backend, generator, gain, bias
     assert all(run.gradients[n].shape == tensors[n].shape for n in tensors)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gain, bias", [("bc", "c"), ("bc", "bc"), ("c", "bc"), ("", "bc")])
+@pytest.mark.parametrize("tasks", [1, 2, 7])
+def test_parameters_of_tasks(backend, generator, tasks, gain, bias, dtype):
+    """Rows of tasks with an index; of seven, two at least have no example and no gradient."""
+    tensors = make(generator, (5, 21, 40), dtype, gain=gain, bias=bias, residual=True)
+    for name, kind in (("gain", gain), ("bias", bias)):
+        if kind == "bc":
+            tensors[name] = torch.randn(tasks, 40, generator=generator).to(dtype)
+    index = torch.randint(tasks, (5,), generator=generator)
+    names = tuple(tensors)
+    run = check(generator, tensors | {"index": index}, backend, names)
+    absent = [t for t in range(tasks) if t not in index]
+    for name, kind in (("gain", gain), ("bias", bias)):
+        if kind == "bc":
+            assert run.gradients[name].shape == (tasks, 40) and (run.gradients[name][absent] == 0).all()
+    gathered = {n: t[index] if n in ("gain", "bias") and t.dim() == 2 else t for n, t in tensors.items()}
+    assert torch.equal(run.output, ours(**gathered, backend=backend))
+    assert torch.equal(run.output, ours(**tensors, index=index.int(), backend=backend))
+
+
 @pytest.mark.parametrize("lengths", [(20, 4), (1, 63), (0, 9), (9, 0)], ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_two_tensors_of_rows_are_one_behind_the_other(backend, generator, lengths, residual):

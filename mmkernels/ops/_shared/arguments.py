@@ -38,6 +38,27 @@ def check_key_mask(key_mask, batch: int, keys: int, device: torch.device, name: 
         raise ValueError(f"{name} is on {key_mask.device}; it must be on {device}")
 
 
+def check_index(name: str, index, shapes: tuple, count: int, of: str, device: torch.device) -> torch.Tensor:
+    """`index` as flat int64; raises unless it has one of `shapes`, is on `device` and holds numbers of `count` rows of `of`.
+
+    Its numbers are looked at on a CPU only: on a GPU that would wait for it.
+    """
+    check_dense(name, index)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {index.dtype}; it must be torch.int32 or torch.int64")
+    if index.device != device:
+        raise ValueError(f"{name} is on {index.device}; it must be on {device}")
+    if all(index.dim() != len(s) or any(a != b for a, b in zip(index.shape, s, strict=True)) for s in shapes):
+        raise ValueError(f"{name} has shape {tuple(index.shape)}; it must be {' or '.join(map(str, shapes))}")
+    if index.numel() and count == 0:
+        raise ValueError(f"{of} has no rows; {name} needs one or more")
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(index))
+        if low < 0 or high >= count:
+            raise IndexError(f"{name} has numbers from {low} to {high}; they must be in [0, {count})")
+    return index.reshape(-1).to(torch.int64)
+
+
 def check_number(name: str, value, allowed: str = "a finite number", holds=lambda value: True) -> float:
     """`value` as a float; raises unless it is a finite number that `holds`. A tensor is none: its gradient would be lost."""
     if not isinstance(value, (int, float)):

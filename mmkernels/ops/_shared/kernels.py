@@ -461,27 +461,50 @@ def row_parts(rows: int, groups: int, device: torch.device) -> RowParts:
 
 
 @triton.jit
-def row_sum_kernel(partial, out, columns, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out[group] = sum of partial[group * parts : (group + 1) * parts], of rows of float32, in an order that never changes."""
+def row_sum_kernel(partial, index, out, columns, parts, rows, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out[group] = sum of partial[group * parts : (group + 1) * parts], of rows of float32, in an order that never changes.
+
+    With `index`, partial has `parts` rows of each example, and a group those of the examples whose index it is.
+    """
     blocks = tl.cdiv(columns, BLOCK_C)
     pid = tl.program_id(0)
     group = (pid // blocks).to(tl.int64)
     c = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in range(0, parts, BLOCK_P):
+    begin = 0
+    end = parts
+    if index is not None:
+        end = rows
+    else:
+        partial += group * parts * columns
+    for start in range(begin, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        at = (group * parts + p.to(tl.int64))[:, None] * columns + c[None, :]
-        acc += tl.load(partial + at, mask=(p < parts)[:, None] & (c < columns)[None, :], other=0.0)
+        own = p < end
+        if index is not None:
+            own = own & (tl.load(index + p // parts, mask=own, other=-1) == group)
+        at = p.to(tl.int64)[:, None] * columns + c[None, :]
+        acc += tl.load(partial + at, mask=own[:, None] & (c < columns)[None, :], other=0.0)
     tl.store(out + group * columns + c, tl.sum(acc, 0), mask=c < columns)
 
 
-def sum_rows(partial, out) -> None:
-    """Fills `out` (G, C) or (C,) with sums of as many consecutive rows of `partial` (G * P, C); both contiguous float32."""
+def sum_rows(partial, out, index=None) -> None:
+    """Fills `out` (G, C) or (C,) with sums of as many consecutive rows of `partial` (G * P, C); both contiguous float32.
+
+    With `index`, int64 (B,), `partial` is (B * P, C) and row g of `out` has the sum of the examples whose index is g.
+    """
     columns = partial.shape[-1]
-    groups = out.numel() // columns
+    groups, rows = out.numel() // columns, partial.shape[0]
     block = 1024 if _backends.INTERPRET else 64
     row_sum_kernel[(groups * ceil_div(columns, block),)](
-        partial, out, columns, partial.shape[0] // groups, BLOCK_P=32, BLOCK_C=block, num_warps=4
+        partial,
+        index,
+        out,
+        columns,
+        rows // (groups if index is None else index.shape[0]),
+        rows,
+        BLOCK_P=32,
+        BLOCK_C=block,
+        num_warps=4,
     )
 
 

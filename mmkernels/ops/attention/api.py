@@ -6,7 +6,7 @@ import torch
 
 from ... import _backends
 from .._shared import dropout
-from .._shared.arguments import autocast_dtype, check_dense, check_key_mask, check_number, check_tensor
+from .._shared.arguments import autocast_dtype, check_dense, check_index, check_key_mask, check_number, check_tensor
 from . import autograd, lists, reference
 
 MAX_HEAD_DIM = 1024
@@ -20,6 +20,23 @@ class Problem(NamedTuple):
     head_dim: int  # D, of q and k
     value_dim: int  # E, of v
     dropout: bool
+
+
+class BlockDiagonalBias(NamedTuple):
+    """A bias of the scores' diagonal blocks that every example, or every task of a batch, modulates (the conditional
+    attention of CA-MTL, arXiv 2009.09139, section 2.2):
+
+        bias(b, i, j) = (1 + gain[t, j mod C]) matrix[i, j mod C] + shift[t, j mod C]    where i // C = j // C; t = index[b]
+        bias(b, i, j) = 0                                                                elsewhere
+
+    All heads share it. Blocks that reach beyond the keys are cut off. Kernels make it of the blocks (G, N, C) on the way: no
+    (B, N, M) array exists, forward or backward. Every tensor is of q's dtype or float32 and may want a gradient.
+    """
+
+    matrix: torch.Tensor  # (N, C), a row for each query; blocks are C x C
+    gain: torch.Tensor  # (G, C), a row for each task; without an index for each example, G = B
+    shift: torch.Tensor  # (G, C)
+    index: torch.Tensor | None = None  # int32 or int64 (B,), in [0, G)
 
 
 def attention(
@@ -49,8 +66,8 @@ def attention(
             NaN included; a row without any key gives zeros, zero gradients and an lse of -inf. For two segments a pair of
             masks, (B, M1) and (B, M2), either of which may be None.
         bias: added to the scaled scores, of q's dtype or float32, broadcastable to (B, H, N, M) with 4 dimensions; -inf
-            leaves a key out. Its gradient is reduced over the broadcast dimensions inside the kernel. Not with a list of
-            problems, nor with keys in two segments.
+            leaves a key out. Its gradient is reduced over the broadcast dimensions inside the kernel. Or a
+            `BlockDiagonalBias`. Not with a list of problems, nor with keys in two segments.
         scale: default D ** -0.5.
         dropout_p: probability in [0, 1) of dropping an attention weight. The mask depends on the seed and the position
             (b, h, n, m) only, and on a problem's place in a list: every backend drops the same elements.
@@ -67,7 +84,7 @@ def attention(
     """
     if isinstance(q, (list, tuple)) or isinstance(k, (list, tuple)):
         return _attention_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, return_lse, backend)
-    q, k, v, bias, scale, dropout_p, seed = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
+    q, k, v, bias, bias_index, scale, dropout_p, seed = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
     name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
     if dropout_p > 0.0 and seed is None:
         seed = dropout.draw_seed(q.device)
@@ -77,9 +94,9 @@ def attention(
         keep = None
         if dropout_p > 0.0:
             keep = dropout.keep_mask(seed, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), dropout_p)
-        out, lse = reference.attention(q, k, v, key_mask, bias, scale, keep, dropout_p)
+        out, lse = reference.attention(q, k, v, key_mask, bias, scale, keep, dropout_p, bias_index)
     else:
-        out, lse = autograd.attention(name, q, k, v, key_mask, bias, seed, scale, dropout_p)
+        out, lse = autograd.attention(name, q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p)
     return (out, lse) if return_lse else out
 
 
@@ -101,7 +118,7 @@ def explain_attention(
         problems, _, dropout_p, _, _ = _check_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
         name, refusals = _choose_list(problems, dropout_p, return_lse, backend)
         return _backends.Explanation("attention", name, "", {n: refusals(n) for n in _backends.NAMES})
-    q, k, v, bias, scale, dropout_p, _ = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
+    q, k, v, bias, _, scale, dropout_p, _ = _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
     name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
     problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], dropout_p > 0.0)
     reasons = {n: _refusals(n, problem, key_mask, bias, return_lse) for n in _backends.NAMES}
@@ -246,8 +263,8 @@ def _check_segments(place, q, k, v, key_mask, scale, dropout_p, dropout_seed):
     for i, (one_k, one_v, mask) in enumerate(segments):
         names = tuple(f"{n}{place}" if n == "q" or not paired else f"{n}{place}[{i}]" for n in ("q", "k", "v", "key_mask"))
         checked.append(_check(q, one_k, one_v, mask, None, scale, dropout_p, dropout_seed, names) + (mask,))
-    q, _, _, _, scale, dropout_p, seed, _ = checked[0]
-    ks, vs, masks = (tuple(one[i] for one in checked) for i in (1, 2, 7))
+    q, _, _, _, _, scale, dropout_p, seed, _ = checked[0]
+    ks, vs, masks = (tuple(one[i] for one in checked) for i in (1, 2, 8))
     if vs[0].shape[3] != vs[-1].shape[3]:
         raise ValueError(
             f"v{place}[1] has shape {tuple(vs[1].shape)}; its head dim must be that of v{place}[0], {vs[0].shape[3]}"
@@ -275,7 +292,8 @@ def _refusals(name, problem, key_mask, bias, return_lse):
 
 
 def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, names=("q", "k", "v", "key_mask")):
-    """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, scale, dropout_p, dropout_seed).
+    """Validates, applies autocast, resolves the scale. Returns (q, k, v, bias, index of its rows, scale, dropout_p,
+    dropout_seed), a `BlockDiagonalBias` as its blocks (G, N, C).
 
     `names` is what errors call the first four."""
     q_name, k_name, v_name, mask_name = names
@@ -300,7 +318,10 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, names=("q", 
         raise ValueError(f"{v_name} has shape {tuple(v.shape)}; {wanted}")
     if key_mask is not None:
         check_key_mask(key_mask, batch, keys, q.device, mask_name)
-    if bias is not None:
+    bias_index = None
+    if isinstance(bias, BlockDiagonalBias):
+        bias, bias_index = _diagonal_blocks(bias, q)
+    elif bias is not None:
         check_dense("bias", bias)
         if bias.dtype != q.dtype and bias.dtype != torch.float32:
             raise TypeError(f"bias has dtype {bias.dtype}; it must be q's, {q.dtype}, or torch.float32")
@@ -319,4 +340,25 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, names=("q", 
         if dropout_seed.device != q.device:
             raise ValueError(f"dropout_seed is on {dropout_seed.device}; it must be on q's device, {q.device}")
         dropout_seed = dropout_seed.reshape(1)
-    return q, k, v, bias, scale, dropout_p, dropout_seed
+    return q, k, v, bias, bias_index, scale, dropout_p, dropout_seed
+
+
+def _diagonal_blocks(bias, q):
+    """The blocks (G, N, C) of a `BlockDiagonalBias` and the row of each example, or None where they have one each."""
+    batch, _, queries, _ = q.shape
+    for name, tensor in zip(("bias.matrix", "bias.gain", "bias.shift"), bias, strict=False):
+        check_tensor(name, tensor, ("N", "C") if name == "bias.matrix" else ("G", "C"), "q", q.device)
+        if tensor.dtype != q.dtype and tensor.dtype != torch.float32:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be q's, {q.dtype}, or torch.float32")
+    width = bias.matrix.shape[1]
+    if bias.matrix.shape[0] != queries or width == 0:
+        raise ValueError(f"bias.matrix has shape {tuple(bias.matrix.shape)}; it must be ({queries}, C), C of 1 or more")
+    groups = batch if bias.index is None else bias.gain.shape[0]
+    for name, tensor in (("bias.gain", bias.gain), ("bias.shift", bias.shift)):
+        if tensor.shape[0] != groups or tensor.shape[1] != width:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({groups}, {width})")
+    index = bias.index
+    if index is not None:
+        index = check_index("bias.index", index, ((batch,),), groups, "bias.gain", q.device)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return reference.diagonal_blocks(bias.matrix, bias.gain, bias.shift, dtype).contiguous(), index

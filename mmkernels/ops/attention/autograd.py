@@ -10,12 +10,12 @@ from .._shared.registration import fake, forward_backward, once_differentiable
 
 
 @fake("attention_fwd")
-def _forward_fake(q, k, v, key_mask, bias, seed, scale, dropout_p):
+def _forward_fake(q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p):
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @fake("attention_bwd")
-def _backward_fake(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dropout_p, wanted):
+def _backward_fake(dout, dlse, q, k, v, out, lse, key_mask, bias, bias_index, seed, scale, dropout_p, wanted):
     def grad(tensor, bit):
         return q.new_empty(
             tensor.shape if tensor is not None and wanted & bit else (0,),
@@ -35,30 +35,30 @@ def _row_bias_gradient(bias, lse, dlse):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(backend, q, k, v, key_mask, bias, seed, scale, dropout_p):
-        return forward_backward("attention", backend)[0](q, k, v, key_mask, bias, seed, scale, dropout_p)
+    def forward(backend, q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p):
+        return forward_backward("attention", backend)[0](q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, q, k, v, key_mask, bias, seed, ctx.scale, ctx.dropout_p = inputs
+        ctx.backend, q, k, v, key_mask, bias, bias_index, seed, ctx.scale, ctx.dropout_p = inputs
         out, lse = output
-        ctx.save_for_backward(q, k, v, key_mask, bias, seed, out, lse)
+        ctx.save_for_backward(q, k, v, key_mask, bias, bias_index, seed, out, lse)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, key_mask, bias, seed, out, lse = ctx.saved_tensors
+        q, k, v, key_mask, bias, bias_index, seed, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 9
+            return (None,) * 10
         if dout is None:
             dout = torch.zeros_like(out)
         needs = ctx.needs_input_grad
         need_bias = bias is not None and needs[5]
-        of_rows = need_bias and bias.shape[3] == 1
+        of_rows = need_bias and bias.dim() == 4 and bias.shape[3] == 1
         wanted = needs[1] * 1 + (needs[2] or needs[3]) * 2 + (need_bias and not of_rows) * 4
         with torch.no_grad():
             dq, dk, dv, dbias = forward_backward("attention", ctx.backend)[1](
-                dout, dlse, q, k, v, out, lse, key_mask, bias, seed, ctx.scale, ctx.dropout_p, wanted
+                dout, dlse, q, k, v, out, lse, key_mask, bias, bias_index, seed, ctx.scale, ctx.dropout_p, wanted
             )
             if of_rows:
                 dbias = _row_bias_gradient(bias, lse, dlse)
@@ -69,6 +69,7 @@ class _Attention(torch.autograd.Function):
             dv if needs[3] else None,
             None,
             dbias if need_bias else None,
+            None,
             None,
             None,
             None,
@@ -83,10 +84,10 @@ class _Attention(torch.autograd.Function):
         )
 
 
-def attention(backend, q, k, v, key_mask, bias, seed, scale, dropout_p):
+def attention(backend, q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p):
     """(out, lse) on one of the kernel backends; differentiable when a gradient is wanted."""
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Attention.apply(backend, q, k, v, key_mask, bias, seed, scale, dropout_p)
-    return forward_backward("attention", backend)[0](q, k, v, key_mask, bias, seed, scale, dropout_p)
+        return _Attention.apply(backend, q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p)
+    return forward_backward("attention", backend)[0](q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p)

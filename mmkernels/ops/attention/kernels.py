@@ -43,6 +43,7 @@ from .._shared.kernels import (
     segment_tables,
     split_count,
     store_tile,
+    sum_rows,
     sum_splits,
     times_16,
     unit_of,
@@ -55,6 +56,7 @@ from .lists import decode
 # the problem's first program and what a split walks.
 NUMBER, STATISTICS, MASK_BEGIN, MASK_END = (tl.constexpr(column) for column in range(4))
 FIRST_PROGRAM, SPLIT_ROWS = tl.constexpr(0), tl.constexpr(1)
+FULL, BLOCKS = tl.constexpr(1), tl.constexpr(2)  # kinds of bias: (B, H, N, M), diagonal blocks (G, N, C); 0 for none
 SEED_STEP = tl.constexpr(0x632BE59BD9B4E019)  # kSeedStep of csrc/attention/attention_list.h
 
 # --- Pieces ---------------------------------------------------------------------------------------------------------------
@@ -137,12 +139,37 @@ def _exp(x, BASE2: tl.constexpr):
 
 
 @triton.jit
-def _scores(product, scale, bias, n, m, bias_strides, inside, visible, HAS_BIAS: tl.constexpr, BASE2: tl.constexpr):
+def _bias_of(bias, bias_strides, bias_index, bias_width, batch, head, queries, BIAS: tl.constexpr):
+    """Where the bias of one (b, h) begins."""
+    if BIAS == FULL:
+        return bias + batch * bias_strides[0] + head * bias_strides[1]
+    elif BIAS == BLOCKS:
+        group = batch
+        if bias_index is not None:
+            group = tl.load(bias_index + batch)
+        return bias + group * queries * bias_width
+    else:
+        return bias
+
+
+@triton.jit
+def _block_places(n, m, width):
+    """Places in a bias's diagonal blocks (N, C) of queries n and keys m, and which of them are in a block."""
+    block = n // width
+    return n.to(tl.int64) * width + (m - block * width), block == m // width
+
+
+@triton.jit
+def _scores(product, scale, bias, n, m, bias_strides, bias_width, inside, visible, BIAS: tl.constexpr, BASE2: tl.constexpr):
     """Scores from q k^T; n, m, `inside` (may be read) and `visible` (may be attended) broadcast to the tile."""
     scores = product * scale
-    if HAS_BIAS:
-        offsets = n.to(tl.int64) * bias_strides[2] + m.to(tl.int64) * bias_strides[3]
-        added = tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
+    if BIAS > 0:
+        if BIAS == FULL:
+            offsets, read = n.to(tl.int64) * bias_strides[2] + m.to(tl.int64) * bias_strides[3], inside
+        else:
+            offsets, read = _block_places(n, m, bias_width)
+            read = read & inside
+        added = tl.load(bias + offsets, mask=read, other=0.0).to(tl.float32)
         scores += added * LOG2_E if BASE2 else added
     return tl.where(visible, scores, float("-inf"))
 
@@ -170,6 +197,7 @@ def forward_kernel(
     v,
     key_mask,
     bias,  # of a problem by itself
+    bias_index,  # int64 (B), where the bias is of diagonal blocks and has them
     seed,
     out,  # table of segments, or ((one tensor with the rows of all problems,),); with splits float32 sums (splits, rows, E)
     lse,  # table of contiguous (B,H,N); with splits likewise the sums of exp2(score - top), (splits, rows)
@@ -179,6 +207,7 @@ def forward_kernel(
     v_strides,
     mask_strides,
     bias_strides,
+    bias_width,  # of diagonal blocks
     out_strides,
     query_lengths,
     key_lengths,
@@ -199,7 +228,7 @@ def forward_kernel(
     E_STEPS: tl.constexpr,  # more than one: each program has one chunk of the value columns, and computes the scores again
     E2: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -229,8 +258,7 @@ def forward_kernel(
     k_rows = problem_rows(k, k_strides, problem, batch, head, k_boundary, UNIT)
     v_rows = problem_rows(v, v_strides, problem, batch, head, k_boundary, UNIT)
     mask = _mask_rows(key_mask, mask_strides, key_lengths, facts, problem, batch, HAS_MASK)
-    if HAS_BIAS:
-        bias += batch * bias_strides[0] + head * bias_strides[1]
+    bias = _bias_of(bias, bias_strides, bias_index, bias_width, batch, head, queries, BIAS)
     n_inside = n < queries
     if DROPOUT:
         low, high = dropout_row(_seed_of(seed, facts, problem), pair * queries + n)
@@ -261,7 +289,7 @@ def forward_kernel(
             product = _looped_product(q_rows, n, n_inside, k_rows, m, visible, D, D1, D_STEPS, D2, PRECISION)
         inside = n_inside[:, None] & m_inside[None, :]
         n_, m_, visible_ = n[:, None], m[None, :], visible[None, :]
-        scores = _scores(product, scale, bias, n_, m_, bias_strides, inside, visible_, HAS_BIAS, BASE2)
+        scores = _scores(product, scale, bias, n_, m_, bias_strides, bias_width, inside, visible_, BIAS, BASE2)
 
         m_new = tl.maximum(m_top, tl.max(scores, 1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key seen yet: exp(-inf - 0) is the 0 we want
@@ -358,16 +386,19 @@ def backward_kernel(
     b2,  # v, or dout
     key_mask,
     bias,  # of a problem by itself
+    bias_index,  # int64 (B), where the bias is of diagonal blocks and has them
     seed,
     statistics,
     da,  # dq, or dk, as the forward's out; with splits float32 (splits, rows, D)
     da2,  # dv where OWN_KEYS
+    dblocks,  # float32 (B, H, N, C) for dS in the bias's diagonal blocks, where the queries walk the keys; or None
     a_strides,
     a2_strides,
     b_strides,
     b2_strides,
     mask_strides,
     bias_strides,
+    bias_width,  # of diagonal blocks
     da_strides,
     da2_strides,
     own_lengths,
@@ -393,7 +424,7 @@ def backward_kernel(
     FIRST: tl.constexpr,  # whether da is computed
     SECOND: tl.constexpr,  # whether da2 is; both at once only where whole rows are held
     HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
@@ -431,9 +462,8 @@ def backward_kernel(
     b2_rows = problem_rows(b2, b2_strides, problem, batch, head, other_boundary, UNIT)
     key_lengths = own_lengths if OWN_KEYS else other_lengths
     mask = _mask_rows(key_mask, mask_strides, key_lengths, facts, problem, batch, HAS_MASK)
-    if HAS_BIAS:
-        bias += batch * bias_strides[0] + head * bias_strides[1]
     queries = other_count if OWN_KEYS else own_count
+    bias = _bias_of(bias, bias_strides, bias_index, bias_width, batch, head, queries, BIAS)
     statistics += pick_integer(facts, STATISTICS, problem).to(tl.int64) + pair * 2 * queries
 
     if DROPOUT:
@@ -492,7 +522,7 @@ def backward_kernel(
                 product = tl.dot(a_2, tl.trans(b_2), product, input_precision=PRECISION)
         else:
             product = _looped_product(a_rows, x, x_read, b_rows, y, y_read, D, D1, D_STEPS, D2, PRECISION)
-        scores = _scores(product, scale, bias, n, m, bias_strides, inside, visible, HAS_BIAS, BASE2)
+        scores = _scores(product, scale, bias, n, m, bias_strides, bias_width, inside, visible, BIAS, BASE2)
         weights = _exp(scores - row_lse, BASE2)
         if DROPOUT:
             kept = tl.where(dropout_keep(low, high, m, threshold), keep_scale, 0.0)
@@ -524,7 +554,11 @@ def backward_kernel(
                 dweights = _looped_product(a2_rows, x, x_read, b2_rows, y, y_read, E, E1, E_STEPS, E2, PRECISION)
             if DROPOUT:
                 dweights *= kept
-            dscores = (weights * (dweights - row_delta)).to(DTYPE)
+            dscores = weights * (dweights - row_delta)
+            if dblocks is not None:
+                places, in_block = _block_places(n, m, bias_width)
+                tl.store(dblocks + pair * queries * bias_width + places, dscores, mask=inside & in_block & (block == 0))
+            dscores = dscores.to(DTYPE)
             if D_STEPS > 1:
                 b_1 = load_tile(b_rows, y, y_read, block * DO, DO, D, D % DO != 0)
             da_1 = tl.dot(dscores, b_1, da_1, input_precision=PRECISION)
@@ -632,7 +666,7 @@ def bias_kernel(
         here = bias + batch * bias_strides[0] + head * bias_strides[1]
         inside = n_inside[:, None] & m_inside[None, :]
         n_, m_, visible_ = n[:, None], m[None, :], visible[None, :]
-        scores = _scores(product, scale, here, n_, m_, bias_strides, inside, visible_, True, BASE2)
+        scores = _scores(product, scale, here, n_, m_, bias_strides, 1, inside, visible_, FULL, BASE2)
         weights = _exp(scores - row_lse[:, None], BASE2)
         dweights = _looped_product(
             problem_rows(dout, dout_strides, 0, batch, head, queries, UNIT),
@@ -778,7 +812,7 @@ def _rows(operands) -> list:
 class _Call:
     """What every launch of one call shares."""
 
-    def __init__(self, problems, bias, seed, scale, dropout_p):
+    def __init__(self, problems, bias, bias_index, seed, scale, dropout_p):
         self.q, self.k, self.v = ([[aligned(t) for t in p[side]] for p in problems] for side in range(3))
         self.queries, self.keys = _rows(self.q), _rows(self.k)
         first = self.q[0][0]
@@ -791,8 +825,13 @@ class _Call:
         self.seed, self.dropout = seed, dropout_p > 0.0
         self.keep_scale = 1.0 / (1.0 - dropout_p)
         self.threshold = dropout.threshold(dropout_p)
-        self.bias = None if bias is None else bias.expand(self.batch, self.heads, self.queries[0], self.keys[0])
-        self.bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
+        self.bias, self.bias_index, self.bias_width = bias, bias_index, 1
+        self.bias_kind, self.bias_strides = 0, (0, 0, 0, 0)
+        if bias is not None and bias.dim() == 3:
+            self.bias_kind, self.bias_width = BLOCKS.value, bias.shape[2]
+        elif bias is not None:
+            self.bias = bias.expand(self.batch, self.heads, self.queries[0], self.keys[0])
+            self.bias_kind, self.bias_strides = FULL.value, self.bias.stride()
         given = [mask for p in problems for mask in p.masks if mask is not None]
         self.masks = None
         if given:  # where a segment has none, `facts` says so, and its pointer is not used
@@ -877,6 +916,7 @@ def _forward(call, out, lse) -> None:
         v_,
         mask,
         call.bias,
+        call.bias_index,
         call.seed,
         out_,
         sums,
@@ -886,6 +926,7 @@ def _forward(call, out, lse) -> None:
         v_strides,
         mask_strides,
         call.bias_strides,
+        call.bias_width,
         out_strides,
         lengths_table(q),
         lengths_table(k),
@@ -898,7 +939,7 @@ def _forward(call, out, lse) -> None:
         call.keep_scale,
         call.threshold,
         **columns,
-        HAS_BIAS=call.bias is not None,
+        BIAS=call.bias_kind,
         SPLIT=walk.splits > 1,
         BLOCK_N=t.queries,
         BLOCK_M=t.keys,
@@ -939,7 +980,7 @@ def _statistics_of(call, dout, dlse, out, lse):
     return statistics
 
 
-def _one_side(call, own_keys, problems, dout, statistics, da, da2):
+def _one_side(call, own_keys, problems, dout, statistics, da, da2, dblocks=None):
     """Fills da (and da2) of `problems`: dq, or dk and dv, a list of segments of every problem. Either may be None."""
     t = call.tiles("attention_backward_keys" if own_keys else "attention_backward_queries")
     columns = call.columns(t)
@@ -961,12 +1002,15 @@ def _one_side(call, own_keys, problems, dout, statistics, da, da2):
         *pointers,
         mask,
         call.bias,
+        call.bias_index,
         call.seed,
         statistics,
         *(pointers for pointers, _ in targets),
+        dblocks,
         *strides,
         mask_strides,
         call.bias_strides,
+        call.bias_width,
         *(strides for _, strides in targets),
         lengths_table(sides[0]),
         lengths_table(sides[2]),
@@ -983,7 +1027,7 @@ def _one_side(call, own_keys, problems, dout, statistics, da, da2):
         OWN_KEYS=own_keys,
         FIRST=da is not None,
         SECOND=da2 is not None,
-        HAS_BIAS=call.bias is not None,
+        BIAS=call.bias_kind,
         BLOCK_OWN=block_own,
         BLOCK_OTHER=block_other,
         **call.options(t),
@@ -993,11 +1037,11 @@ def _one_side(call, own_keys, problems, dout, statistics, da, da2):
             sum_splits(partial, result)
 
 
-def _backward(call, dout, statistics, dq, dk, dv) -> None:
+def _backward(call, dout, statistics, dq, dk, dv, dblocks=None) -> None:
     """Fills dq, and dk and dv, each of every problem a list of segments (B, H, rows, width), or None where not wanted."""
     queries = [i for i, segments in enumerate(dq) if segments is not None]
     keys = [i for i, segments in enumerate(dk) if segments is not None]
-    _one_side(call, False, queries, dout, statistics, dq, None)
+    _one_side(call, False, queries, dout, statistics, dq, None, dblocks)
     if _held(call.columns(call.tiles("attention_backward_keys"))):
         _one_side(call, True, keys, dout, statistics, dk, dv)
     else:
@@ -1052,16 +1096,16 @@ def _bias(call, dout, statistics, dbias):
 # --- Ops ------------------------------------------------------------------------------------------------------------------
 
 
-def attention_fwd(q, k, v, key_mask, bias, seed, scale, dropout_p):
+def attention_fwd(q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p):
     """`mmkernels_triton::attention_fwd`; csrc/schemas.h has the contract."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _forward(_Call([_Problem([q], [k], [v], [key_mask])], bias, seed, scale, dropout_p), [[out]], [lse])
+        _forward(_Call([_Problem([q], [k], [v], [key_mask])], bias, bias_index, seed, scale, dropout_p), [[out]], [lse])
     return out, lse
 
 
-def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dropout_p, wanted):
+def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, bias_index, seed, scale, dropout_p, wanted):
     """`mmkernels_triton::attention_bwd`; csrc/schemas.h has the contract."""
 
     def gradient(tensor, bit):
@@ -1070,16 +1114,24 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, key_mask, bias, seed, scale, dr
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     dq, dk, dv, dbias = gradient(q, 1), gradient(k, 2), gradient(v, 2), gradient(bias, 4)
-    if wanted & 4 and bias is not None and bias.shape[3] != k.shape[2]:
+    of_blocks = bias is not None and bias.dim() == 3
+    if wanted & 4 and bias is not None and not of_blocks and bias.shape[3] != k.shape[2]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; dbias may be wanted where its last size is {k.shape[2]}")
-    call = _Call([_Problem([q], [k], [v], [key_mask])], bias, seed, scale, dropout_p)
-    dout = [[aligned(dout)]]
+    call = _Call([_Problem([q], [k], [v], [key_mask])], bias, bias_index, seed, scale, dropout_p)
+    dout, dblocks, results = [[aligned(dout)]], None, [[d] if wanted & bit else None for d, bit in ((dq, 1), (dk, 2), (dv, 2))]
+    if of_blocks and wanted & 4:
+        width = bias.shape[2]
+        beyond = ceil_div(q.shape[2], width) * width > k.shape[2]  # blocks are cut off there, and nobody writes
+        dblocks = (q.new_zeros if beyond else q.new_empty)((*q.shape[:3], width), dtype=torch.float32)
+        results[0] = results[0] or [torch.empty_like(q)]  # the pass that has dS, query by query
     with torch.cuda.device_of(q):
         statistics = _statistics_of(call, dout, None if dlse is None else [dlse], [[out.contiguous()]], [lse])
-        results = ([[d] if wanted & bit else None] for d, bit in ((dq, 1), (dk, 2), (dv, 2)))
-        _backward(call, dout, statistics, *results)
-        if dbias.numel() and 0 in q.shape:
+        _backward(call, dout, statistics, *([d] for d in results), dblocks)
+        if dbias.numel() and (0 in q.shape or dblocks is not None and k.shape[2] == 0):
             dbias.zero_()
+        elif dblocks is not None:
+            rows = dblocks.view(-1, q.shape[2] * width)
+            sum_rows(rows, dbias.view(bias.shape[0], -1), bias_index)
         elif dbias.numel():
             _bias(call, dout, statistics, dbias)
     return dq, dk, dv, dbias
@@ -1110,7 +1162,7 @@ def _listed(tensors, problems, key_masks) -> list:
 
 def _listed_call(tensors, listed, seed, scale, dropout_p) -> _Call:
     problems = [_Problem(*([slot.of(tensors) for slot in side] for side in p[:3]), p.masks) for p in listed]
-    return _Call(problems, None, seed, scale, dropout_p)
+    return _Call(problems, None, None, seed, scale, dropout_p)
 
 
 def attention_list_fwd(tensors, problems, key_masks, seed, scale, dropout_p):
@@ -1175,21 +1227,25 @@ _REPORTED = {  # name: kernel, constexprs, its tables of pointers to inputs and 
 }
 
 
-def report_case(name, dims, dtype, capability, tiles=None, *, extras=False, problems=1, segments=1) -> ReportCase:
-    """One kernel of `_REPORTED` for head dims `dims`; `extras` adds a key mask, dropout and, to one problem, a bias."""
+def report_case(
+    name, dims, dtype, capability, tiles=None, *, extras=False, problems=1, segments=1, blocks=False
+) -> ReportCase:
+    """One kernel of `_REPORTED` for head dims `dims`; `extras` adds a key mask, dropout and, to one problem, a bias: with
+    `blocks` one of diagonal blocks."""
     kernel, constexprs, inputs, results = _REPORTED[name]
     if tiles is None:
         tiles = _tuning.tiles(f"attention_{name}", dims, dtype, capability)
     covered = _columns(*dims, tiles)
-    blocks = dict(BLOCK_N=tiles.queries, BLOCK_M=tiles.keys)
+    sizes = dict(BLOCK_N=tiles.queries, BLOCK_M=tiles.keys)
     if kernel is backward_kernel:
         own = (tiles.keys, tiles.queries) if constexprs["OWN_KEYS"] else (tiles.queries, tiles.keys)
-        blocks = dict(BLOCK_OWN=own[0], BLOCK_OTHER=own[1], OUT=tiles.out)
+        sizes = dict(BLOCK_OWN=own[0], BLOCK_OTHER=own[1], OUT=tiles.out)
         if constexprs["OWN_KEYS"] and not _held(covered):
             constexprs, results = constexprs | dict(SECOND=False), results[:1]
     biased = kernel is bias_kernel or extras and problems == 1
-    flags = dict(PRECISION="ieee", HAS_MASK=extras, HAS_BIAS=biased, DROPOUT=extras, SPLIT=False)
-    values = constexprs | covered | blocks | flags
+    kind = BLOCKS.value if blocks else int(biased)
+    flags = dict(PRECISION="ieee", HAS_MASK=extras, BIAS=kind, DROPOUT=extras, SPLIT=False)
+    values = constexprs | covered | sizes | flags
 
     def table(kind, width):
         return ((kind,) * width,) * problems
@@ -1210,8 +1266,11 @@ def report_case(name, dims, dtype, capability, tiles=None, *, extras=False, prob
     if extras:
         kinds |= dict(key_mask=table("*u8", segments), mask_strides=table(integer, 4 * segments), seed="*i64")
     if biased:
-        kinds |= dict(bias=pointer)
-    absent = ("key_mask", "mask_strides", "bias", "seed", "top", "da2", "out_strides", "da_strides", "da2_strides")
+        kinds |= dict(bias="*fp32" if blocks else pointer)
+    if blocks:
+        kinds |= dict(bias_index="*i64") | (dict(dblocks="*fp32") if name == "backward_queries" else {})
+    absent = ("key_mask", "mask_strides", "bias", "bias_index", "dblocks", "seed", "top", "da2")
+    absent += ("out_strides", "da_strides", "da2_strides")
     signature, final = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument == "bias_strides":
@@ -1226,6 +1285,7 @@ def report_case(name, dims, dtype, capability, tiles=None, *, extras=False, prob
     title = f"attention_{name} {dims[0]}/{dims[1]} {dtype}"
     title += f" {problems}x{segments}" if problems * segments > 1 else ""
     title += (" mask+bias+dropout" if biased else " mask+dropout") if extras else ""
+    title += " of diagonal blocks" if blocks else ""
     return ReportCase(title, kernel, signature, final, options, capability)
 
 
@@ -1238,7 +1298,9 @@ def report_cases():
             for dim in (64, 261):
                 yield report_case(name, (dim, dim), "float32", capability)
             yield report_case(name, (64, 64), "bfloat16", capability, extras=True)
-            if name != "backward_bias":  # lists: two problems of two segments, eight of two with everything
+            if name != "backward_bias":
+                yield report_case(name, (64, 64), "bfloat16", capability, extras=True, blocks=True)
+                # lists: two problems of two segments, eight of two with everything
                 yield report_case(name, (64, 64), "bfloat16", capability, problems=2, segments=2)
                 yield report_case(name, (64, 64), "bfloat16", capability, problems=2, segments=2, extras=True)
 
@@ -1246,10 +1308,11 @@ def report_cases():
 # --- Registration ---------------------------------------------------------------------------------------------------------
 
 _SCHEMAS = {
-    attention_fwd: "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, Tensor? seed, float scale, "
-    "float dropout_p) -> (Tensor, Tensor)",
+    attention_fwd: "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, Tensor? bias_index, Tensor? seed, "
+    "float scale, float dropout_p) -> (Tensor, Tensor)",
     attention_bwd: "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, "
-    "Tensor? bias, Tensor? seed, float scale, float dropout_p, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, Tensor? bias_index, Tensor? seed, float scale, float dropout_p, int wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     attention_list_fwd: "(Tensor[] tensors, int[] problems, Tensor[] key_masks, Tensor? seed, float scale, float dropout_p) "
     "-> (Tensor[], Tensor[])",
     attention_list_bwd: "(Tensor[] dout, Tensor[] dlse, Tensor[] tensors, int[] problems, Tensor[] key_masks, Tensor[] out, "

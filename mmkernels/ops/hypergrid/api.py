@@ -4,7 +4,7 @@ import torch
 
 from ... import _backends
 from .._shared import dropout
-from .._shared.arguments import autocast_dtype, check_dense, check_number, check_tensor
+from .._shared.arguments import autocast_dtype, check_dense, check_index, check_number, check_tensor
 from . import autograd, reference
 
 LEAST_BLOCK = 8
@@ -208,7 +208,9 @@ def _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, d
                 f"{tuple(x.shape)}"
             )
     else:
-        index = _check_index(gate_index, x, batch, gates)
+        rows = tuple(x.shape[:-1])
+        shapes = ((batch,),) if rows == (batch,) else ((batch,), rows)
+        index = check_index("gate_index", gate_index, shapes, gates, "gate", x.device)
     if not isinstance(residual, bool):
         raise TypeError(f"residual is {residual!r}; it must be True or False")
     if activation not in reference.ACTIVATIONS:
@@ -223,25 +225,6 @@ def _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, d
             raise ValueError(f"dropout_seed is on {dropout_seed.device}; it must be on x's device, {x.device}")
         dropout_seed = dropout_seed.reshape(1)
     return x, weight, bias, index, reference.ACTIVATIONS.index(activation), dropout_p, dropout_seed
-
-
-def _check_index(index, x, batch, gates):
-    check_dense("gate_index", index)
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"gate_index has dtype {index.dtype}; it must be torch.int32 or torch.int64")
-    if index.device != x.device:
-        raise ValueError(f"gate_index is on {index.device}; it must be on x's device, {x.device}")
-    rows = tuple(x.shape[:-1])
-    if tuple(index.shape) not in ((batch,), rows):
-        allowed = f"({batch},)" + ("" if rows == (batch,) else f" or {rows}")
-        raise ValueError(f"gate_index has shape {tuple(index.shape)}; with x {tuple(x.shape)} it must be {allowed}")
-    if index.numel() and gates == 0:
-        raise ValueError("gate has no gates; gate_index needs one or more")
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(index))
-        if low < 0 or high >= gates:
-            raise IndexError(f"gate_index has numbers from {low} to {high}; they must be in [0, {gates})")
-    return index.reshape(-1).to(torch.int64)
 
 
 def _check_factors(row, column):

@@ -3,29 +3,31 @@
 import torch
 
 from ... import _backends
-from .._shared.arguments import autocast_dtype, check_dense, check_number, check_tensor
+from .._shared.arguments import autocast_dtype, check_dense, check_index, check_number, check_tensor
 from . import autograd, reference
 
 ORDER = ("cpp", "triton", "cuda", "reference")  # of auto; which of Triton and CUDA is the faster one is not measured yet
 MOST_HELD = 8192  # channels of a row that the CUDA kernels hold in registers
 
 
-def film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-5, backend="auto"):
+def film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, index=None, eps=1e-5, backend="auto"):
     """LayerNorm over the last dimension, with the addition of a residual branch in the same pass.
 
         s = x + residual + residual_bias        out = (s - mean) / sqrt(variance + eps) * gain + bias
 
-    Gain and bias may be those of a layer or of each example (feature-wise modulation, conditional LayerNorm). Statistics and
-    sums are float32.
+    Gain and bias may be those of a layer, of each example (feature-wise modulation, conditional LayerNorm) or of each task of
+    a batch (the conditional layer normalisation of CA-MTL, arXiv 2009.09139, section 2.3). Statistics and sums are float32.
 
     Args:
         x: rows (B, T, C), float32, bfloat16 or float16 (`reference` takes every float dtype). Any strides, an expanded batch
             included. Or a pair, (B, T1, C) and (B, T2, C), whose rows stand one behind the other in the result, T = T1 + T2,
             without being concatenated first.
-        gain: (C,) or (B, C) of x's dtype or float32, or None for ones.
+        gain: (C,) or (B, C) of x's dtype or float32, or None for ones; with an index (C,) or (G, C).
         bias: the same; None for zeros.
         residual: (B, T, C) of x's dtype, added first.
         residual_bias: (C,) of x's dtype or float32, added with it: the bias of the linear layer that made it.
+        index: int32 or int64 (B,), in [0, G): which row of a gain or bias (G, C) an example has, a task's for instance. The
+            gradients of such rows are summed over their examples.
         eps: added to the variance; 0 or more.
         backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend runs or raises.
 
@@ -39,7 +41,7 @@ def film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
-    arguments = _check(x, gain, bias, residual, residual_bias, eps)
+    arguments = _check(x, gain, bias, residual, residual_bias, index, eps)
     name = _backends.choose("film_layer_norm", backend, ORDER, lambda name: _refusals(name, arguments[0]))
     if name == "reference":
         out, total = reference.film_layer_norm(*arguments)
@@ -48,9 +50,9 @@ def film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-
     return out if residual is None else (out, total)
 
 
-def explain_film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-5, backend="auto"):
+def explain_film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, index=None, eps=1e-5, backend="auto"):
     """The `explain` of `film_layer_norm`."""
-    x, *_ = _check(x, gain, bias, residual, residual_bias, eps)
+    x, *_ = _check(x, gain, bias, residual, residual_bias, index, eps)
     name = _backends.choose("film_layer_norm", backend, ORDER, lambda name: _refusals(name, x))
     return _backends.Explanation("film_layer_norm", name, "", {n: _refusals(n, x) for n in _backends.NAMES})
 
@@ -69,7 +71,7 @@ def _widened(tensor):
     return tensor.float() if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _check(x, gain, bias, residual, residual_bias, eps):
+def _check(x, gain, bias, residual, residual_bias, index, eps):
     """Validates, applies autocast. Returns the same, x as a list."""
     paired = isinstance(x, (list, tuple))
     if paired and len(x) != 2:
@@ -101,6 +103,13 @@ def _check(x, gain, bias, residual, residual_bias, eps):
             raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be ({batch}, {length}, {channels})")
     elif residual_bias is not None:
         raise ValueError("residual_bias is given; it must be None without a residual")
+    groups = batch
+    if index is not None:
+        first_rows = next((p for p in (gain, bias) if isinstance(p, torch.Tensor) and p.dim() == 2), None)
+        if first_rows is None:
+            raise ValueError("index is given; it needs a gain or bias (G, C)")
+        groups = first_rows.shape[0]
+        index = check_index("index", index, ((batch,),), groups, "gain or bias", device)
     for name, parameter, dims in (("gain", gain, (1, 2)), ("bias", bias, (1, 2)), ("residual_bias", residual_bias, (1,))):
         if parameter is None:
             continue
@@ -110,8 +119,8 @@ def _check(x, gain, bias, residual, residual_bias, eps):
         if parameter.device != device:
             raise ValueError(f"{name} is on {parameter.device}; it must be on {names[0]}'s device, {device}")
         shape = parameter.shape
-        if len(shape) not in dims or shape[-1] != channels or (len(shape) == 2 and shape[0] != batch):
-            allowed = f"({channels},)" + (f" or ({batch}, {channels})" if 2 in dims else "")
+        if len(shape) not in dims or shape[-1] != channels or (len(shape) == 2 and shape[0] != groups):
+            allowed = f"({channels},)" + (f" or ({groups}, {channels})" if 2 in dims else "")
             raise ValueError(f"{name} has shape {tuple(shape)}; it must be {allowed}")
     eps = check_number("eps", eps, "a finite number of 0 or more", lambda eps: eps >= 0.0)
-    return x, gain, bias, residual, residual_bias, eps
+    return x, gain, bias, residual, residual_bias, index, eps

@@ -10,7 +10,7 @@ from .._shared.registration import fake, forward_backward, once_differentiable
 
 
 @fake("norm_fwd")
-def _forward_fake(x, residual, residual_bias, gain, bias, eps):
+def _forward_fake(x, residual, residual_bias, gain, bias, index, eps):
     batch, length, channels = x[0].shape[0], sum(one.shape[1] for one in x), x[0].shape[2]
     out = x[0].new_empty(batch, length, channels)
     total = x[0].new_empty(0) if residual is None else torch.empty_like(out)
@@ -19,11 +19,11 @@ def _forward_fake(x, residual, residual_bias, gain, bias, eps):
 
 
 @fake("norm_bwd")
-def _backward_fake(dout, dsum, rows, mean, rstd, gain, wanted):
+def _backward_fake(dout, dsum, rows, mean, rstd, gain, index, groups, wanted):
     batch, length, channels = dout.shape
 
     def of_parameter(bit, per_example):
-        shape = ((batch, channels) if per_example else (channels,)) if wanted & bit else (0,)
+        shape = ((batch if index is None else groups, channels) if per_example else (channels,)) if wanted & bit else (0,)
         return dout.new_empty(shape, dtype=torch.float32)
 
     dx = dout.new_empty(dout.shape if wanted & 1 else (0,))
@@ -32,12 +32,12 @@ def _backward_fake(dout, dsum, rows, mean, rstd, gain, wanted):
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(backend, residual, residual_bias, gain, bias, eps, *x):
-        return forward_backward("norm", backend)[0](list(x), residual, residual_bias, gain, bias, eps)
+    def forward(backend, residual, residual_bias, gain, bias, index, eps, *x):
+        return forward_backward("norm", backend)[0](list(x), residual, residual_bias, gain, bias, index, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, residual, residual_bias, gain, bias, _, *x = inputs
+        ctx.backend, residual, residual_bias, gain, bias, index, _, *x = inputs
         _, total, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.has_sum = residual is not None
@@ -45,7 +45,7 @@ class _Norm(torch.autograd.Function):
             ctx.mark_non_differentiable(total)
         ctx.lengths = [one.shape[1] for one in x]
         ctx.parameters = [None if p is None else (p.shape, p.dtype) for p in (residual_bias, gain, bias)]
-        ctx.save_for_backward(mean, rstd, gain, *([total] if ctx.has_sum else x))
+        ctx.save_for_backward(mean, rstd, gain, index, *([total] if ctx.has_sum else x))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -53,18 +53,19 @@ class _Norm(torch.autograd.Function):
         if not ctx.has_sum:
             dsum = None  # a compiler gives zeros for it
         if dout is None and dsum is None:
-            return (None,) * (6 + len(ctx.lengths))
-        mean, rstd, gain, *rows = ctx.saved_tensors
-        _, need_residual, need_residual_bias, need_gain, need_bias, _, *need_x = ctx.needs_input_grad
+            return (None,) * (7 + len(ctx.lengths))
+        mean, rstd, gain, index, *rows = ctx.saved_tensors
+        _, need_residual, need_residual_bias, need_gain, need_bias, _, _, *need_x = ctx.needs_input_grad
         need_rows = need_residual or any(need_x)
         per_example = need_bias and len(ctx.parameters[2][0]) == 2
+        groups = next((about[0][0] for about in ctx.parameters[1:] if about and len(about[0]) == 2), 0)
         wanted = need_rows * 1 + need_gain * 2 + need_bias * 4 + need_residual_bias * 8 + per_example * 16
         with torch.no_grad():
             if dout is None:  # of s alone: LayerNorm has no part in it
                 summed = dsum.sum((0, 1), dtype=torch.float32) if need_residual_bias else None
                 found = dsum, *(_zeros(about, dsum) for about in ctx.parameters[1:]), summed
             else:
-                found = forward_backward("norm", ctx.backend)[1](dout, dsum, rows, mean, rstd, gain, wanted)
+                found = forward_backward("norm", ctx.backend)[1](dout, dsum, rows, mean, rstd, gain, index, groups, wanted)
             ds, dgain, dbias, dresidual_bias = found
             parameters = [
                 grad.to(about[1]) if need else None
@@ -79,7 +80,7 @@ class _Norm(torch.autograd.Function):
                     # Where autograd keeps a part as the gradient of a leaf, it must not be memory of another leaf's.
                     parts = [part.clone() if part.is_contiguous() else part for part in parts]
                 parts = [part if need else None for need, part in zip(need_x, parts, strict=True)]
-        gradients = (None, ds if need_residual else None, *parameters, None, *parts)
+        gradients = (None, ds if need_residual else None, *parameters, None, None, *parts)
         return once_differentiable("mmkernels.ops.film_layer_norm", gradients, (dout, dsum, gain, *rows))
 
     @staticmethod
@@ -94,11 +95,11 @@ def _zeros(about, like):
     return None if about is None else like.new_zeros(about[0], dtype=torch.float32)
 
 
-def film_layer_norm(backend, x, gain, bias, residual, residual_bias, eps):
+def film_layer_norm(backend, x, gain, bias, residual, residual_bias, index, eps):
     """(out, s) on one of the kernel backends, s None without a residual; differentiable when a gradient is wanted."""
     given = [t for t in (*x, gain, bias, residual, residual_bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        out, total, _, _ = _Norm.apply(backend, residual, residual_bias, gain, bias, eps, *x)
+        out, total, _, _ = _Norm.apply(backend, residual, residual_bias, gain, bias, index, eps, *x)
     else:
-        out, total, _, _ = forward_backward("norm", backend)[0](x, residual, residual_bias, gain, bias, eps)
+        out, total, _, _ = forward_backward("norm", backend)[0](x, residual, residual_bias, gain, bias, index, eps)
     return out, None if residual is None else total

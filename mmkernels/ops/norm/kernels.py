@@ -5,7 +5,8 @@ three times forward; their backward finds the two averages of a row in a launch 
 formulas.
 
 Naming: `BLOCK` columns of a tile, `ROWS` of its rows, C channels, `*_strides` tuples of strides in elements. Rows are numbered
-over (batch, length); offsets are 64-bit. A parameter's `KIND` is 0 where there is none, 1 for (C,), 2 for (B, C).
+over (batch, length); offsets are 64-bit. A parameter's `KIND` is 0 where there is none, 1 for (C,), 2 for (G, C), of which
+example b has row `index[b]`, or b.
 """
 
 import torch
@@ -53,6 +54,15 @@ def _parameter(p, strides, example, inside, c, C: tl.constexpr, KIND: tl.constex
 
 
 @triton.jit
+def _parameter_row(index, example, inside):
+    """The row of (G, C) parameters that examples have."""
+    if index is None:
+        return example
+    else:
+        return tl.load(index + example, mask=inside, other=0)
+
+
+@triton.jit
 def _sums(
     x,
     x2,
@@ -90,6 +100,7 @@ def forward_kernel(
     residual_bias,
     gain,
     bias,
+    index,
     out,
     total,
     mean_of,
@@ -118,6 +129,7 @@ def forward_kernel(
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = r < rows
     example = r // length
+    own = _parameter_row(index, example, inside)
     t = r % length
     c = tl.arange(0, BLOCK)
     if WHOLE:
@@ -161,9 +173,9 @@ def forward_kernel(
             tl.store(total + at, s.to(total.dtype.element_ty), mask=mask)
         y = (s - mean[:, None]) * rstd[:, None]
         if GAIN > 0:
-            y *= _parameter(gain, gain_strides, example, inside, columns, C, GAIN)
+            y *= _parameter(gain, gain_strides, own, inside, columns, C, GAIN)
         if BIAS > 0:
-            y += _parameter(bias, bias_strides, example, inside, columns, C, BIAS)
+            y += _parameter(bias, bias_strides, own, inside, columns, C, BIAS)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -173,6 +185,7 @@ def _gradients(
     rows,
     rows2,
     gain,
+    index,
     mean,
     rstd,
     dout_strides,
@@ -194,7 +207,7 @@ def _gradients(
     normed = tl.where((c < C)[None, :], (s - mean[:, None]) * rstd[:, None], 0.0)
     g = incoming
     if GAIN > 0:
-        g = incoming * _parameter(gain, gain_strides, example, inside, c, C, GAIN)
+        g = incoming * _parameter(gain, gain_strides, _parameter_row(index, example, inside), inside, c, C, GAIN)
     return incoming, normed, g
 
 
@@ -204,6 +217,7 @@ def averages_kernel(
     rows,
     rows2,
     gain,
+    index,
     mean_of,
     rstd_of,
     averages,  # (2, number of rows): of g and of g times the normalised row
@@ -231,7 +245,7 @@ def averages_kernel(
     b = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         _, normed, g = _gradients(
-            dout, rows, rows2, gain, mean, rstd, dout_strides, rows_strides, rows2_strides, gain_strides,
+            dout, rows, rows2, gain, index, mean, rstd, dout_strides, rows_strides, rows2_strides, gain_strides,
             first, example, t, inside, start + tl.arange(0, BLOCK), C, PAIR, GAIN,
         )  # fmt: skip
         a += g
@@ -247,6 +261,7 @@ def backward_kernel(
     rows,
     rows2,
     gain,
+    index,
     mean_of,
     rstd_of,
     averages,
@@ -290,7 +305,7 @@ def backward_kernel(
         mean = tl.load(mean_of + r, mask=inside, other=0.0)
         rstd = tl.load(rstd_of + r, mask=inside, other=0.0)
         incoming, normed, g = _gradients(
-            dout, rows, rows2, gain, mean, rstd, dout_strides, rows_strides, rows2_strides, gain_strides,
+            dout, rows, rows2, gain, index, mean, rstd, dout_strides, rows_strides, rows2_strides, gain_strides,
             first, example, t, inside, c, C, PAIR, GAIN,
         )  # fmt: skip
         if WHOLE:
@@ -347,13 +362,13 @@ def _strides(tensor) -> tuple:
 
 
 def _of_parameter(tensor) -> tuple:
-    """(kind, strides) of (C,) or (B, C)."""
+    """(kind, strides) of (C,) or (G, C)."""
     if tensor is None:
         return 0, (0, 0)
     return (1, (0, tensor.stride(0))) if tensor.dim() == 1 else (2, tensor.stride())
 
 
-def norm_fwd(x, residual, residual_bias, gain, bias, eps):
+def norm_fwd(x, residual, residual_bias, gain, bias, index, eps):
     """`mmkernels_triton::norm_fwd`; csrc/schemas.h has the contract."""
     first, second = x[0], x[1] if len(x) > 1 else None
     batch, length, channels = first.shape[0], sum(one.shape[1] for one in x), first.shape[2]
@@ -373,6 +388,7 @@ def norm_fwd(x, residual, residual_bias, gain, bias, eps):
             residual_bias,
             gain,
             bias,
+            index,
             out,
             total,
             mean,
@@ -398,7 +414,7 @@ def norm_fwd(x, residual, residual_bias, gain, bias, eps):
     return out, total, mean, rstd
 
 
-def norm_bwd(dout, dsum, rows, mean, rstd, gain, wanted):
+def norm_bwd(dout, dsum, rows, mean, rstd, gain, index, groups, wanted):
     """`mmkernels_triton::norm_bwd`; csrc/schemas.h has the contract."""
     first, second = rows[0], rows[1] if len(rows) > 1 else None
     batch, length, channels = dout.shape
@@ -406,8 +422,11 @@ def norm_bwd(dout, dsum, rows, mean, rstd, gain, wanted):
     per_example = (gain_kind == 2, wanted & 16 != 0, False)
     wants = [wanted & bit != 0 for bit in (2, 4, 8)]
 
+    parameter_rows = batch if index is None else groups
+
     def gradient(want, own):
-        return dout.new_empty(((batch, channels) if own else (channels,)) if want else (0,), dtype=torch.float32)
+        shape = (parameter_rows, channels) if own else (channels,)
+        return dout.new_empty(shape if want else (0,), dtype=torch.float32)
 
     gradients = [gradient(want, own) for want, own in zip(wants, per_example, strict=True)]
     dx = dout.new_empty(dout.shape if wanted & 1 else (0,))
@@ -429,6 +448,7 @@ def norm_bwd(dout, dsum, rows, mean, rstd, gain, wanted):
                 first,
                 second,
                 gain,
+                index,
                 mean,
                 rstd,
                 averages,
@@ -450,6 +470,7 @@ def norm_bwd(dout, dsum, rows, mean, rstd, gain, wanted):
             first,
             second,
             gain,
+            index,
             mean,
             rstd,
             averages,
@@ -473,9 +494,9 @@ def norm_bwd(dout, dsum, rows, mean, rstd, gain, wanted):
             **tile,
             enable_fp_fusion=False,
         )
-        for want, partial, result in zip(wants, sums, gradients, strict=True):
+        for want, own, partial, result in zip(wants, per_example, sums, gradients, strict=True):
             if want:
-                sum_rows(partial, result)
+                sum_rows(partial, result, index if own else None)
     return dx, *gradients
 
 
@@ -485,9 +506,10 @@ _CODES = {"float32": "fp32", "bfloat16": "bf16"}
 _FLOATS = ("gain", "bias", "residual_bias", "mean_of", "rstd_of", "averages", "sums")  # float32 parameters too
 
 
-def report_case(name, kernel, channels, dtype, capability, tile, **constexprs) -> ReportCase:
+def report_case(name, kernel, channels, dtype, capability, tile, indexed=False, **constexprs) -> ReportCase:
     """A kernel for contiguous rows of `channels`; what `constexprs` say is absent is None."""
     absent = {"x2": not constexprs["PAIR"], "rows2": not constexprs["PAIR"], "averages": channels <= MOST_HELD}
+    absent["index"] = not indexed
     options = {"num_warps": tile.pop("num_warps"), "num_stages": 3}
     if "WANTED" in constexprs:
         options["enable_fp_fusion"] = False
@@ -506,6 +528,8 @@ def report_case(name, kernel, channels, dtype, capability, tile, **constexprs) -
             signature[argument] = "fp32"
         elif argument in _FLOATS:
             signature[argument] = "*fp32"
+        elif argument == "index":
+            signature[argument] = "*i64"
         elif argument in ("x", "x2", "residual", "out", "total", "dout", "dsum", "rows", "rows2", "dx") and not (
             kernel is forward_kernel and argument == "rows"
         ):
@@ -532,15 +556,19 @@ def report_cases():
             yield report_case("fwd", forward_kernel, 12288, dtype, capability, _forward_tile(12288), **wide)
             pair = dict(PAIR=True, RESIDUAL=False, BIASED=False, GAIN=2, BIAS=2)
             yield report_case("fwd pair film", forward_kernel, 768, dtype, capability, _forward_tile(768), **pair)
+            tasks = dict(PAIR=False, RESIDUAL=True, BIASED=True, GAIN=2, BIAS=1)
+            yield report_case("fwd of tasks", forward_kernel, 768, dtype, capability, _forward_tile(768), True, **tasks)
+            tasks = dict(PAIR=False, GAIN=2, SUMMED=True, WANTED=15)
+            yield report_case("bwd of tasks", backward_kernel, 768, dtype, capability, _backward_tile(768), True, **tasks)
 
 
 # --- Registration ---------------------------------------------------------------------------------------------------------
 
 _SCHEMAS = {
-    norm_fwd: "(Tensor[] x, Tensor? residual, Tensor? residual_bias, Tensor? gain, Tensor? bias, float eps) "
+    norm_fwd: "(Tensor[] x, Tensor? residual, Tensor? residual_bias, Tensor? gain, Tensor? bias, Tensor? index, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    norm_bwd: "(Tensor dout, Tensor? dsum, Tensor[] rows, Tensor mean, Tensor rstd, Tensor? gain, int wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    norm_bwd: "(Tensor dout, Tensor? dsum, Tensor[] rows, Tensor mean, Tensor rstd, Tensor? gain, Tensor? index, "
+    "SymInt groups, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 for _function, _schema in _SCHEMAS.items():
     _name = f"mmkernels_triton::{_function.__name__}"

@@ -9,7 +9,7 @@ Low-precision inputs are computed in float32; s, before it is normalised, and th
 import torch
 
 
-def film_layer_norm(x, gain, bias, residual, residual_bias, eps):
+def film_layer_norm(x, gain, bias, residual, residual_bias, index, eps):
     """Returns (out, s) for a list x of (B,T_i,C), residual (B,T,C) or None; s is None without a residual."""
     dtype = torch.promote_types(x[0].dtype, torch.float32)
     rows, out_dtype, total = torch.cat([one.to(dtype) for one in x], 1), x[0].dtype, None
@@ -22,12 +22,14 @@ def film_layer_norm(x, gain, bias, residual, residual_bias, eps):
     centred = rows - rows.mean(-1, keepdim=True)
     out = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     if gain is not None:
-        out = out * _of_rows(gain.to(dtype))
+        out = out * _of_rows(gain.to(dtype), index)
     if bias is not None:
-        out = out + _of_rows(bias.to(dtype))
+        out = out + _of_rows(bias.to(dtype), index)
     return out.to(out_dtype), total
 
 
-def _of_rows(parameter):
-    """(C,), or (B,C) as (B,1,C)."""
-    return parameter if parameter.dim() == 1 else parameter[:, None]
+def _of_rows(parameter, index):
+    """(C,), or those of each example as (B,1,C)."""
+    if parameter.dim() == 1:
+        return parameter
+    return (parameter if index is None else parameter[index])[:, None]
