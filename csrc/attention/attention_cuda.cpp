@@ -418,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     run_gradient(kQueries, kA, wanted & 1 ? dq : empty(q, q.sizes(), q.scalar_type()));
     call.pass.dbias_blocks = nullptr;
     if (dbias.numel() > 0)
-      check_launch(mmk_sum_rows(floats(*blocks), floats(dbias), bias->size(0), heads, queries * width,
+      check_launch(mmk_sum_rows(floats(*blocks), floats(dbias), bias->size(0), batch ? heads : 0, queries * width,
                                 call.pass.bias_index, batch, device.stream),
                    "attention_bwd");
   } else if (wanted & 1) {

@@ -50,7 +50,7 @@ def check(generator, tensors, backend, wanted=("q", "k", "v", *PARTS), **options
         ((2, 1, 128, 128), 22, 2),  # the base model's
         ((3, 2, 64, 64), 16, None),  # blocks of the tile's grid, a row for each example
         ((3, 1, 5, 5), 2, 2),  # three blocks where H // L says two
-        ((2, 2, 6, 50), 3, 2),  # few queries, more keys
+        ((4, 2, 7, 50), 4, 2),  # few queries, more keys
         ((2, 1, 40, 5), 4, 2),  # few keys
         ((2, 1, 97, 150), 86, 1),
         ((2, 1, 20, 20), 30, 2),  # one block wider than all
