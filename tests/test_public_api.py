@@ -8,7 +8,7 @@ import torch
 
 import mmkernels
 from mmkernels import models, modules, ops
-from mmkernels.models import hypergrid_t5, mbt, perceiver
+from mmkernels.models import ca_mtl, hypergrid_t5, mbt, perceiver
 
 SIGNATURES = {
     ops.adapter: "(x, w_down, b_down, w_up, b_up, *, input_residual=None, residual=None, skip=False, norm_weight=None, "
@@ -19,7 +19,7 @@ SIGNATURES = {
     "backend='auto')",
     ops.bias_gelu: "(x, bias=None, *, approximate='tanh', backend='auto')",
     ops.bottleneck_attention: "(tokens_qkv, bottleneck_qkv, *, key_masks=None, scale=None, query_rows='all', backend='auto')",
-    ops.film_layer_norm: "(x, gain, bias, *, residual=None, residual_bias=None, eps=1e-05, backend='auto')",
+    ops.film_layer_norm: "(x, gain, bias, *, residual=None, residual_bias=None, index=None, eps=1e-05, backend='auto')",
     ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
     "position=None, key_mask=None, scale=None, backend='auto')",
     ops.linear: "(x, weight, bias=None, *, backend='auto')",
@@ -44,7 +44,25 @@ SIGNATURES = {
     modules.HyperGridLinear.gate: "(self, state=None)",
     modules.FourierPositions: "(index_shape, num_bands, max_resolution=None, *, device=None, dtype=None)",
     modules.FourierPositions.forward: "(self)",
+    modules.FiLM: "(task_channels, channels, *, device=None, dtype=None)",
+    modules.FiLM.forward: "(self, x, tasks, index=None)",
+    modules.ConditionalLayerNorm: "(channels, task_channels, *, eps=1e-12, backend='auto', device=None, dtype=None)",
+    modules.ConditionalLayerNorm.forward: "(self, x, tasks, index=None, *, branch=None, branch_bias=None, modulation=None)",
+    modules.ConditionalAlignment: "(channels, task_channels, *, eps=1e-12, dropout=0.0, backend='auto', device=None, "
+    "dtype=None)",
+    modules.ConditionalAlignment.forward: "(self, x, tasks, index=None, *, branch=None)",
+    modules.ConditionalAttention: "(channels, task_channels, length, block, *, num_heads, dropout=0.0, backend='auto', "
+    "device=None, dtype=None)",
+    modules.ConditionalAttention.forward: "(self, x, tasks, index=None, *, key_mask=None)",
+    modules.ConditionalBottleneck: "(channels, task_channels, bottleneck=None, *, device=None, dtype=None)",
+    modules.ConditionalBottleneck.forward: "(self, x, tasks, index=None)",
     modules.set_backend: "(model, backend)",
+    ca_mtl.CAMTL.forward: "(self, input_ids, task_id, *, attention_mask=None, token_type_ids=None, labels=None)",
+    ca_mtl.CAMTL.encode: "(self, input_ids, task_id, *, attention_mask=None, token_type_ids=None)",
+    ca_mtl.CAMTL.freeze: "(self, first, last)",
+    ca_mtl.CAMTL.save_pretrained: "(self, path)",
+    ca_mtl.from_official: "(config, state_dict, *, backend='auto')",
+    ca_mtl.from_bert: "(config, state_dict, *, variant='base', backend='auto', **tasks)",
     models.load: "(name_or_path, *, device=None, dtype=None, **overrides)",
     hypergrid_t5.HyperGridT5.forward: "(self, input_ids, *, attention_mask=None, labels=None, decoder_input_ids=None, "
     "decoder_attention_mask=None, local_state=None)",
@@ -80,11 +98,28 @@ def test_signature(function):
     ("module", "names"),
     [
         (mmkernels, {"BackendError", "explain", "models", "modules", "ops", "testing", "train", "use_backend"}),
-        (ops, {"adapter", "attention", "bias_gelu", "bottleneck_attention", "film_layer_norm", "latent_attention", "linear"}),
+        (
+            ops,
+            {
+                "BlockDiagonalBias",
+                "adapter",
+                "attention",
+                "bias_gelu",
+                "bottleneck_attention",
+                "film_layer_norm",
+                "latent_attention",
+                "linear",
+            },
+        ),
         (
             modules,
             {
                 "BottleneckFusionLayer",
+                "ConditionalAlignment",
+                "ConditionalAttention",
+                "ConditionalBottleneck",
+                "ConditionalLayerNorm",
+                "FiLM",
                 "FourierPositions",
                 "HyperGridLinear",
                 "LatentCrossAttention",
@@ -93,7 +128,7 @@ def test_signature(function):
                 "set_backend",
             },
         ),
-        (models, {"hypergrid_t5", "load", "mbt", "names", "perceiver"}),
+        (models, {"ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -4,7 +4,7 @@ import importlib
 
 from .registry import SYSTEMS, InputError, load, names
 
-__all__ = ["InputError", "hypergrid_t5", "load", "mbt", "names", "perceiver"]
+__all__ = ["InputError", "ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver"]
 
 
 def __getattr__(name):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 SYSTEMS = (
+    "ca_mtl",
     "hypergrid_t5",
     "mbt",
     "perceiver",

@@ -129,7 +129,7 @@ class ConditionalAttention(WithBackend):
         self.film = FiLM(task_channels, block, device=device, dtype=dtype)
 
     def forward(self, x, tasks, index=None, *, key_mask=None):
-        """(B, L, C) -> (B, L, C), the heads' results side by side; `key_mask` bool (B, L), True where a row may be attended."""
+        """(B, L, C) -> (B, L, C), heads side by side; `key_mask` bool (B, L), True where a row may be attended."""
         if x.shape[1] != self.matrix.shape[0]:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, {self.matrix.shape[0]}, {self.qkv.in_features})")
         qkv = self.qkv(x) if self.backend == "eager" else linear(x, self.qkv.weight, self.qkv.bias, self.backend)
