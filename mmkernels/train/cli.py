@@ -22,10 +22,11 @@ def add_commands(subparsers) -> None:
     _add_training_options(folder, config="perceiver-small", output="runs/perceiver", epochs=30, batch_size=32, lr=1e-3)
     folder.set_defaults(run=lambda arguments: guarded(_train, arguments, _folder))
 
-    from . import multimodal_cli, text_cli
+    from . import multimodal_cli, multitask_cli, text_cli
 
     multimodal_cli.add_systems(systems)
     text_cli.add_systems(systems)
+    multitask_cli.add_systems(systems)
 
     predict = subparsers.add_parser("predict", help="classify image files or a clip, or answer a text, with a trained model")
     predict.add_argument("images", nargs="*", metavar="IMAGE")
@@ -37,6 +38,7 @@ def add_commands(subparsers) -> None:
         help="for a model of clips, once for each modality of one clip: spectrogram=FILE (sound), rgb=FILE or FOLDER (frames)",
     )
     predict.add_argument("--text", action="append", default=[], help="for a model of text, with the prefix of its task")
+    predict.add_argument("--task", help="of a model of several tasks; a tab in --text is between the two texts of a pair")
     predict.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of a training")
     predict.add_argument("--backend", default="auto")
     predict.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
@@ -212,6 +214,8 @@ def resumable(arguments, folder):
 def _predict(arguments):
     from ..models import InputError
 
+    if arguments.task is not None and not arguments.text:
+        raise InputError("--task is given without --text")
     if arguments.text:
         from . import text_cli
 

@@ -36,11 +36,12 @@ class Settings:
     clip_norm: float | None = 1.0  # None: gradients are not clipped
     seed: int = 0
     optimizer: str = "adamw"  # or "sgd", with momentum 0.9, or "adafactor"
-    schedule: str = "cosine"  # or "constant"; after the warm-up
+    schedule: str = "cosine"  # or "linear", or "constant"; after the warm-up
     steps: int | None = None  # in place of epochs
     evaluate_every: int | None = None  # so many steps; None: after every epoch
     micro_batches: int = 1  # that a batch is cut into, one in memory at a time
     bfloat16: bool = False  # autocast
+    beta2: float = 0.99  # of AdamW
 
 
 @dataclasses.dataclass
@@ -53,13 +54,17 @@ class Task:
     evaluate: Callable  # (model, batches) -> dict of floats
     fingerprint: str  # changes when the data does
     draw: Callable | None = None  # (first, last) -> the batches of these steps; None: permutations of `training`
+    select: Callable | None = None  # (model, batch) -> the part of a batch that a step takes, chosen in training mode
     split: Callable | None = None  # (batch, n) -> [(micro-batch, its share of the loss)]
     headline: str | None = None  # the metric whose best model is kept, beside the last one
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to zero, or no change."""
-    rest = 1.0 if settings.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Linear warm-up, then half a cosine to zero, a line to zero, or no change."""
+    if settings.schedule == "linear":
+        rest = (steps - step) / max(steps - settings.warmup_steps, 1)
+    else:
+        rest = 1.0 if settings.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
     return settings.learning_rate * min((step + 1) / max(settings.warmup_steps, 1), rest)
 
 
@@ -98,7 +103,7 @@ def make_optimizer(model, settings):
     if settings.optimizer == "adafactor":
         # torch adds its first epsilon to no square and clamps with it: the default, 1e-7, would flatten small gradients.
         return torch.optim.Adafactor(groups, lr=settings.learning_rate, eps=(1e-15, 1e-3), d=1.0, beta2_decay=-0.8)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
 
 
 def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", save_every=50, workers=0) -> list:
@@ -142,7 +147,7 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
             for batch in loader(task.training, order[: steps - state["step"]], workers):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, state["step"], steps)
-                parts = [(to_device(batch, device), 1.0)]
+                parts = [(_selected(model, task, to_device(batch, device), settings, device), 1.0)]
                 if settings.micro_batches > 1:
                     parts = task.split(parts[0][0], settings.micro_batches)
                 loss = train_step(model, optimizer, loss_of, parts, settings.clip_norm).item()
@@ -168,6 +173,13 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
                 elif state["step"] % save_every == 0:
                     checkpoint.save(folder, model, optimizer, state)
     return state["history"]
+
+
+def _selected(model, task, batch, settings, device):
+    if task.select is None:
+        return batch
+    with torch.no_grad(), _precision(settings, device):
+        return task.select(model, batch)
 
 
 @torch.no_grad()

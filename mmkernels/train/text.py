@@ -31,7 +31,7 @@ def make_task(tasks: dict, tokens, *, batch_size, seed, max_input=512, max_targe
     sizes = [len(task.training) for task in trained]
     mixture = Mixture(sizes, rates(sizes, **mixing), batch_size, seed)
     training = Texts([example for task in trained for example in task.training], tokens, max_input, max_target)
-    dev = [(task, example) for task in tasks.values() for example in _spread(task.dev, dev_limit)]
+    dev = [(task, example) for task in tasks.values() for example in spread(task.dev, dev_limit)]
     dev.sort(key=lambda pair: min(len(tokens.encode(pair[1].input)), max_input))  # batches of like lengths, and little padding
     held_out = Texts([example for _, example in dev], tokens, max_input, max_target)
     objective = Generation([task.name for task, _ in dev], held_out, tasks, batch_size)
@@ -48,7 +48,7 @@ def make_task(tasks: dict, tokens, *, batch_size, seed, max_input=512, max_targe
     )
 
 
-def _spread(examples, limit):
+def spread(examples, limit):
     """`limit` of the examples at even distances. Groups, which are neighbours, are cut: a quick look and no benchmark."""
     if limit is None or limit >= len(examples):
         return examples
@@ -102,19 +102,23 @@ class Generation:
 
     def score(self, texts: list) -> dict:
         """The metrics of a text for each example."""
-        values, means = {}, {}
-        for name, task in self.tasks.items():
-            mine = [i for i, owner in enumerate(self.owners) if owner == name]
-            examples = [self.held_out.examples[i] for i in mine]
-            found = text_metrics.evaluate(task.metrics, [texts[i] for i in mine], examples)
-            values |= {f"{name}/{metric}": value for metric, value in found.items()}
-            means[name] = sum(found.values()) / len(found)
-        averages = {AVERAGE: sum(means.values()) / len(means)}
-        for benchmark in ("GLUE", "SuperGLUE"):
-            mine = [means[name] for name, task in self.tasks.items() if task.benchmark == benchmark]
-            if mine:
-                averages[benchmark] = sum(mine) / len(mine)
-        return {**averages, **values}
+        return score(texts, self.owners, self.held_out.examples, self.tasks)
+
+
+def score(texts: list, owners: list, examples: list, tasks: dict) -> dict:
+    """Metrics of what was said of each of `examples`, which belong to the tasks `owners` name, and their averages."""
+    values, means = {}, {}
+    for name, task in tasks.items():
+        mine = [i for i, owner in enumerate(owners) if owner == name]
+        found = text_metrics.evaluate(task.metrics, [texts[i] for i in mine], [examples[i] for i in mine])
+        values |= {f"{name}/{metric}": value for metric, value in found.items()}
+        means[name] = sum(found.values()) / len(found)
+    averages = {AVERAGE: sum(means.values()) / len(means)}
+    for benchmark in ("GLUE", "SuperGLUE"):
+        mine = [means[name] for name, task in tasks.items() if task.benchmark == benchmark]
+        if mine:
+            averages[benchmark] = sum(mine) / len(mine)
+    return {**averages, **values}
 
 
 def majority(tasks: dict) -> dict:
@@ -155,11 +159,11 @@ def table(row: dict) -> str:
     return "\n".join(lines)
 
 
-def learning_curve(history: list) -> bytes:
+def learning_curve(history: list, loss="cross-entropy of a token") -> bytes:
     """A PNG: training and held-out loss by step, and the mean of every task's metrics with their average."""
     figure = require("matplotlib.figure", "train").Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps = draw_losses(left, history, "step", "cross-entropy of a token")
+    steps = draw_losses(left, history, "step", loss)
     for name in dict.fromkeys(key.partition("/")[0] for key in history[-1] if "/" in key):
         right.plot(steps, [100 * mean_of(row, name) for row in history], lw=0.8, label=name)
     right.plot(steps, [100 * row[AVERAGE] for row in history], "k.-", lw=2, label=AVERAGE)

@@ -250,12 +250,22 @@ def grid_config(arguments, config):
 
 
 def predict(arguments) -> int:
-    """Prints the text that is generated, a line for each --text."""
+    """Prints what is generated, or found, for each --text, a line each."""
     from ..models import InputError
-    from . import text
+    from ..models.registry import read_json
+    from . import multitask, text
+    from .classification import TASK
 
     if arguments.images or arguments.input:
         raise InputError("--text stands beside images or --input; give one of them")
-    for made in text.predict(arguments.checkpoint, arguments.text, device=cli.device_of(arguments), backend=arguments.backend):
-        print(" ".join(made.split()))
+    options = {"device": cli.device_of(arguments), "backend": arguments.backend}
+    path = Path(arguments.checkpoint) / TASK
+    if path.is_file() and read_json(path).get("kind") == "multitask":
+        lines = multitask.predict(arguments.checkpoint, arguments.task, arguments.text, **options)
+    elif arguments.task is not None:
+        raise InputError(f"--task is for a model of several tasks; {arguments.checkpoint} holds none")
+    else:
+        lines = text.predict(arguments.checkpoint, arguments.text, **options)
+    for line in lines:
+        print(" ".join(line.split()))
     return 0

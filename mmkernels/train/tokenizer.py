@@ -1,15 +1,16 @@
-"""Tokenizers of T5: SentencePiece models and Hugging Face's tokenizer.json, from files, and SentencePiece trained on text.
+"""Tokenizers of T5 and of BERT: from files, and trained on text.
 
-T5's SentencePiece models have 32 000 pieces, and its vocabulary 100 sentinels more, `<extra_id_0>` being the last; the
-embedding has room up to the next multiple of 128.
+T5's are SentencePiece models and Hugging Face's tokenizer.json. Its SentencePiece models have 32 000 pieces, and its
+vocabulary 100 sentinels more, `<extra_id_0>` being the last; the embedding has room up to the next multiple of 128.
 """
 
+import collections
 import hashlib
 import io
 import re
 from pathlib import Path
 
-from ..models.registry import InputError, require, write_atomically
+from ..models.registry import InputError, read_json, require, write_atomically
 
 SENTINELS = 100
 ROUND = 128
@@ -88,8 +89,100 @@ class HuggingFace:
     fingerprint = SentencePiece.fingerprint
 
 
+class Bert:
+    """BERT's WordPieces, through the library `tokenizers`; a tokenizer.json with [PAD], [CLS] and [SEP]."""
+
+    file = "tokenizer.json"
+
+    def __init__(self, content: bytes, source="the tokenizer"):
+        library = require("tokenizers", "text")
+        try:
+            self.model = library.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises Exception itself
+            raise InputError(f"{source} cannot be read as a tokenizer.json: {error}") from error
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.content, self.size = content, self.model.get_vocab_size()
+        self.pad_id, self.start, self.end = (self.model.token_to_id(name) for name in ("[PAD]", "[CLS]", "[SEP]"))
+        for name, found in (("[PAD]", self.pad_id), ("[CLS]", self.start), ("[SEP]", self.end)):
+            if found is None:
+                raise InputError(f"{source} has no token {name!r}; it is not BERT's")
+
+    def encode_pair(self, first: str, second: str | None, length: int) -> tuple:
+        """([CLS] first [SEP], or [CLS] first [SEP] second [SEP], at most `length` ids; how many of them come before second).
+
+        Tokens are cut off the end of the longer text, one after another; of the second where both are as long.
+        """
+        a = self.model.encode(first, add_special_tokens=False).ids
+        b = [] if second is None else self.model.encode(second, add_special_tokens=False).ids
+        surplus = len(a) + len(b) - (length - 2 - (second is not None))
+        while surplus > 0:
+            longer = a if len(a) > len(b) else b
+            cut = min(max(abs(len(a) - len(b)), 1), surplus)
+            del longer[-cut:]
+            surplus -= cut
+        ids = [self.start, *a, self.end]
+        return (ids, len(ids)) if second is None else ([*ids, *b, self.end], len(ids))
+
+    fingerprint = SentencePiece.fingerprint
+
+
+BERT_FILES = ("tokenizer.json", "vocab.txt")
+
+
+def load_bert(path: Path) -> Bert:
+    """BERT's tokenizer from a tokenizer.json or vocab.txt, or a folder with one; raises InputError.
+
+    A vocab.txt is taken for a cased one unless `tokenizer_config.json` beside it says {"do_lower_case": true}.
+    """
+    library, path = require("tokenizers", "text"), Path(path)
+    if path.is_dir():
+        found = next((path / name for name in BERT_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise InputError(f"{path} has no tokenizer: neither {' nor '.join(BERT_FILES)}")
+        path = found
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            return Bert(content, path)
+        words = content.decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    settings = path.parent / "tokenizer_config.json"
+    lower = bool(read_json(settings).get("do_lower_case", False)) if settings.is_file() else False
+    if missing := [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if name not in words]:
+        raise InputError(f"{path} has no token {missing[0]!r}; it is no vocabulary of BERT")
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return _bert(library.BertWordPieceTokenizer(vocabulary, lowercase=lower, strip_accents=lower))
+
+
+def train_bert(texts, size: int) -> Bert:
+    """A cased vocabulary of at most `size` tokens: letters, by themselves and inside of words, and the most frequent words.
+
+    The same texts give the same bytes, which the trainer of the library does not promise.
+    """
+    library = require("tokenizers", "text")
+    splitter = library.BertWordPieceTokenizer(lowercase=False, strip_accents=False)
+    counts = collections.Counter()
+    for text in texts:
+        normal = splitter._tokenizer.normalizer.normalize_str(text)
+        counts.update(word for word, _ in splitter._tokenizer.pre_tokenizer.pre_tokenize_str(normal))
+    letters = sorted({letter for word in counts for letter in word})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    if len(words) > size:
+        raise InputError(f"a tokenizer of {size} tokens has no room for the {len(letters)} letters of the tasks' texts")
+    known = set(words)
+    words += [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if word not in known]
+    vocabulary = {word: number for number, word in enumerate(words[:size])}
+    return _bert(library.BertWordPieceTokenizer(vocabulary, lowercase=False, strip_accents=False))
+
+
+def _bert(made) -> Bert:
+    return Bert(made.to_str().encode())
+
+
 def load(path: Path):
-    """A tokenizer from a file, or from a folder with one of `FILES`; raises InputError."""
+    """A tokenizer of T5 from a file, or from a folder with one of `FILES`; raises InputError."""
     path = Path(path)
     if path.is_dir():
         found = next((path / name for name in FILES if (path / name).is_file()), None)

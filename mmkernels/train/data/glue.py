@@ -150,13 +150,12 @@ def load(name: str, path: Path, kind: str) -> tuple:
     line, and for an empty split. QQP alone is distributed with rows that are cut off; these are left out.
     """
     spec = SPECS[name]
-    read = _read_files if kind == "files" else _read_datasets
     training, dev, left_out = [], [], 0
     splits = [] if name in DEV_ONLY else [("train", "train", None, training)]
     splits += [(stem, split, group, dev) for stem, (split, group) in spec.dev.items()]
     for stem, split, group, examples in splits:
         before = len(examples)
-        for where, record in read(name, path, stem, split):
+        for where, record in read(name, path, kind, stem, split):
             if record is None:
                 left_out += 1
                 continue
@@ -164,6 +163,11 @@ def load(name: str, path: Path, kind: str) -> tuple:
         if len(examples) == before:
             raise InputError(f"{path} has no example of {name} in its split {stem!r}")
     return training, dev, left_out
+
+
+def read(name: str, path: Path, kind: str, stem: str, split: str):
+    """Yields (where, record with the hub's columns) of a split at a place that `find` found, None for one that is cut off."""
+    return (_read_files if kind == "files" else _read_datasets)(name, path, stem, split)
 
 
 # --- T5's texts --------------------------------------------------------------------------------------------------------------
@@ -174,9 +178,9 @@ def to_examples(name: str, record: dict, where: str, *, training: bool, group=No
     spec = SPECS[name]
     prefix = spec.prefix or name
     if name == "stsb":
-        score = _score(record["label"], where)
+        value = score(record["label"], where)
         text = f"stsb sentence1: {record['sentence1']} sentence2: {record['sentence2']}"
-        return [Example(text, score_text(score), score)]
+        return [Example(text, score_text(value), value)]
     if name == "record":
         entities, passage = ", ".join(record["entities"]), _passage(record["passage"])
         text = f"record query: {record['query']} entities: {entities} passage: {passage}"
@@ -298,14 +302,15 @@ def _passage(text):
     return re.sub(r"\n@highlight\n", ". ", re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", text))
 
 
-def _score(label, where):
+def score(label, where: str) -> float:
+    """A similarity of STS-B."""
     try:
-        score = float(label)
+        value = float(label)
     except (TypeError, ValueError):
-        score = -1.0
-    if not 0.0 <= score <= 5.0:
+        value = -1.0
+    if not 0.0 <= value <= 5.0:
         raise InputError(f"{where} has the score {label!r}; it must be a number from 0 to 5")
-    return score
+    return value
 
 
 # --- Files as distributed ----------------------------------------------------------------------------------------------------
