@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import adapters, fusion, launches, products, rows, text
+from . import adapters, conditional, fusion, launches, products, rows, text
 from .registry import Inputs, Problem
 
 SDPA = F.scaled_dot_product_attention
@@ -238,6 +238,8 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
         launches.name_fused_loops()
     if isinstance(problem, rows.Rows):
         return _rows(problem, inputs, cuda, with_compile)
+    if isinstance(problem, conditional.Conditional):
+        return _conditional(problem, inputs, cuda, with_compile)
     if isinstance(problem, products.Product):
         return _products(problem, inputs, cuda, with_compile)
     if isinstance(problem, adapters.Adapters):
@@ -378,8 +380,10 @@ def _networks(problem, with_compile):
 # --- Rows -------------------------------------------------------------------------------------------------------------------
 
 
-def _layer_norm(x, residual, residual_bias, gain, bias):
+def _layer_norm(x, residual, residual_bias, gain, bias, index=None):
     total = x + (residual + residual_bias)
+    if index is not None:
+        return [F.layer_norm(total, x.shape[-1:], None, None, 1e-5) * gain[index][:, None] + bias, total]
     return [F.layer_norm(total, x.shape[-1:], gain, bias, 1e-5), total]
 
 
@@ -390,9 +394,31 @@ def _rows(problem, inputs, cuda, with_compile):
     listed.append(Candidate("eager", "baseline", plain))
     if problem.op == "film_layer_norm":
         plain = _layer_norm
-        listed.append(Candidate("layer_norm", "baseline", plain, note="torch's own gain and bias"))
+        listed.append(Candidate("layer_norm", "baseline", plain, note="" if problem.tasks else "torch's own gain and bias"))
     if with_compile:
         listed.append(Candidate("torch.compile", "baseline", _compiled(plain)))
+    return listed
+
+
+# --- Conditional attention ------------------------------------------------------------------------------------------------
+
+
+def _conditional(problem, inputs, cuda, with_compile):
+    """The bias of diagonal blocks on the way, against a matrix of each example; or a layer and its plain twin."""
+    plain = {"eager": "eager"}
+    if problem.op == "ca_mtl_layer":
+        listed = [Candidate("mmkernels", "mmkernels", conditional.function(problem, "auto"))]
+    else:
+        t = inputs.tensors
+        bias = mmkernels.ops.BlockDiagonalBias(*(t[n] for n in ("matrix", "gain", "shift", "index")))
+        explanation = mmkernels.explain("attention", t["q"], t["k"], t["v"], bias=bias, key_mask=t["key_mask"])
+        listed = [*_backends_of(explanation, cuda, functools.partial(conditional.function, problem))]
+        plain["sdpa"] = "sdpa"
+    listed += [Candidate(name, "baseline", conditional.function(problem, backend)) for name, backend in plain.items()]
+    if with_compile:
+        for name, backend in plain.items():
+            compiled = conditional.function(problem, backend, compiler=_compiled)
+            listed.append(Candidate("torch.compile" if name == "eager" else f"{name}, compiled", "baseline", compiled))
     return listed
 
 

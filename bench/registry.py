@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import adapters, fusion, products, rows, text
+from . import adapters, conditional, fusion, products, rows, text
 from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
 
 class Case(NamedTuple):
-    problem: Problem | fusion.Fusion | adapters.Adapters | rows.Rows | products.Product | text.Text
+    problem: Problem | conditional.Conditional | fusion.Fusion | adapters.Adapters | rows.Rows | products.Product | text.Text
     pass_: str  # forward: without gradients. backward: alone. step: both. -dx: the input wants a gradient too
 
     @property
@@ -105,6 +105,7 @@ def _on_gpu(problem, batch):
 
 _PRODUCTS = (products.FLOOR, products.GRID_16, products.GRID_32, products.SHORT_FLOOR, products.SHORT)
 _DECODE = (products.DECODE, products.DECODE_LARGE)
+_CONDITIONAL = (conditional.BASE, conditional.LARGE, conditional.BASE_256)
 _MODALITIES = (fusion.FRAMES_32, fusion.FRAMES_8, fusion.SECONDS_4)
 
 
@@ -119,6 +120,9 @@ def _gpu_cases():
         ("forward", "step"), *(_on_gpu(p, 8) for p in (fusion.LAYER_32, fusion.LAYER_8, fusion.LAYER, fusion.MODEL))
     )
     cases += _cases(three, *(_on_gpu(p, 8) for p in (rows.NORM, rows.GELU)))
+    for p in (*_CONDITIONAL, rows.TASKS, rows.TASKS_LARGE):
+        cases += _cases(three, p._replace(dtype="bfloat16"))
+    cases += _cases(("forward", "step"), conditional.LAYER._replace(dtype="bfloat16"))
     cases += _cases(three, *(p._replace(dtype="bfloat16", batch=128) for p in (*_PRODUCTS, products.LARGE)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=128) for p in _DECODE))
     cases += _cases(three, products.GATE._replace(dtype="bfloat16"))
@@ -152,6 +156,8 @@ PRESETS = {
     + _cases(("forward", "step", "backward"), fusion.SECONDS_4, fusion.FRAMES_8, fusion.CLS)
     + _cases(("forward", "step"), fusion.FRAMES_32, fusion.LAYER, fusion.LAYER_8, fusion.MODEL)
     + _cases(("forward", "step", "backward"), rows.NORM, rows.GELU)
+    + _cases(("forward", "step", "backward"), *_CONDITIONAL, rows.TASKS, rows.TASKS_LARGE)
+    + _cases(("forward", "step"), conditional.LAYER)
     + _cases(("forward", "step", "backward"), products.MBT, *_PRODUCTS, products.GATE)
     + _cases(("forward",), *(p._replace(batch=b) for p in _DECODE for b in (1, 16, 64)))
     + _cases(("forward", "step", "backward"), *adapters.ALONE, *adapters.PFEIFFER, *adapters.HOULSBY, *adapters.PARALLEL)

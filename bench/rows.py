@@ -1,6 +1,7 @@
 """Problems of the ops that go over rows once: LayerNorm with its residual addition, and GELU with its bias.
 
-The shapes are those of a transformer layer of 768 channels over the rows of MBT's clips of 4 s.
+The shapes are those of a transformer layer of 768 channels over the rows of MBT's clips of 4 s, and of CA-MTL's layers, whose
+norms have a gain for each task.
 """
 
 from typing import NamedTuple
@@ -21,6 +22,7 @@ class Rows(NamedTuple):
     batch: int
     length: int
     channels: int
+    tasks: int = 0  # that have gains of their own; 0: one gain for all
     dtype: str = "float32"
 
     id = problem_id
@@ -28,7 +30,7 @@ class Rows(NamedTuple):
 
     def small(self):
         """A tiny one with the same candidates."""
-        return self._replace(batch=1, length=2, channels=8)
+        return self._replace(batch=1, length=2, channels=8, tasks=min(self.tasks, 2))
 
     def make_tensors(self, normal) -> tuple:
         """(tensors by name, options, shapes of the outputs); `normal(*shape)` makes random numbers."""
@@ -37,6 +39,9 @@ class Rows(NamedTuple):
             return {"x": normal(*shape), "bias": normal(channels, scale=0.1)}, {}, [shape]
         tensors = {"x": normal(*shape), "residual": normal(*shape), "residual_bias": normal(channels, scale=0.1)}
         tensors |= {"gain": normal(channels, scale=0.1, shift=1.0), "bias": normal(channels, scale=0.1)}
+        if self.tasks:
+            tensors["gain"] = normal(self.tasks, channels, scale=0.1, shift=1.0)
+            tensors["index"] = torch.arange(self.batch, device=tensors["x"].device) % self.tasks
         return tensors, {}, [shape, shape]
 
     def wanted(self, pass_: str) -> tuple:
@@ -46,7 +51,7 @@ class Rows(NamedTuple):
 
     def exact(self, inputs, names: tuple) -> testing.Run:
         with torch.set_grad_enabled(bool(names)):
-            wide = {n: t.double() for n, t in inputs.tensors.items()}
+            wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.tensors.items()}
             return testing.run(function(self.op, "reference"), wide, names, [c.double() for c in inputs.cotangent])
 
     def counts(self, pass_: str) -> tuple:
@@ -59,6 +64,8 @@ class Rows(NamedTuple):
 
 
 NORM = Rows("film_layer_norm", "mbt-4-seconds", 2, 790, 768)
+TASKS = Rows("film_layer_norm", "ca-mtl-base", 32, 128, 768, 8)
+TASKS_LARGE = Rows("film_layer_norm", "ca-mtl-large", 32, 128, 1024, 8)
 GELU = Rows("bias_gelu", "mbt-4-seconds", 2, 790, 3072)
 
 

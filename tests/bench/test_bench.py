@@ -14,6 +14,7 @@ from bench import (
     baselines,
     build,
     cli,
+    conditional,
     fusion,
     launches,
     memory,
@@ -50,8 +51,8 @@ def test_ids_are_unique_and_passes_known(preset):
     ids = [case.id for case in cases]
     assert len(set(ids)) == len(ids)
     assert {case.pass_ for case in cases} <= set(registry.PASSES)
-    networks = {"fusion_layer", "mbt", "hypergrid_t5"} if preset != "quick" else set()
-    assert {case.problem.op for case in cases} == {*ops.__all__, *networks}
+    others = {"fusion_layer", "mbt", "hypergrid_t5", "conditional_attention", "ca_mtl_layer"} if preset != "quick" else set()
+    assert {case.problem.op for case in cases} == {*ops.EXPLAINERS, *others}
 
 
 def test_select_names_what_is_wrong():
@@ -96,8 +97,11 @@ MODALITIES = fusion.SECONDS_4._replace(tokens=(20, 9), heads=2, head_dim=8)
         fusion.MODEL._replace(tokens=(197, 9), heads=2, head_dim=8),
         rows.NORM._replace(length=9, channels=24),
         rows.GELU._replace(length=9, channels=24),
+        rows.TASKS._replace(batch=5, length=9, channels=24, tasks=3),
+        conditional.BASE._replace(batch=5, length=24, heads=2, head_dim=12, block=9, tasks=3),
+        conditional.LAYER._replace(batch=3, length=16, heads=2, head_dim=16, block=8, tasks=2),
     ],
-    ids=lambda p: f"{p.op}-{getattr(p, 'query_rows', '')}",
+    ids=lambda p: f"{p.op}-{p.name}-{getattr(p, 'query_rows', '')}",
 )
 @pytest.mark.parametrize("pass_", ["forward", "step"])
 def test_every_candidate_of_several_outputs_computes_the_same(problem, pass_):
