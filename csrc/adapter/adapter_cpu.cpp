@@ -234,8 +234,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
   call.complete();
   AdapterProblem& p = call.p;
   const int64_t norms = norm_weight.has_value() + out_weight.has_value();
-  Tensor out = torch::stable::new_empty(x, {x.size(0), p.length, p.channels});
-  Tensor statistics = torch::stable::new_empty(x, {2 * norms, x.size(0), p.length}, ScalarType::Float);
+  Tensor out = allocate(x, {x.size(0), p.length, p.channels});
+  Tensor statistics = allocate(x, {2 * norms, x.size(0), p.length}, ScalarType::Float);
   if (p.rows == 0) return {out, statistics};
   float* const numbers = static_cast<float*>(statistics.mutable_data_ptr());
   p.mean = numbers, p.rstd = numbers + p.rows;
@@ -268,7 +268,7 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   const int64_t norms = norm_weight.has_value() + out_weight.has_value(), channels = p.channels, r = p.bottleneck;
   check_dtype(statistics, "statistics", ScalarType::Float);
   check_shape(statistics, "statistics", {2 * norms, x.size(0), p.length});
-  statistics = torch::stable::contiguous(statistics);
+  statistics = as_contiguous(statistics);
   float* const numbers = const_cast<float*>(floats(statistics));
   p.mean = numbers, p.rstd = numbers + p.rows;
   p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
@@ -284,7 +284,7 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
     const bool is_wanted = wanted >> i & 1;
     STD_TORCH_CHECK(!is_wanted || t != nullptr, "wanted is ", wanted, "; bit ", i, " is of an argument that is absent");
     const ScalarType dtype = i <= 3 || i == 5 ? call.dtype : ScalarType::Float;
-    found[i] = is_wanted ? torch::stable::new_empty(*t, t->sizes(), dtype) : torch::stable::new_empty(x, {0}, dtype);
+    found[i] = is_wanted ? allocate(*t, t->sizes(), dtype) : allocate(x, {0}, dtype);
     if (is_wanted) to[i] = static_cast<char*>(found[i].mutable_data_ptr());
   }
   const auto result = [&] { return std::tuple_cat(found); };

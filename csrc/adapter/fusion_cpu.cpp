@@ -41,8 +41,8 @@ void for_rows(const AdapterFusion& f, int64_t rows, const F& run) {
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor outputs, double scale) {
   AdapterFusion f = describe(query, outputs, scale);
   const int64_t batch = query.size(0);
-  Tensor out = torch::stable::new_empty(query, {batch, f.length, f.channels});
-  Tensor weights = torch::stable::new_empty(query, {batch, f.length, f.adapters}, ScalarType::Float);
+  Tensor out = allocate(query, {batch, f.length, f.channels});
+  Tensor weights = allocate(query, {batch, f.length, f.adapters}, ScalarType::Float);
   f.out = static_cast<char*>(out.mutable_data_ptr());
   f.weights = static_cast<float*>(weights.mutable_data_ptr());
   for_rows(f, batch * f.length, kernels().forward);
@@ -55,12 +55,10 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor query, Tensor outputs, T
   const int64_t batch = query.size(0);
   check_dtype(dout, "dout", query.scalar_type()), check_shape(dout, "dout", {batch, f.length, f.channels});
   check_dtype(weights, "weights", ScalarType::Float), check_shape(weights, "weights", {batch, f.length, f.adapters});
-  weights = torch::stable::contiguous(weights);
+  weights = as_contiguous(weights);
   f.dout = strided(dout), f.weights = const_cast<float*>(floats(weights));
-  Tensor dquery = want_query ? torch::stable::new_empty(query, {batch, f.length, f.channels})
-                             : torch::stable::new_empty(query, {0});
-  Tensor doutputs = want_outputs ? torch::stable::new_empty(query, {batch, f.length, f.adapters, f.channels})
-                                 : torch::stable::new_empty(query, {0});
+  Tensor dquery = want_query ? allocate(query, {batch, f.length, f.channels}) : allocate(query, {0});
+  Tensor doutputs = want_outputs ? allocate(query, {batch, f.length, f.adapters, f.channels}) : allocate(query, {0});
   f.dquery = want_query ? static_cast<char*>(dquery.mutable_data_ptr()) : nullptr;
   f.doutputs = want_outputs ? static_cast<char*>(doutputs.mutable_data_ptr()) : nullptr;
   for_rows(f, batch * f.length, kernels().backward);

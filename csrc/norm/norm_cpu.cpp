@@ -73,10 +73,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::vector<Tensor> x, Option
   n.gain = parameter(gain, "gain", n, dtype, groups);
   n.bias = parameter(bias, "bias", n, dtype, groups);
   n.eps = static_cast<float>(eps);
-  Tensor out = torch::stable::new_empty(x[0], shape);
-  Tensor sum = residual.has_value() ? torch::stable::new_empty(x[0], shape) : torch::stable::new_empty(x[0], {0});
-  Tensor mean = torch::stable::new_empty(x[0], {n.batch, n.length}, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x[0], {n.batch, n.length}, ScalarType::Float);
+  Tensor out = allocate(x[0], shape);
+  Tensor sum = residual.has_value() ? allocate(x[0], shape) : allocate(x[0], {0});
+  Tensor mean = allocate(x[0], {n.batch, n.length}, ScalarType::Float);
+  Tensor rstd = allocate(x[0], {n.batch, n.length}, ScalarType::Float);
   n.out = static_cast<char*>(out.mutable_data_ptr());
   n.sum = static_cast<char*>(sum.mutable_data_ptr());
   n.mean = static_cast<float*>(mean.mutable_data_ptr());
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   for (auto [statistic, name] : {std::pair{&mean, "mean"}, {&rstd, "rstd"}}) {
     check_dtype(*statistic, name, ScalarType::Float);
     check_shape(*statistic, name, {n.batch, n.length});
-    *statistic = torch::stable::contiguous(*statistic);
+    *statistic = as_contiguous(*statistic);
   }
   n.mean = const_cast<float*>(floats(mean));
   n.rstd = const_cast<float*>(floats(rstd));
@@ -121,13 +121,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   const bool sums_wanted = wants[0] || wants[1] || wants[2];
   const int64_t groups = (wants[0] && per_example[0]) || (wants[1] && per_example[1]) ? n.batch : 1;
   auto gradient = [&](int i) {
-    if (!wants[i]) return torch::stable::new_empty(rows[0], {0}, ScalarType::Float);
-    if (per_example[i]) return torch::stable::new_empty(rows[0], {own_rows, n.columns}, ScalarType::Float);
-    return torch::stable::new_empty(rows[0], {n.columns}, ScalarType::Float);
+    if (!wants[i]) return allocate(rows[0], {0}, ScalarType::Float);
+    if (per_example[i]) return allocate(rows[0], {own_rows, n.columns}, ScalarType::Float);
+    return allocate(rows[0], {n.columns}, ScalarType::Float);
   };
   Tensor gradients[3] = {gradient(0), gradient(1), gradient(2)};
-  Tensor dx = wanted & 1 ? torch::stable::new_empty(rows[0], {n.batch, n.length, n.columns})
-                         : torch::stable::new_empty(rows[0], {0});
+  Tensor dx = wanted & 1 ? allocate(rows[0], {n.batch, n.length, n.columns}) : allocate(rows[0], {0});
   n.dx = wanted & 1 ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
   n.wants_rows = (wanted & 1) != 0 || wants[2];
 
