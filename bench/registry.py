@@ -4,6 +4,7 @@ Sizes are those of `Problem`: B batch, N queries, M keys, C channels of the inpu
 values. Counts of operations and bytes live in `roofline.py`, the functions that are compared in `baselines.py`.
 """
 
+import difflib
 import fnmatch
 import math
 from typing import NamedTuple
@@ -184,7 +185,8 @@ def select(preset: str, op: str | None = None, case: str | None = None) -> list:
     if case is not None:
         chosen = [c for c in cases if fnmatch.fnmatch(c.id, case) or fnmatch.fnmatch(c.problem.id, case)]
         if not chosen:
-            raise ValueError(f"case is {case!r}; it matches none of: " + ", ".join(c.id for c in cases))
+            near = difflib.get_close_matches(case, [c.id for c in cases], 8, 0.0)
+            raise ValueError(f"case is {case!r}; it matches none of {len(cases)}, such as: " + ", ".join(near))
         cases = chosen
     return cases
 
