@@ -169,7 +169,7 @@ def test_bad_flags(tmp_path, capsys):
         fails(capsys, message, "train", "perceiver-digits", "--output", tmp_path / "run", *arguments)
         assert not (tmp_path / "run").exists()
 
-    check("known are hypergrid-t5-11b", "--config", "perceiver-digit")
+    check("known are ca-mtl-base", "--config", "perceiver-digit")
     check("which is no Perceiver; allowed are perceiver-imagenet", "--config", "mbt-digits")
     check("latent_channels is 30; it must be a multiple of self_heads, 4", "--latent-dim", "30", "--heads", "4")
     check("does not fit into memory", "--latents", "1000000000000000")
