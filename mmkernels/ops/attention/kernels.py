@@ -156,7 +156,7 @@ def _bias_of(bias, bias_strides, bias_index, bias_width, batch, head, queries, B
 def _block_places(n, m, width):
     """Places in a bias's diagonal blocks (N, C) of queries n and keys m, and which of them are in a block."""
     block = n // width
-    return n.to(tl.int64) * width + (m - block * width), block == m // width
+    return (n - block).to(tl.int64) * width + m, block == m // width
 
 
 @triton.jit
