@@ -78,9 +78,12 @@ void pack(const AdapterProblem& p, const AdapterWeights& w, float* panels) {
 // --- A block of rows -----------------------------------------------------------------------------------------------
 
 // Rows that pass through together: their three arrays and the packed weights share the second cache level.
-int64_t block_rows(int64_t channels) {
-  constexpr int64_t kStep = 12;
-  return std::clamp<int64_t>(48 * 1024 / padded_row(channels) / kStep * kStep, kStep, 96);
+int64_t block_rows(int64_t channels) { return std::clamp<int64_t>(50 * 1024 / padded_row(channels), 12, 96); }
+
+// The same for blocks of almost equal length: the last one of few rows would be slow.
+int64_t even_block(const AdapterPart& part, int64_t channels) {
+  const int64_t rows = part.end - part.begin;
+  return ceil_div(rows, ceil_div(rows, block_rows(channels)));
 }
 
 // Scratch memory of a worker: arrays of rows of C and of r elements, and single rows.
@@ -234,10 +237,10 @@ template <class T>
 void forward_of(const AdapterProblem& p, const AdapterPart& part, float* space) {
   const Scratch s(p, space);
   const Panels at(p);
-  const int64_t columns = p.channels, most = block_rows(columns);
+  const int64_t columns = p.channels, step = even_block(part, columns);
   load_norms(p, s);
-  for (int64_t begin = part.begin; begin < part.end; begin += most) {
-    const Block block{p, begin, std::min(most, part.end - begin)};
+  for (int64_t begin = part.begin; begin < part.end; begin += step) {
+    const Block block{p, begin, std::min(step, part.end - begin)};
     load_gates(block, s);
     input_rows<T>(block, s, part.panels == nullptr || p.dropout ? nullptr : part.panels + at.b_up, true, false);
     if (part.panels != nullptr) {
@@ -404,13 +407,13 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, float* space)
   const Panels at(p);
   const AdapterSums sums(p.channels, p.bottleneck);
   const float* const panels = part.panels;
-  const int64_t columns = p.channels, most = block_rows(columns);
+  const int64_t columns = p.channels, step = even_block(part, columns);
   const bool branch = panels != nullptr, out_norm = p.out_weight.data != nullptr;
   const bool again = branch && (out_norm || p.wants_bottleneck() || p.wants_up);  // is the bottleneck needed again?
   load_norms(p, s);
   std::fill_n(part.rest, sums.rest, 0.0f);
-  for (int64_t begin = part.begin; begin < part.end; begin += most) {
-    const Block block{p, begin, std::min(most, part.end - begin)};
+  for (int64_t begin = part.begin; begin < part.end; begin += step) {
+    const Block block{p, begin, std::min(step, part.end - begin)};
     const bool accumulate = begin > part.begin;
     load_gates(block, s);
     if (again || out_norm) input_rows<T>(block, s, !branch || p.dropout ? nullptr : panels + at.b_up, out_norm, true);

@@ -368,7 +368,7 @@ def test_every_instruction_set(on, isa):
     assert run.returncode == 0, run.stderr
 
 
-@each_op
+@pytest.mark.parametrize("op", [op for op in OPS if op != "fusion"])  # its products are torch's
 def test_the_number_of_threads_changes_no_bit(on, generator, op):
     on("cpp")
     function, make = OPS[op]
