@@ -78,6 +78,52 @@ class Adapters(NamedTuple):
         return forward if pass_ == "forward" else backward
 
 
+class Fused(NamedTuple):
+    """AdapterFusion of `adapters` outputs; op is "adapter_fusion"."""
+
+    op: str
+    name: str
+    batch: int
+    length: int
+    channels: int
+    adapters: int
+    dtype: str = "float32"
+
+    id = problem_id
+    torch_dtype = problem_dtype
+
+    def small(self):
+        """A tiny one with the same candidates."""
+        return self._replace(batch=2, length=3, channels=8, adapters=3)
+
+    def make_tensors(self, normal) -> tuple:
+        """(tensors by name, options, shapes of the outputs); scores have unit variance."""
+        rows, c = (self.batch, self.length), self.channels
+        tensors = {"query": normal(*rows, c), "outputs": normal(*rows, self.adapters, c)}
+        tensors |= {"w_q": normal(c, c, scale=c**-0.5), "b_q": normal(c, scale=0.1), "w_k": normal(c, c, scale=1 / c)}
+        return tensors | {"b_k": normal(c, scale=0.1), "w_v": normal(c, c, scale=c**-0.5)}, {}, [(*rows, c)]
+
+    def wanted(self, pass_: str) -> tuple:
+        """Not b_k, whose gradient is zero."""
+        return () if pass_ == "forward" else ("query", "outputs", "w_q", "b_q", "w_k", "w_v")
+
+    def exact(self, inputs, names: tuple) -> testing.Run:
+        with torch.set_grad_enabled(bool(names)):
+            wide = {n: t.double() for n, t in inputs.tensors.items()}
+            cotangent = [c.double() for c in inputs.cotangent]
+            return testing.run(mmkernels.ops.adapter_fusion, wide, names, cotangent, backend="reference")
+
+    def counts(self, pass_: str) -> tuple:
+        """(operations, bytes): of three products a token with absorbed projections; every array once."""
+        rows, c = self.batch * self.length, self.channels
+        operations = 6 * rows * c * c + 4 * rows * self.adapters * c
+        arrays, item = rows * c * (self.adapters + 2) + 3 * c * c, self.torch_dtype.itemsize
+        forward, backward = (operations, item * arrays), (2 * operations, 2 * item * arrays)
+        if pass_ == "step":
+            return forward[0] + backward[0], forward[1] + backward[1]
+        return forward if pass_ == "forward" else backward
+
+
 def _problem(name, batch, length, bottleneck, place, channels=768, **options):
     return Adapters("adapter", name, batch, length, channels, bottleneck, place, **options)
 
@@ -93,6 +139,7 @@ MIXED = [
     _problem("mixed-64x64", 64, 64, 48, "pfeiffer", adapters=8),
 ]
 LARGE = _problem("large-mixed-32x128", 32, 128, 64, "pfeiffer", 1024, adapters=8)
+FUSED = [Fused("adapter_fusion", f"{n}x128-{a}", n, 128, 768, a) for n, a in ((8, 3), (8, 8), (8, 16), (32, 8))]
 GPU = [
     *(_problem(f"{place}-16x512", 16, 512, r, place) for place, r in (("pfeiffer", 48), ("houlsby", 48), ("parallel", 384))),
     *(_problem(f"pfeiffer-16x512-r{r}", 16, 512, r, "pfeiffer") for r in (12, 384)),

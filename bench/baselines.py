@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import mmkernels
+from mmkernels import testing
 from mmkernels.testing import eager_attention, eager_latent_attention
 
 from . import adapters, conditional, fusion, launches, products, rows, text
@@ -242,6 +243,10 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
         return _conditional(problem, inputs, cuda, with_compile)
     if isinstance(problem, products.Product):
         return _products(problem, inputs, cuda, with_compile)
+    if isinstance(problem, adapters.Fused):
+        plain = Candidate("eager", "baseline", testing.eager_adapter_fusion)
+        compiled = [Candidate("torch.compile", "baseline", _compiled(plain.function))] if with_compile else []
+        return [*_ours(problem, inputs, cuda), plain, *compiled]
     if isinstance(problem, adapters.Adapters):
         return _adapters(problem, inputs, cuda, with_compile)
     if isinstance(problem, text.Text):

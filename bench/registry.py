@@ -43,8 +43,13 @@ class Problem(NamedTuple):
         return self._replace(batch=1, queries=2, keys=3)
 
 
+OtherProblem = (
+    adapters.Adapters | adapters.Fused | conditional.Conditional | fusion.Fusion | products.Product | rows.Rows | text.Text
+)
+
+
 class Case(NamedTuple):
-    problem: Problem | conditional.Conditional | fusion.Fusion | adapters.Adapters | rows.Rows | products.Product | text.Text
+    problem: Problem | OtherProblem
     pass_: str  # forward: without gradients. backward: alone. step: both. -dx: the input wants a gradient too
 
     @property
@@ -127,7 +132,9 @@ def _gpu_cases():
     cases += _cases(three, *(p._replace(dtype="bfloat16", batch=128) for p in (*_PRODUCTS, products.LARGE)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=128) for p in _DECODE))
     cases += _cases(three, products.GATE._replace(dtype="bfloat16"))
-    cases += _cases(three, *(p._replace(dtype="bfloat16") for p in (*adapters.GPU, *adapters.MIXED, adapters.LARGE)))
+    cases += _cases(
+        three, *(p._replace(dtype="bfloat16") for p in (*adapters.GPU, *adapters.MIXED, adapters.LARGE, *adapters.FUSED))
+    )
     cases += _cases(("step",), *(p._replace(dtype="bfloat16", batch=32) for p in (text.BASE, text.BASE_PLAIN)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=32) for p in text.GENERATE_BASE))
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
@@ -144,7 +151,7 @@ PRESETS = {
     + _cases(("forward",), BYTES, SELF_LANGUAGE)
     + _cases(("forward", "step"), fusion.SECONDS_4._replace(batch=1), rows.NORM, rows.GELU)
     + _cases(("forward",), products.SHORT_FLOOR._replace(batch=2), products.SHORT._replace(batch=2), products.GATE)
-    + _cases(("forward", "step"), adapters.PFEIFFER[1], adapters.MIXED[0]),
+    + _cases(("forward", "step"), adapters.PFEIFFER[1], adapters.MIXED[0], adapters.FUSED[0]),
     "paper": _cases(("forward", "step", "step-dx", "backward", "backward-dx"), IMAGENET)
     + _cases(("forward", "step"), IMAGENET, dtype="bfloat16")
     + _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
@@ -162,7 +169,7 @@ PRESETS = {
     + _cases(("forward", "step", "backward"), products.MBT, *_PRODUCTS, products.GATE)
     + _cases(("forward",), *(p._replace(batch=b) for p in _DECODE for b in (1, 16, 64)))
     + _cases(("forward", "step", "backward"), *adapters.ALONE, *adapters.PFEIFFER, *adapters.HOULSBY, *adapters.PARALLEL)
-    + _cases(("forward", "step", "backward"), *adapters.MIXED, adapters.LARGE)
+    + _cases(("forward", "step", "backward"), *adapters.MIXED, adapters.LARGE, *adapters.FUSED[:2])
     + _cases(("step",), text.SMALL, text.SMALL_PLAIN)
     + _cases(("forward",), *text.GENERATE)
     # Time and memory against M.

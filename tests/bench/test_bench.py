@@ -59,7 +59,8 @@ def test_select_names_what_is_wrong():
     with pytest.raises(ValueError, match="preset is 'fast'; allowed are 'quick', 'paper', 'gpu'"):
         registry.select("fast")
     with pytest.raises(
-        ValueError, match="op is 'norm'; preset 'quick' has cases of 'adapter', 'attention', 'bias_gelu', 'bottleneck"
+        ValueError,
+        match="op is 'norm'; preset 'quick' has cases of 'adapter', 'adapter_fusion', 'attention', 'bias_gelu', 'bottleneck",
     ):
         registry.select("quick", op="norm")
     with pytest.raises(ValueError, match="case is 'nothing'; it matches none of .* such as"):
@@ -129,6 +130,15 @@ def test_adapters_and_their_floors_are_verified(place, pass_, monkeypatch):
         assert ("one adapter" in found) == (problem.adapters > 0)
         errors = set(found["eager"]["errors"])
         assert ("gradient of stream" in errors) == (place != "alone" and pass_ == "step")
+
+
+@pytest.mark.parametrize("pass_", ["forward", "step"])
+def test_the_fusion_of_adapters_is_verified(pass_, monkeypatch):
+    monkeypatch.setattr(memory, "peak", lambda *_: None)
+    case = registry.Case(adapters.FUSED[0].small(), pass_)
+    found = {r["candidate"]: r for r in run.run_problem([case], CPU, seconds=0.01, with_compile=False)}
+    assert {r["status"] for r in found.values()} <= {"ok", "unsupported"} and found["eager"]["status"] == "ok"
+    assert len(found["eager"]["errors"]) == (1 if pass_ == "forward" else 7)
 
 
 @pytest.mark.parametrize("pass_", ["forward", "step"])
