@@ -460,7 +460,15 @@ def _adapters(problem, inputs, cuda, with_compile):
     if problem.adapters:
         first = problem._replace(first=True)
         function, floor = adapters.function(first, "auto"), {"without": ("index",), "solves": first}
-        listed.append(Candidate("one adapter", "floor", function, note="ours, all examples with the first one", **floor))
+        listed.append(
+            Candidate(
+                "one adapter",
+                "floor",
+                function,
+                note="ours, all examples with the first; its gradient is put into the bank's",
+                **floor,
+            )
+        )
     floor = {"without": ("stream", "norm", "index"), "solves": problem._replace(place="products")}
     listed.append(Candidate("products alone", "floor", adapters.products, note="of one adapter, by F.linear", **floor))
     return listed
