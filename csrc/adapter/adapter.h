@@ -42,7 +42,8 @@ struct AdapterWeights {
 // Rows order[begin] to order[end] with one adapter, and what the backward sums over them.
 struct AdapterPart {
   int64_t begin, end;
-  const float* panels;      // its packed weights; null: none
+  int64_t adapter;          // -1: none
+  const float* panels;      // its packed weights; null where there is none
   float *up, *down, *rest;  // AdapterSums has their sizes
 };
 

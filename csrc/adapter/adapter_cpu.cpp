@@ -165,39 +165,60 @@ double operations(const Call& call) {
   return 4.0 * call.p.rows * call.p.channels * call.p.bottleneck + 20.0 * call.p.rows * call.p.channels;
 }
 
-// The packed weights of every adapter that has rows, and the rows in parts of at most `size`.
+// The rows in parts of at most `size`, and their adapters' packed weights: of few adapters made before, for all
+// threads; of many made by the thread that takes a part, in memory that it has in cache.
 class Parts {
  public:
   std::vector<AdapterPart> parts;
   std::vector<int64_t> first;  // part of every group
 
-  Parts(const Call& call, int64_t size, int64_t threads) : stride_(kernels().panels_space(call.p)) {
+  Parts(const Call& call, int64_t size, int64_t threads) : call_(call), stride_(kernels().panels_space(call.p)) {
     std::vector<int64_t> used;
     for (int64_t g = 0; g < call.groups(); ++g) {
       const int64_t begin = call.begins[g], rows = call.begins[g + 1] - begin;
       first.push_back(static_cast<int64_t>(parts.size()));
       if (rows == 0) continue;
-      const int64_t step = ceil_div(rows, ceil_div(rows, size));
+      const int64_t step = ceil_div(rows, ceil_div(rows, size)), adapter = g < call.adapters ? g : -1;
       for (int64_t i = 0; i < rows; i += step)
-        parts.push_back({begin + i, begin + std::min(i + step, rows), nullptr, nullptr, nullptr, nullptr});
-      if (g < call.adapters) used.push_back(g);
+        parts.push_back({begin + i, begin + std::min(i + step, rows), adapter, nullptr, nullptr, nullptr, nullptr});
+      if (adapter >= 0) used.push_back(g);
     }
     first.push_back(static_cast<int64_t>(parts.size()));
-    space_ = Space(static_cast<int64_t>(used.size()) * stride_);
+    if (are_many(static_cast<int64_t>(used.size()), threads)) return;
+    shared_ = Space(static_cast<int64_t>(used.size()) * stride_);
     const int64_t count = static_cast<int64_t>(used.size());
     for_parts(count, count * stride_ < 100000 ? 1 : threads, [&](int64_t i, int64_t) {
-      const int64_t g = used[i];
-      float* const panels = space_.at(i * stride_);
-      kernels().pack(call.p, call.weights(g), panels);
-      for (int64_t part = first[g]; part < first[g + 1]; ++part) parts[part].panels = panels;
+      float* const panels = shared_.at(i * stride_);
+      kernels().pack(call.p, call.weights(used[i]), panels);
+      for (int64_t part = first[used[i]]; part < first[used[i] + 1]; ++part) parts[part].panels = panels;
     });
   }
 
+  static bool are_many(int64_t adapters, int64_t threads) { return adapters >= 2 * threads && adapters > 2; }
+
   int64_t count() const { return static_cast<int64_t>(parts.size()); }
 
+  // run(part, scratch memory) for every part.
+  template <class F>
+  void run(int64_t threads, const F& run) const {
+    const int64_t workers = std::min(threads, count()), size = round_up(kernels().space(call_.p), 16) + stride_;
+    const Space space(workers * size);
+    std::vector<int64_t> packed(workers, -1);
+    for_parts(count(), workers, [&](int64_t i, int64_t worker) {
+      AdapterPart part = parts[i];
+      float *const panels = space.at(worker * size), *const scratch = panels + stride_;
+      if (part.adapter >= 0 && part.panels == nullptr) {
+        if (packed[worker] != part.adapter) kernels().pack(call_.p, call_.weights(part.adapter), panels);
+        packed[worker] = part.adapter, part.panels = panels;
+      }
+      run(part, scratch);
+    });
+  }
+
  private:
+  const Call& call_;
   int64_t stride_;
-  Space space_;
+  Space shared_;
 };
 
 // Memory for the sums of a product: of the first part of an adapter in the gradient itself, where that is given.
@@ -210,7 +231,7 @@ class Products {
     const auto for_each = [&](const auto& f) {
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t part = parts.first[g]; part < parts.first[g + 1]; ++part)
-          if (parts.parts[part].panels != nullptr) f(g, part);
+          if (parts.parts[part].adapter >= 0) f(g, part);
     };
     for_each([&](int64_t g, int64_t part) { others += !is_first(g, part); });
     space_ = Space(others * size), others = 0;
@@ -242,11 +263,11 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
   p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
   p.out = static_cast<char*>(out.mutable_data_ptr());
   const int64_t threads = threads_for(operations(call));
-  const Parts parts(call, std::min<int64_t>(round_up(ceil_div(p.rows, 4 * threads), 12), 96), threads);
-  const int64_t workers = std::min(threads, parts.count()), size = kernels().space(p);
-  const Space space(workers * size);
-  for_parts(parts.count(), workers,
-            [&](int64_t part, int64_t worker) { kernels().forward(p, parts.parts[part], space.at(worker * size)); });
+  int64_t groups = 0;
+  for (int64_t a = 0; a < call.adapters; ++a) groups += call.begins[a + 1] > call.begins[a];
+  const int64_t most = Parts::are_many(groups, threads) ? 512 : 96;
+  const Parts parts(call, std::min(round_up(ceil_div(p.rows, 4 * threads), 12), most), threads);
+  parts.run(threads, [&](const AdapterPart& part, float* space) { kernels().forward(p, part, space); });
   return {out, statistics};
 }
 
@@ -309,12 +330,7 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   const Products up(parts, p.wants_up ? at.up : 0, in_place ? floats_of(5) : nullptr, &AdapterPart::up);
   const Products down(parts, p.wants_down ? at.down : 0, in_place ? floats_of(3) : nullptr, &AdapterPart::down);
   for (int64_t i = 0; i < parts.count(); ++i) parts.parts[i].rest = rest.at(i * at.rest);
-  {
-    const int64_t workers = std::min(threads, parts.count()), size = kernels().space(p);
-    const Space space(workers * size);
-    for_parts(parts.count(), workers,
-              [&](int64_t part, int64_t worker) { kernels().backward(p, parts.parts[part], space.at(worker * size)); });
-  }
+  parts.run(threads, [&](const AdapterPart& part, float* space) { kernels().backward(p, part, space); });
   const bool of_weights = p.wants_down || p.wants_b_down || p.wants_up || p.wants_b_up;
   if (of_weights) {
     const Space scales(to[11] == nullptr ? 0 : call.adapters * channels);
