@@ -2,12 +2,12 @@
 
 import importlib
 
-from .registry import SYSTEMS, InputError, load, names
+from .registry import MODULES, InputError, load, names
 
-__all__ = ["InputError", "ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver"]
+__all__ = ["InputError", "adapterhub", "ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver"]
 
 
 def __getattr__(name):
-    if name in SYSTEMS:
+    if name in MODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

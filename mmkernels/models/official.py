@@ -42,12 +42,12 @@ def read_huggingface(folder) -> tuple:
             continue
         state = {}
         for file in files:
-            state |= (read_tensors if name.endswith(".safetensors") else _read_pickle)(folder / file)
+            state |= (read_tensors if name.endswith(".safetensors") else read_pickle)(folder / file)
         return config, state
     raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of one of them")
 
 
-def _read_pickle(path):
+def read_pickle(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch have no common one

@@ -15,6 +15,7 @@ SYSTEMS = (
     "mbt",
     "perceiver",
 )  # modules of this package with CONFIGS (name -> config), CONFIG (class) and MODEL (class)
+MODULES = ("adapterhub", *SYSTEMS)  # and those that work on models of others
 
 
 class InputError(ValueError):
@@ -86,15 +87,15 @@ def save_pretrained(model: torch.nn.Module, path) -> None:
     config = {"system": type(model).__module__.rpartition(".")[2], **dataclasses.asdict(model.config)}
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     contents = {"model.safetensors": safetensors.save(weights), "config.json": json.dumps(config, indent=1).encode()}
-    _replace_files({path / name: content for name, content in contents.items()})
+    write_files({path / name: content for name, content in contents.items()})
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file: whoever reads it sees the old content or the new one, also after a crash."""
-    _replace_files({path: content})
+    write_files({path: content})
 
 
-def _replace_files(contents: dict) -> None:
+def write_files(contents: dict) -> None:
     """Replaces files of one folder by path -> bytes: all are written beside their places and forced to disk, then renamed.
 
     Of several the last is taken away before the first is replaced, so that it never stands beside files of another writing.

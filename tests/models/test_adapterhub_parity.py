@@ -1,0 +1,406 @@
+"""AdapterHub beside the library `adapters` in the same process: the same tiny models, weights and setups."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from mmkernels.models import InputError
+from mmkernels.models.adapterhub import AdapterHub
+from mmkernels.modules import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
+
+adapters = pytest.importorskip("adapters")
+compositions = pytest.importorskip("adapters.composition")
+
+transformers.logging.set_verbosity_error()
+BERT = dict(
+    vocab_size=60,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=24,
+    type_vocab_size=2,
+    attn_implementation="eager",  # the library changes masks in place, which others do not survive
+)
+T5 = dict(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
+VIT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4)
+ROWS, TOKENS = 6, 5
+
+
+def build(kind):
+    """A tiny model whose parameters are large enough for every path to matter."""
+    torch.manual_seed(0)
+    make = {
+        "bert": lambda: transformers.BertModel(transformers.BertConfig(**BERT)),
+        "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**{**BERT, "pad_token_id": 0})),
+        "t5": lambda: transformers.T5Model(transformers.T5Config(**T5)),
+        "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**VIT)),
+        "bert_mlm": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+        "electra": lambda: transformers.ElectraModel(transformers.ElectraConfig(**BERT, embedding_size=16)),
+    }[kind]
+    return randomize(make()).eval()
+
+
+def randomize(model, names=()):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not names or any(part in name for part in names):
+                noise = torch.randn(parameter.shape, generator=generator) * 0.2
+                parameter.copy_(1 + noise if parameter.dim() == 1 and "orm.weight" in name else noise)
+    return model
+
+
+def batch(kind):
+    generator = torch.Generator().manual_seed(4)
+    if kind == "vit":
+        return {"pixel_values": torch.randn(ROWS, 3, 8, 8, generator=generator)}
+    ids = torch.randint(2, 60, (ROWS, TOKENS), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return inputs | ({"decoder_input_ids": ids[:, :4]} if kind == "t5" else {})
+
+
+def both(kind, configs, compat="adapters", backend="auto", fusions=(), **options):
+    """(our hub, the library's model) with the same adapters {name: (preset, options)} and weights."""
+    model = build(kind)
+    theirs = copy.deepcopy(model)
+    adapters.init(theirs)
+    hub = AdapterHub(model, compat=compat, backend=backend)
+    for name, (preset, changes) in configs.items():
+        theirs.add_adapter(name, config=adapters.AdapterConfig.load(preset, **changes))
+        hub.add_adapter(name, preset, **changes)
+    for names, config in fusions:
+        theirs.add_adapter_fusion(list(names), config)
+        hub.add_adapter_fusion(names, config)
+    randomize(theirs, ("adapter", "phm_rule"))
+    state = {n: t for n, t in theirs.state_dict().items() if "prompt_tuning" not in n}
+    assert set(model.state_dict()) == set(state)
+    model.load_state_dict(state)
+    theirs.eval(), model.eval()
+    return hub, theirs
+
+
+def compare(hub, theirs, kind, ours_setup, their_setup, exact=False, **extra):
+    """Outputs, and gradients of every parameter of adapters and fusions."""
+    hub.set_active(ours_setup)
+    theirs.set_active_adapters(their_setup)
+    results = []
+    for model in (hub.model, theirs):
+        model.zero_grad()
+        torch.manual_seed(1)
+        out = model(**batch(kind), **extra)
+        out = out.logits if "logits" in out else out.last_hidden_state
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+        (out * cotangent).sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if "adapter" in n or "phm" in n}
+        results.append((out.detach(), gradients))
+    (ours, gradients), (expected, their_gradients) = results
+    assert ours.shape == expected.shape
+    close(ours, expected, "output", exact)
+    for name, gradient in gradients.items():
+        other = their_gradients[name]
+        if gradient is None or other is None:  # an adapter that no row has: nothing, or zeros
+            assert all(g is None or not g.any() for g in (gradient, other)), name
+            continue
+        close(gradient, other, name, exact)
+    return ours
+
+
+def close(actual, expected, what, exact=False):
+    if exact:
+        assert torch.equal(actual, expected), what
+        return
+    scale = max(1.0, float(expected.abs().max()))
+    assert float((actual - expected).abs().max()) <= 2e-5 * scale, what
+
+
+PRESETS = ["seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn", "seq_bn_inv", "double_seq_bn_inv", "compacter", "compacter++"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", ["bert", "roberta", "t5", "vit"])
+def test_presets(kind, preset):
+    if kind == "vit" and "inv" in preset:
+        with pytest.raises(ValueError, match="inv_adapter is 'nice'"):
+            AdapterHub(build(kind)).add_adapter("a", preset)
+        return
+    changes = {"reduction_factor": 4} if "compacter" in preset else {}
+    hub, theirs = both(kind, {"a": (preset, changes)})
+    compare(hub, theirs, kind, "a", "a")
+
+
+OPTIONS = {
+    "ln_before": dict(ln_before=True),
+    "ln_after": dict(ln_after=True),
+    "residual before its norm": dict(ln_after=True, adapter_residual_before_ln=True),
+    "gate": dict(use_gating=True),
+    "channel": dict(scaling="channel"),
+    "post_add": dict(original_ln_before=True, residual_before_ln="post_add"),
+    "AdapterPlus": dict(original_ln_before=True, residual_before_ln=False, original_ln_after=False, scaling="channel"),
+    "residual after the norm, two norms": dict(original_ln_before=True, residual_before_ln=False, ln_before=True),
+    "leakyrelu": dict(non_linearity="leakyrelu"),
+    "gelu_new": dict(non_linearity="gelu_new"),
+    "layers": dict(reduction_factor={"1": 2, "default": 8}, leave_out=[0]),
+    "own Kronecker rule": dict(phm_layer=True, shared_phm_rule=False, reduction_factor=4),
+    "factors of the rule": dict(phm_layer=True, factorized_phm_rule=True, reduction_factor=4),
+    "unfactorized": dict(phm_layer=True, factorized_phm_W=False, reduction_factor=4),
+    "shared weights": dict(phm_layer=True, shared_W_phm=True, reduction_factor=4),
+    "parallel, norms": dict(is_parallel=True, ln_before=True, ln_after=True, use_gating=True),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options, backend):
+    hub, theirs = both("bert", {"a": ("double_seq_bn", options)}, backend=backend)
+    compare(hub, theirs, "bert", "a", "a")
+
+
+def test_cross_attention_adapters_of_t5():
+    hub, theirs = both("t5", {"a": ("double_seq_bn", {"cross_adapter": True})})
+    compare(hub, theirs, "t5", "a", "a")
+    assert len(hub.places) == 2 * 2 + 2 * 3
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "vit", "electra"])
+def test_skipped_layers(kind):
+    hub, theirs = both(kind, {"a": ("double_seq_bn", {})})
+    layers = [0, 2]
+    theirs.set_active_adapters("a", skip_layers=layers)
+    hub.set_active("a", skip_layers=layers)
+    ours, expected = (m(**batch(kind)).last_hidden_state for m in (hub.model, theirs))
+    close(ours.detach(), expected.detach(), "output")
+
+
+def setups(library):
+    """The same compositions in ours and in the library's blocks."""
+    L = library
+    return {
+        "stack": (Stack("a", "b"), L.Stack("a", "b")),
+        "batch_split": (BatchSplit("a", "b", "c", batch_sizes=[1, 3, 2]), L.BatchSplit("a", "b", "c", batch_sizes=[1, 3, 2])),
+        "parallel": (Parallel("a", "b", "c"), L.Parallel("a", "b", "c")),
+        "split": (Split("a", "b", splits=[2, 3]), L.Split("a", "b", splits=[2, 3])),
+        "average": (Average("a", "b", "c", weights=[1, 2, 3]), L.Average("a", "b", "c", weights=[1, 2, 3])),
+        "multi_task": (MultiTask("a", "b", "c"), L.MultiTask("a", "b", "c")),
+        "stack of parallel": (Stack("a", Parallel("b", "c")), L.Stack("a", L.Parallel("b", "c"))),
+        "parallel of stacks": (Parallel(Stack("a", "b"), "c"), L.Parallel(L.Stack("a", "b"), "c")),
+        "batch_split of stacks": (
+            BatchSplit(Stack("a", "b"), "c", batch_sizes=[4, 2]),
+            L.BatchSplit(L.Stack("a", "b"), "c", batch_sizes=[4, 2]),
+        ),
+        "nested splits": (
+            BatchSplit(BatchSplit("a", "b", batch_sizes=1), "c", batch_sizes=[2, 4]),
+            L.BatchSplit(L.BatchSplit("a", "b", batch_sizes=1), "c", batch_sizes=[2, 4]),
+        ),
+        "average of stacks": (Average(Stack("a", "b"), "c"), L.Average(L.Stack("a", "b"), "c")),
+    }
+
+
+TASKS = torch.tensor([2, 0, 1, 0, 2, 1])
+SIZES = {"a": 4, "b": 2, "c": 8}
+# What the library computes as it should: there our own way is the same.
+SAME = {"double_seq_bn": set(setups(compositions)) - {"average", "average of stacks"}}
+SAME["seq_bn"] = {"stack", "batch_split", "parallel", "split", "stack of parallel"}
+
+
+@pytest.mark.parametrize("name", setups(compositions))
+@pytest.mark.parametrize("preset", ["double_seq_bn", "seq_bn"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "t5", "vit"])
+def test_compositions(kind, preset, name):
+    if kind == "t5" and "split" in name and "batch" not in name or kind == "vit" and name == "split":
+        pytest.skip("other numbers of tokens")
+    for compat in ("adapters", None):
+        if compat is None and name not in SAME[preset]:
+            continue
+        hub, theirs = both(kind, {n: (preset, {"reduction_factor": f}) for n, f in SIZES.items()}, compat)
+        extra = {"task_ids": TASKS} if name == "multi_task" else {}
+        compare(hub, theirs, kind, *setups(compositions)[name], **extra)
+
+
+@pytest.mark.parametrize("name", [n for n in setups(compositions) if n != "multi_task"])
+def test_compositions_of_parallel_adapters(name):
+    """The library cannot compute most of them; where it can, in a Stack, the last one replaces the others."""
+    hub, theirs = both("bert", {n: ("par_bn", {"reduction_factor": f}) for n, f in SIZES.items()})
+    ours, their = setups(compositions)[name]
+    try:
+        compare(hub, theirs, "bert", ours, their)
+    except RuntimeError:
+        assert "parallel" in name
+
+
+@pytest.mark.parametrize("config", ["dynamic", "static"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("preset", ["seq_bn", "double_seq_bn", "scaled_par_bn"])
+def test_fusion(preset, backend, config):
+    configs = {n: (preset, {"reduction_factor": f}) for n, f in SIZES.items()}
+    hub, theirs = both("bert", configs, backend=backend, fusions=[("abc", config), ("bc", config)])
+    compare(hub, theirs, "bert", Fuse("a", "b", "c"), compositions.Fuse("a", "b", "c"))
+    compare(hub, theirs, "bert", Stack("a", Fuse("b", "c")), compositions.Stack("a", compositions.Fuse("b", "c")))
+    if config == "dynamic":
+        hub.train_adapter_fusion(Fuse("a", "b", "c"))
+        theirs.train_adapter_fusion(compositions.Fuse("a", "b", "c"))
+        trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (hub.model, theirs)]
+        assert trainable[0] == trainable[1]
+        ours, expected = hub.fusion_regularization(), theirs.get_fusion_regularization_loss()
+        assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+
+
+FUSION_OPTIONS = [
+    dict(query_before_ln=True),
+    dict(residual_before=True),
+    dict(temperature=True),
+    dict(value_before_softmax=False),
+    dict(key=False),
+    dict(query=False),
+    dict(residual_before=True, value=False, regularization=False, value_initialized=False),
+]
+
+
+@pytest.mark.parametrize("options", FUSION_OPTIONS, ids=str)
+def test_fusion_options(options):
+    configs = {n: ("seq_bn", {"reduction_factor": f}) for n, f in SIZES.items()}
+    config = {**adapters.DynamicAdapterFusionConfig().to_dict(), **options}
+    for backend in ("auto", "eager"):
+        hub, theirs = both("bert", configs, backend=backend, fusions=[("abc", config)])
+        for _ in range(2):  # the temperature changes from call to call
+            compare(hub, theirs, "bert", Fuse("a", "b", "c"), compositions.Fuse("a", "b", "c"))
+
+
+def test_bits_of_the_library():
+    """On "eager" with compat, what the library computes comes bit for bit."""
+    for preset in ("seq_bn", "double_seq_bn"):
+        configs = {n: (preset, {"reduction_factor": 4}) for n in "abc"}
+        hub, theirs = both("bert", configs, backend="eager", fusions=[("abc", "dynamic")])
+        pairs = setups(compositions) | {"fuse": (Fuse("a", "b", "c"), compositions.Fuse("a", "b", "c"))}
+        for name, (ours, their) in pairs.items():
+            extra = {"task_ids": TASKS} if name == "multi_task" else {}
+            hub.set_active(ours)
+            theirs.set_active_adapters(their)
+            assert torch.equal(*(m(**batch("bert"), **extra).last_hidden_state for m in (hub.model, theirs))), name
+
+
+# --- Folders -------------------------------------------------------------------------------------------------------------------
+
+
+def outputs(kind, *models):
+    with torch.no_grad():
+        return [model.eval()(**batch(kind)).last_hidden_state for model in models]
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+@pytest.mark.parametrize("preset", ["seq_bn_inv", "double_seq_bn", "compacter"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "t5", "vit"])
+def test_folders_both_ways(kind, preset, safetensors, tmp_path):
+    changes = {"reduction_factor": 4}
+    preset = preset.removesuffix("_inv") if kind == "vit" else preset
+    hub, theirs = both(kind, {"a": (preset, changes)})
+    theirs.save_adapter(str(tmp_path / "theirs"), "a", use_safetensors=safetensors)
+    hub.save_adapter("a", tmp_path / "ours", safetensors=safetensors)
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {p.name for p in (tmp_path / "theirs").iterdir()}
+    assert (tmp_path / "ours/adapter_config.json").read_text() == (tmp_path / "theirs/adapter_config.json").read_text()
+
+    fresh = AdapterHub(build(kind))
+    assert fresh.load_adapter(tmp_path / "theirs", load_as="new") == "new"
+    fresh.set_active("new")
+    hub.set_active("a")
+    peer = build(kind)
+    adapters.init(peer)
+    peer.load_adapter(str(tmp_path / "ours"), use_safetensors=safetensors)
+    peer.set_active_adapters("a")
+    ours, again, theirs_of_ours = outputs(kind, hub.model, fresh.model, peer)
+    assert torch.equal(ours, again)
+    close(theirs_of_ours, ours, "output")
+
+
+def test_fusion_folders_both_ways(tmp_path):
+    configs = {n: ("seq_bn", {"reduction_factor": f}) for n, f in SIZES.items()}
+    hub, theirs = both("bert", configs, fusions=[("abc", "dynamic")])
+    setup, their_setup = Fuse("a", "b", "c"), compositions.Fuse("a", "b", "c")
+    theirs.save_adapter_setup(str(tmp_path / "theirs"), their_setup)
+    hub.save_setup(setup, tmp_path / "ours")
+    fresh, peer = AdapterHub(build("bert")), build("bert")
+    assert fresh.load_setup(tmp_path / "theirs") == setup
+    adapters.init(peer)
+    peer.load_adapter_setup(str(tmp_path / "ours"), set_active=True)
+    hub.set_active(setup)
+    ours, again, theirs_of_ours = outputs("bert", hub.model, fresh.model, peer)
+    close(again, ours, "output")
+    close(theirs_of_ours, ours, "output")
+
+
+HEADS = {
+    "classification": ("add_classification_head", dict(num_labels=3)),
+    "multilabel_classification": ("add_classification_head", dict(num_labels=3, multilabel=True)),
+    "tagging": ("add_tagging_head", dict(num_labels=4)),
+    "question_answering": ("add_qa_head", dict()),
+    "multiple_choice": ("add_multiple_choice_head", dict(num_choices=2)),
+    "masked_lm": ("add_masked_lm_head", dict()),
+}
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+def test_heads_both_ways(head_type, tmp_path):
+    method, options = HEADS[head_type]
+    theirs = adapters.BertAdapterModel(transformers.BertConfig(**BERT)).eval()
+    theirs.add_adapter("a", config="seq_bn_inv")
+    getattr(theirs, method)("a", **options)
+    randomize(theirs)
+    theirs.save_adapter(str(tmp_path / "theirs"), "a")
+    theirs.set_active_adapters("a")
+    options = {n: v for n, v in options.items() if n != "multilabel"}
+
+    def load(folder):
+        model = transformers.BertModel(transformers.BertConfig(**BERT))
+        base = {n.removeprefix("bert."): t for n, t in theirs.state_dict().items() if n.startswith("bert.")}
+        model.load_state_dict({n: t for n, t in base.items() if n in model.state_dict()})
+        hub = AdapterHub(model.eval())
+        hub.load_adapter(folder)
+        hub.set_active("a")
+        return hub
+
+    hub = load(tmp_path / "theirs")
+    assert hub.model.heads["a"].config["head_type"] == head_type
+    expected = theirs(**batch("bert"))
+    logits = hub(**batch("bert"))["logits"]
+    if head_type == "question_answering":
+        close(logits[..., 0], expected.start_logits, "starts")
+        close(logits[..., 1], expected.end_logits, "ends")
+    else:
+        close(logits, expected.logits, "logits")
+    hub.save_adapter("a", tmp_path / "ours")
+    peer = adapters.BertAdapterModel(transformers.BertConfig(**BERT)).eval()
+    peer.load_state_dict(
+        {n: t for n, t in theirs.state_dict().items() if "adapters" not in n and "heads" not in n}, strict=False
+    )
+    peer.load_adapter(str(tmp_path / "ours"))
+    peer.set_active_adapters("a")
+    assert torch.equal(peer(**batch("bert"))[0], expected[0])
+
+
+def test_own_head_of_a_model_both_ways(tmp_path):
+    config = transformers.BertConfig(**BERT, num_labels=3)
+    theirs = randomize(transformers.BertForSequenceClassification(config)).eval()
+    model, empty = copy.deepcopy(theirs), transformers.BertForSequenceClassification(config).eval()
+    empty.bert.load_state_dict(theirs.bert.state_dict())
+    peer = copy.deepcopy(empty)
+    adapters.init(theirs)
+    theirs.add_adapter("a", set_active=True)
+    theirs.save_adapter(str(tmp_path / "theirs"), "a")
+    hub = AdapterHub(empty)
+    hub.load_adapter(tmp_path / "theirs", set_active=True)
+    expected = theirs(**batch("bert")).logits
+    close(hub(**batch("bert")).logits, expected, "logits")
+    hub.save_adapter("a", tmp_path / "ours")
+    adapters.init(peer)
+    peer.load_adapter(str(tmp_path / "ours"), set_active=True)
+    close(peer(**batch("bert")).logits, expected, "logits")
+    other = AdapterHub(transformers.BertForTokenClassification(config))
+    with (
+        pytest.warns(UserWarning, match="left out") if False else pytest.raises(InputError, match="BertForTokenClassification")
+    ):
+        other.load_head(tmp_path / "ours")
+    assert model is not None
