@@ -508,12 +508,9 @@ class AdapterHub:
     def save_adapter(self, name: str, folder, *, with_head=True, safetensors=False) -> None:
         """Writes adapter_config.json and the weights, as the library does, and the head of that name or the model's own.
 
-        Raises ValueError for an unknown adapter, and with `safetensors` for one with ln_before: its norm has two names, which
-        that format refuses.
+        Raises ValueError for an unknown adapter.
         """
         tensors = {self._saved(key): tensor for key, tensor in self._tensors(name).items()}
-        if safetensors and self.configs[name].ln_before:
-            raise ValueError(f"adapter {name!r} has ln_before, whose norm has two names; safetensors refuses that")
         self._write("adapter", folder, {"config": self.configs[name].to_dict(), "name": name}, tensors, safetensors)
         if with_head and (name in getattr(self.model, "heads", {}) or self.base is not self.model):
             self.save_head(folder, name if self.base is self.model else None, safetensors=safetensors)
@@ -760,7 +757,10 @@ class AdapterHub:
         }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        # copies: safetensors refuses one tensor under two names, as the norm of ln_before and tied embeddings have them
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
         json_name, pickle_name, safe_name = FILES[kind]
         if safetensors:
             weights = {folder / safe_name: require("safetensors.torch", "train").save(tensors)}

@@ -267,9 +267,16 @@ class Place:
         setup = active.setup
         if setup is None or self.layer in active.skip_layers or not self._has(setup):
             return _ended(hidden, residual, norm)
-        if active.compat == "adapters":
+        if active.compat == "adapters" and not self._is_plain_stack(setup):
             return self._as_library(setup, hidden, residual, norm)
         return self._run(setup, hidden, residual, norm, True)[0]
+
+    def _is_plain_stack(self, setup):
+        """What the library computes as it should, so that it need not be computed its way."""
+        if not isinstance(setup, Stack) or not all(isinstance(child, str) for child in setup.children):
+            return False
+        configs = [self.owner.adapters[name].config for name in setup.children if name in self.owner.adapters]
+        return len(configs) == 1 or not any(config.is_parallel for config in configs)
 
     def _has(self, child) -> bool:
         """Whether a part of the composition has an adapter here."""

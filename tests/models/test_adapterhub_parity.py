@@ -283,19 +283,21 @@ def test_bits_of_the_library():
             assert torch.equal(*(m(**batch("bert"), **extra).last_hidden_state for m in (hub.model, theirs))), name
 
 
-# --- Folders -------------------------------------------------------------------------------------------------------------------
+# --- Folders -----------------------------------------------------------------------------------------------------------------
 
 
 def outputs(kind, *models):
     with torch.no_grad():
-        return [model.eval()(**batch(kind)).last_hidden_state for model in models]
+        return [model.eval()(**batch(kind))[0] for model in models]
 
 
 @pytest.mark.parametrize("safetensors", [False, True])
 @pytest.mark.parametrize("preset", ["seq_bn_inv", "double_seq_bn", "compacter"])
-@pytest.mark.parametrize("kind", ["bert", "roberta", "t5", "vit"])
+@pytest.mark.parametrize("kind", ["bert", "bert_mlm", "roberta", "t5", "vit"])
 def test_folders_both_ways(kind, preset, safetensors, tmp_path):
     changes = {"reduction_factor": 4}
+    if kind == "bert_mlm" and safetensors:
+        pytest.skip("the library cannot write tied weights there")
     preset = preset.removesuffix("_inv") if kind == "vit" else preset
     hub, theirs = both(kind, {"a": (preset, changes)})
     theirs.save_adapter(str(tmp_path / "theirs"), "a", use_safetensors=safetensors)
@@ -303,8 +305,14 @@ def test_folders_both_ways(kind, preset, safetensors, tmp_path):
     assert {p.name for p in (tmp_path / "ours").iterdir()} == {p.name for p in (tmp_path / "theirs").iterdir()}
     assert (tmp_path / "ours/adapter_config.json").read_text() == (tmp_path / "theirs/adapter_config.json").read_text()
 
-    fresh = AdapterHub(build(kind))
-    assert fresh.load_adapter(tmp_path / "theirs", load_as="new") == "new"
+    fresh = AdapterHub(build(kind), compat="adapters")
+    if preset == "compacter" and kind != "bert_mlm":  # where the model has no prefix, the library forgets the shared rule
+        with pytest.raises(InputError, match="shared_parameters.new.phm_rule is missing"):
+            fresh.load_adapter(tmp_path / "theirs", load_as="new")
+        assert "new" not in fresh.configs
+        fresh.load_adapter(tmp_path / "ours", load_as="new")
+    else:
+        fresh.load_adapter(tmp_path / "theirs", load_as="new")
     fresh.set_active("new")
     hub.set_active("a")
     peer = build(kind)
@@ -384,7 +392,7 @@ def test_heads_both_ways(head_type, tmp_path):
 def test_own_head_of_a_model_both_ways(tmp_path):
     config = transformers.BertConfig(**BERT, num_labels=3)
     theirs = randomize(transformers.BertForSequenceClassification(config)).eval()
-    model, empty = copy.deepcopy(theirs), transformers.BertForSequenceClassification(config).eval()
+    empty = transformers.BertForSequenceClassification(config).eval()
     empty.bert.load_state_dict(theirs.bert.state_dict())
     peer = copy.deepcopy(empty)
     adapters.init(theirs)
@@ -399,8 +407,5 @@ def test_own_head_of_a_model_both_ways(tmp_path):
     peer.load_adapter(str(tmp_path / "ours"), set_active=True)
     close(peer(**batch("bert")).logits, expected, "logits")
     other = AdapterHub(transformers.BertForTokenClassification(config))
-    with (
-        pytest.warns(UserWarning, match="left out") if False else pytest.raises(InputError, match="BertForTokenClassification")
-    ):
+    with pytest.raises(InputError, match="the model is BertForTokenClassification"):
         other.load_head(tmp_path / "ours")
-    assert model is not None
