@@ -11,10 +11,11 @@ __version__ = "0.1.0"
 _SUBPACKAGES = ("models", "modules", "ops", "testing", "train")
 _NAMES = {
     "BackendError": "._backends",
+    "convert": ".modules.convert",
     "explain": ".ops",
     "use_backend": "._backends",
 }
-__all__ = ["BackendError", "explain", "models", "modules", "ops", "testing", "train", "use_backend"]
+__all__ = ["BackendError", "convert", "explain", "models", "modules", "ops", "testing", "train", "use_backend"]
 
 
 def __getattr__(name: str):

@@ -305,7 +305,7 @@ class Adapter(WithBackend):
     def __init__(self, channels, config="seq_bn", *, bottleneck=None, backend="auto", device=None, dtype=None):
         super().__init__(backend)
         config = AdapterConfig.of(config)
-        self.config, self.channels, self.kind = config, channels, _kind(config)
+        self.config, self.channels, self.kind = config, channels, kind_of(config)
         self.bottleneck = bottleneck = bottleneck or config.bottleneck(channels)
         factory = {"device": device, "dtype": dtype}
         down, up = self._linear_layers(channels, bottleneck, factory)
@@ -456,7 +456,7 @@ class AdapterBank(nn.ModuleDict):
 # `adapters` is a list: of one, whose weights are used as they are, or of several with an index.
 
 
-def _kind(config):
+def kind_of(config):
     """Equal for adapters that one call can compute."""
     computed = ("non_linearity", "original_ln_before", "original_ln_after", "is_parallel", "scaling", "use_gating", "dropout")
     computed += ("ln_before", "ln_after", "residual_before_ln", "adapter_residual_before_ln", "stochastic_depth")

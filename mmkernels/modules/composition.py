@@ -308,7 +308,7 @@ class Place:
             child = self._children(node, hidden)
             for number, names in enumerate(steps):
                 present = [name for name in names if name is not None]
-                places = _tensor(tuple(-1 if name is None else present.index(name) for name in names), hidden.device)
+                places = numbers_of(tuple(-1 if name is None else present.index(name) for name in names), hidden.device)
                 hidden = bank(
                     hidden, residual, norm, index=places[child], names=present, last=last and number == len(steps) - 1
                 )
@@ -320,7 +320,7 @@ class Place:
         if isinstance(node, MultiTask):
             return self.active.tasks(node, hidden.shape[0], hidden.device)
         axis, sizes = parts(node, hidden)
-        numbers = _tensor(tuple(n for n, size in enumerate(sizes) for _ in range(size)), hidden.device)
+        numbers = numbers_of(tuple(n for n, size in enumerate(sizes) for _ in range(size)), hidden.device)
         return numbers if axis == 0 else numbers.expand(hidden.shape[:2])
 
     def _steps(self, node):
@@ -498,7 +498,7 @@ def _ended(hidden, residual, norm):
 _TENSORS = {}
 
 
-def _tensor(numbers, device):
+def numbers_of(numbers, device):
     """int64 on the device, made once: a copy to a GPU in each place of a model would cost more than the adapters."""
     if torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.int64, device=device)

@@ -1,0 +1,261 @@
+"""`mmkernels.convert`: live models of the libraries `adapters` and PEFT compute with the ops of this package, in place."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import ops
+from . import composition
+from .adapter import Adapter, AdapterBank, AdapterConfig, AdapterFusion, FusionConfig, kind_of
+from .composition import Activation, Place
+
+
+class Report(NamedTuple):
+    """What `convert` did: name of a module -> what replaces it, or why it was left as it is."""
+
+    replaced: dict
+    kept: dict
+
+    def __str__(self):
+        lines = [f"{name}: {what}" for name, what in self.replaced.items()]
+        lines += [f"{name}: left as it is: {why}" for name, why in self.kept.items()]
+        return "\n".join(lines) or "nothing to convert"
+
+
+def convert(model: nn.Module, filter_fn=None) -> Report:
+    """Makes the adapters inside a model of the library `adapters`, or the LoRA layers of PEFT, compute with fused ops.
+
+    The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
+    and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead
+    of a loop over the adapters.
+
+    Args:
+        model: with bottleneck adapters (`adapters.init(model)`) or LoRA layers (`peft.get_peft_model`). What a call cannot do
+            (gating scores or fusion attentions asked for, DoRA, merged weights, dropout of a LoRA layer in training, ...)
+            the library goes on computing.
+        filter_fn: (name, module) -> whether to convert it; default all.
+
+    Returns:
+        a Report: what was replaced, and what was left and why. Converting again changes nothing.
+
+    Raises TypeError for something that is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    report = Report({}, {})
+    for name, module in model.named_modules():
+        kind = _kind_of_module(module)
+        if kind is None or (filter_fn is not None and not filter_fn(name, module)):
+            continue
+        attribute, replacement, why = kind
+        if why:
+            report.kept[name] = why
+        elif attribute in module.__dict__:
+            report.kept[name] = "it is converted already"
+        else:
+            setattr(module, attribute, replacement(module))
+            report.replaced[name] = replacement.__doc__
+    return report
+
+
+def _kind_of_module(module):
+    """(attribute, class of its replacement, why not) of a module that is some adapter, else None."""
+    library = type(module).__module__.partition(".")[0]
+    if hasattr(module, "bottleneck_layer_forward") and hasattr(module, "adapters_config"):
+        hooked = getattr(module, "is_layer_hooked", False)
+        return "bottleneck_layer_forward", LibraryPlace, "it is a hook on a layer" if hooked else ""
+    if library == "adapters" and hasattr(module, "loras"):
+        return None if not len(module.loras) else ("forward", None, "it is LoRA of adapters; only its bottleneck adapters are")
+    if library == "peft" and hasattr(module, "lora_A"):
+        linear = isinstance(getattr(module, "base_layer", None), nn.Linear)
+        return "forward", LoraLinear, "" if linear else "its base is no torch.nn.Linear"
+    return None
+
+
+class LibraryPlace:
+    """bottleneck adapters of `adapters` on ops.adapter"""
+
+    def __init__(self, layer):
+        self.layer, self.original = layer, type(layer).bottleneck_layer_forward
+        names = type(layer).bottleneck_layer_forward.__globals__  # the library's, without importing it
+        self.context, self.config_type = names["ForwardContext"], names["BnConfig"]
+        self.views, self.setups, self.unable = {}, {}, set()
+
+    def __call__(self, hidden_states, residual_input, layer_norm):
+        layer, context = self.layer, self.context.get_context()
+        setup = layer.get_active_setup()
+        asked = context is not None and (context.output_adapter_gating_scores or context.output_adapter_fusion_attentions)
+        same_rows = residual_input is not None and residual_input.shape == hidden_states.shape
+        owner = self._owner(setup, context) if setup is not None and same_rows and not asked else None
+        if owner is None:
+            return self.original(layer, hidden_states, residual_input, layer_norm)
+        parallel = context is not None and context.adapters_parallelized
+        active = Activation(
+            setup=self._setup(setup),
+            compat="adapters",
+            task_ids=getattr(context, "task_ids", None),
+            batch=context.original_batch_size if parallel else None,
+        )
+        out = Place(owner, -1, active)(hidden_states, residual_input, layer_norm)
+        if active.batch is not None and context is not None:
+            context.adapters_parallelized, context.original_batch_size = True, active.batch
+        for name, fusion in owner.adapter_fusion_layer.items():
+            layer.adapter_fusion_layer[name].T = fusion.T
+        return out
+
+    def _setup(self, setup):
+        if id(setup) not in self.setups or self.setups[id(setup)][0] is not setup:
+            self.setups = {id(setup): (setup, _our_block(setup))}
+        return self.setups[id(setup)][1]
+
+    def _owner(self, setup, context):
+        """The layer's modules of this setup as this package's; None where there is one that it has not."""
+        bank, fusions = _Plain(), {}
+        names = setup.flatten()
+        for name, source in self.layer.adapters.items():
+            if name not in names:
+                continue
+            shared = None
+            if context is not None and name in getattr(context, "shared_parameters", {}):
+                shared = context.shared_parameters[name]
+            view = self.views.get(name)
+            if view is None or view.source[0] is not source or view.scaling is not source.scaling:
+                if id(source) in self.unable:
+                    return None
+                view = self._view(name, source)
+                if view is None:
+                    self.unable.add(id(source))
+                    return None
+                self.views[name] = view
+            view.shared, view.training = (shared,), source.training
+            bank[name] = view
+        for name, source in self.layer.adapter_fusion_layer.items():
+            view = self.views.get(f"fusion {name}")
+            if view is None or view.source[0] is not source:
+                view = self.views[f"fusion {name}"] = _fusion_view(source)
+            view.T, view.training = source.T, source.training
+            fusions[name] = view
+        return _Owner(bank, fusions)
+
+    def _view(self, name, source):
+        layer = self.layer
+        found = layer.adapters_config.match(
+            name, config_type=self.config_type, layer_idx=layer.layer_idx, location_key=layer.location_key
+        )
+        known = {field.name for field in dataclasses.fields(AdapterConfig)}
+        try:
+            config = AdapterConfig.of({option: value for option, value in dict(found).items() if option in known})
+        except (ValueError, TypeError):
+            return None
+        view = Adapter.__new__(Adapter)
+        nn.Module.__init__(view)
+        view.backend, view.config, view.kind, view.source = "auto", config, kind_of(config), (source,)
+        view.channels, view.bottleneck = source.input_size, source.down_sample
+        view.adapter_down, view.adapter_up, view.scaling = source.adapter_down[:-1], source.adapter_up, source.scaling
+        for part in ("adapter_norm_before", "adapter_norm_after", "gate"):
+            if hasattr(source, part):
+                setattr(view, part, getattr(source, part))
+        return view
+
+
+class _Plain(dict):
+    """A bank of views: they are modules of the library's, and are registered there alone."""
+
+    backend = "auto"
+    alike, inner, _alike, __call__ = AdapterBank.alike, AdapterBank.inner, AdapterBank._alike, AdapterBank.forward
+
+
+class _Owner(NamedTuple):
+    adapters: dict
+    adapter_fusion_layer: dict
+
+
+def _fusion_view(source):
+    view = AdapterFusion.__new__(AdapterFusion)
+    nn.Module.__init__(view)
+    view.backend, view.config, view.source = "auto", FusionConfig.of(source.config.to_dict()), (source,)
+    view.channels, view.dropout = source.dense_size, source.dropout.p
+    view.T, view.fall, view.always_falls = source.T, source.reduction, True
+    view.attention, view.keep_attention = None, False
+    for part in ("query", "key", "value"):
+        if hasattr(source, part):
+            setattr(view, part, getattr(source, part))
+    return view
+
+
+def _our_block(node):
+    if isinstance(node, str):
+        return node
+    kind, children = type(node).__name__, [_our_block(child) for child in node.children]
+    options = {"splits": "splits", "batch_sizes": "batch_sizes", "weights": "weights"}
+    options = {option: getattr(node, own) for option, own in options.items() if hasattr(node, own)}
+    if kind == "Average":
+        options["normalize_weights"] = False
+    if kind == "Fuse":
+        options["name"] = node.name
+    return composition.BLOCKS[kind](*children, **options)
+
+
+class LoraLinear:
+    """LoRA layers of PEFT on ops.adapter"""
+
+    def __init__(self, layer):
+        self.layer, self.original = layer, type(layer).forward
+
+    def __call__(self, x, *args, **kwargs):
+        layer, names = self.layer, kwargs.get("adapter_names")
+        options = {name for name, value in kwargs.items() if value is not None} - {"adapter_names"}
+        wanted = layer.active_adapters if names is None else dict.fromkeys(names)
+        known = [name for name in wanted if name in layer.lora_A]
+        if args or options or layer.disable_adapters or layer.merged or not self._can(known, x):
+            return self.original(layer, x, *args, **kwargs)
+        result = layer.base_layer(x)
+        if not known:
+            return result
+        downs = [layer.lora_A[name].weight for name in known]
+        ups = [layer.lora_B[name].weight for name in known]
+        scales = [layer.scaling[name] for name in known]
+        if result.dtype != x.dtype:
+            return self.original(layer, x, *args, **kwargs)
+        index = None
+        if names is not None:
+            places = {name: number for number, name in enumerate(known)}
+            index = composition.numbers_of(tuple(places.get(name, -1) for name in names), x.device)
+        if x.shape == result.shape and (names is None or len(set(scales)) == 1):
+            return self._fused(x, result, downs, ups, scales, index)
+        return self._wide(x, result, downs, ups, scales, index)
+
+    def _can(self, names, x):
+        layer = self.layer
+        for name in names:
+            dropout = layer.lora_dropout[name]
+            drops = layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0
+            if drops or name in getattr(layer, "lora_variant", {}) or layer.lora_B[name].bias is not None:
+                return False
+            if layer.lora_A[name].weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+                return False
+        return True
+
+    def _fused(self, x, result, downs, ups, scales, index):
+        """One call; several active adapters are one of all their ranks, those of a mixed batch are a bank."""
+        if index is None and len(downs) > 1:
+            down, up = torch.cat(downs), torch.cat([u * s for u, s in zip(ups, scales, strict=True)], 1)
+            return ops.adapter(x, down, None, up, None, residual=result, activation=None)
+        if index is None:
+            return ops.adapter(x, downs[0], None, ups[0], None, residual=result, activation=None, scale=scales[0])
+        size = max(down.shape[0] for down in downs)
+        down = torch.stack([F.pad(down, (0, 0, 0, size - down.shape[0])) for down in downs])
+        up = torch.stack([F.pad(up, (0, size - up.shape[1])) for up in ups])
+        return ops.adapter(x, down, None, up, None, residual=result, activation=None, scale=scales[0], index=index)
+
+    def _wide(self, x, result, downs, ups, scales, index):
+        """Layers that are not square: all ranks side by side, those of other rows' adapters set to zero."""
+        inner = F.linear(x, torch.cat(downs))
+        if index is not None:
+            owners = composition.numbers_of(tuple(n for n, d in enumerate(downs) for _ in range(d.shape[0])), x.device)
+            own = index.reshape((-1,) + (1,) * (x.dim() - 1)) == owners
+            inner = torch.where(own, inner, 0.0)
+        return result + F.linear(inner, torch.cat([u * s for u, s in zip(ups, scales, strict=True)], 1))

@@ -1,0 +1,190 @@
+"""`mmkernels.convert` on live models of `adapters` and PEFT: the same outputs, gradients and state dict, fewer calls."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mmkernels
+
+adapters = pytest.importorskip("adapters")
+peft = pytest.importorskip("peft")
+from adapters import composition as L  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+BERT = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+BERT |= dict(max_position_embeddings=24, attn_implementation="eager")
+ROWS = 6
+TASKS = torch.tensor([2, 0, 1, 0, 2, 1])
+
+
+def randomized(model, std=0.2):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(1 + noise if "LayerNorm.weight" in name else noise)
+    return model.eval()
+
+
+def batch():
+    ids = torch.randint(2, 60, (ROWS, 5), generator=torch.Generator().manual_seed(4))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def results(model, **extra):
+    """Output and gradients of what trains."""
+    model.zero_grad()
+    out = model(**batch(), **extra)[0]
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    if out.requires_grad:
+        (out * cotangent).sum().backward()
+    return {"output": out.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check_same(plain, converted, **extra):
+    expected, actual = results(plain, **extra), results(converted, **extra)
+    for name in expected.keys() | actual.keys():
+        one, other = actual.get(name), expected.get(name)
+        if one is None or other is None:
+            assert not (one if other is None else other).any(), name
+            continue
+        assert float((one - other).abs().max()) <= 2e-5 * max(1.0, float(other.abs().max())), name
+
+
+def library_model(preset, changes=None):
+    model = transformers.BertModel(transformers.BertConfig(**BERT))
+    adapters.init(model)
+    for name, factor in (("a", 4), ("b", 2), ("c", 8)):
+        options = {"reduction_factor": 4 if "compacter" in preset else factor, **(changes or {})}
+        model.add_adapter(name, config=adapters.AdapterConfig.load(preset, **options))
+    model.add_adapter_fusion(["a", "b", "c"])
+    return randomized(model)
+
+
+SETUPS = {
+    "one": "a",
+    "stack": L.Stack("a", "b"),
+    "batch_split": L.BatchSplit("a", "b", "c", batch_sizes=[1, 3, 2]),
+    "parallel": L.Parallel("a", "b", "c"),
+    "split": L.Split("a", "b", splits=[2, 3]),
+    "average": L.Average("a", "b", "c", weights=[1, 2, 3]),
+    "multi_task": L.MultiTask("a", "b", "c"),
+    "fuse": L.Fuse("a", "b", "c"),
+    "parallel of stacks": L.Parallel(L.Stack("a", "b"), "c"),
+}
+
+
+@pytest.mark.parametrize("preset", ["seq_bn", "double_seq_bn", "compacter", "seq_bn_inv"])
+def test_adapters(preset):
+    plain = library_model(preset)
+    converted = copy.deepcopy(plain)
+    before = {n: t.clone() for n, t in converted.state_dict().items()}
+    report = mmkernels.convert(converted)
+    assert len(report.replaced) == 4 and not report.kept
+    after = converted.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
+    for name, setup in SETUPS.items():
+        extra = {"task_ids": TASKS} if name == "multi_task" else {}
+        for model in (plain, converted):
+            model.set_active_adapters(setup)
+        check_same(plain, converted, **extra)
+    assert set(mmkernels.convert(converted).kept.values()) == {"it is converted already"}
+
+
+def test_adapters_added_trained_and_deleted_later():
+    plain = library_model("double_seq_bn")
+    converted = copy.deepcopy(plain)
+    mmkernels.convert(converted)
+    for model in (plain, converted):
+        torch.manual_seed(1)
+        model.add_adapter("d", config="seq_bn")
+        model.delete_adapter("b")
+        model.train_adapter("d")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+        model.eval()
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(**batch())[0].square().sum().backward()
+            optimizer.step()
+    check_same(plain, converted)
+
+
+def test_no_loop_over_the_adapters_of_a_batch():
+    """The number of operations does not grow with the number of adapters but for the stacking of their weights."""
+    counts = []
+    for setup in (L.BatchSplit("a", "b", batch_sizes=3), L.BatchSplit("a", "b", "c", batch_sizes=2)):
+        model = library_model("double_seq_bn")
+        mmkernels.convert(model)
+        model.set_active_adapters(setup)
+        with torch.no_grad(), Count() as count:
+            model(**batch())
+        counts.append(count.others)
+    assert counts[0] == counts[1]
+
+
+class Count(TorchDispatchMode):
+    others = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not any(word in str(function) for word in ("pad", "stack", "detach", "constant", "fill", "copy", "slice", "empty")):
+            self.others += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_filter_and_wrong_model():
+    model = library_model("double_seq_bn")
+    report = mmkernels.convert(model, lambda name, module: "layer.0" in name)
+    assert set(report.replaced) == {"encoder.layer.0.attention.output", "encoder.layer.0.output"}
+    with pytest.raises(TypeError, match="model is a dict"):
+        mmkernels.convert({})
+    assert str(mmkernels.convert(torch.nn.Linear(2, 2))) == "nothing to convert"
+
+
+def peft_model(**options):
+    model = transformers.BertModel(transformers.BertConfig(**BERT))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value", "intermediate.dense"], **options)
+    model = peft.get_peft_model(model, config)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["query", "intermediate.dense"], **options)
+    model.add_adapter("second", config)
+    return randomized(model)
+
+
+@pytest.mark.parametrize("active", ["default", "second", ["default", "second"]])
+def test_lora_of_peft(active):
+    plain = peft_model()
+    converted = copy.deepcopy(plain)
+    names = list(converted.state_dict())
+    report = mmkernels.convert(converted)
+    assert len(report.replaced) == 6 and list(converted.state_dict()) == names
+    for model in (plain, converted):
+        model.base_model.set_adapter(active)
+    check_same(plain, converted)
+
+
+def test_mixed_batches_of_peft():
+    plain = peft_model()
+    converted = copy.deepcopy(plain)
+    mmkernels.convert(converted)
+    names = ["default", "second", "__base__", "second", "default", "default"]
+    with torch.no_grad():
+        check_same(plain, converted, adapter_names=names)
+    for model in (plain, converted):
+        model.merge_adapter()
+    check_same(plain, converted)
+
+
+def test_lora_that_the_library_goes_on_computing():
+    plain = peft_model(use_dora=True)
+    converted = copy.deepcopy(plain)
+    mmkernels.convert(converted)
+    check_same(plain, converted)
+    plain = peft_model(lora_dropout=0.5).train()
+    converted = copy.deepcopy(plain)
+    mmkernels.convert(converted)
+    torch.manual_seed(0)
+    expected = plain(**batch())[0]
+    torch.manual_seed(0)
+    assert torch.equal(converted(**batch())[0], expected)
