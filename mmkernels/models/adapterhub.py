@@ -712,7 +712,11 @@ class AdapterHub:
 
     def _freeze(self, train_embeddings):
         self.model.train()
+        heads = getattr(self.model, "heads", None)
+        trained = [] if heads is None else [parameter for parameter in heads.parameters() if parameter.requires_grad]
         self.base.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         if train_embeddings:
             self.base.get_input_embeddings().requires_grad_(True)
         elif self.model.get_output_embeddings() is not None:

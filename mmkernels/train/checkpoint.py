@@ -58,8 +58,18 @@ def save(folder: Path, model, optimizer, state: dict) -> None:
         "state": json.dumps(state),
         "optimizer": json.dumps({"scalars": scalars, "param_groups": optimizer_state["param_groups"]}),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(folder / NAME, require("safetensors.torch", "train").save(tensors, header))
+    write_atomically(folder / NAME, require("safetensors.torch", "train").save(apart(tensors), header))
+
+
+def apart(tensors: dict) -> dict:
+    """Contiguous tensors on the CPU, no two of which share memory, as tied weights do: safetensors refuses them."""
+    result, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
 
 
 def read_state(folder: Path) -> dict | None:

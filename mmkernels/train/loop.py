@@ -118,7 +118,7 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
     optimizer = make_optimizer(model, settings)
     identity = {
         "settings": dataclasses.asdict(settings),
-        "model": dataclasses.asdict(model.config),
+        "model": dataclasses.asdict(model.config) if dataclasses.is_dataclass(model.config) else model.config.to_dict(),
         "data": task.fingerprint,
     }
     identity = json.loads(json.dumps(identity))  # as it will be read: JSON has lists only
@@ -198,8 +198,7 @@ def best_row(history: list, headline: str) -> dict:
 
 def save_best(folder: Path, model) -> None:
     # In front of the checkpoint of the same step: killed between the two, the training comes here again with the same bits.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / BEST, require("safetensors.torch", "train").save(weights))
+    write_atomically(folder / BEST, require("safetensors.torch", "train").save(checkpoint.apart(model.state_dict())))
 
 
 def load_best(folder: Path, model) -> None:

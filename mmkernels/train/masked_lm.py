@@ -1,0 +1,114 @@
+"""Masked language modelling on text files (Devlin et al. 2019, section 3.1): how MAD-X trains the adapter of a language.
+
+hub.add_adapter("qu", "seq_bn_inv", reduction_factor=2)
+hub.train_adapter("qu")
+train(hub.model, make_task(files, tokenizer.encode, ...), settings, folder)
+hub.save_adapter("qu", folder / "qu")
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+
+from ..models.registry import InputError
+from . import checkpoint
+from .data import derive_seed
+from .loop import Settings, Task, fit
+
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """Which tokens are to be guessed: each with `probability`; of them 80 % are replaced by the mask, 10 % by any token."""
+
+    mask_id: int
+    vocab_size: int
+    probability: float = 0.15
+    special_ids: tuple = ()  # never chosen, and never drawn as a replacement
+
+
+class TextBlocks(torch.utils.data.Dataset):
+    """Text files as blocks of `length` tokens, lines one behind the other; the last tokens that fill no block are left out.
+
+    Item (epoch, i): block i with the masks of (seed, epoch, i), "input_ids" (L,) and "labels" (L,), -100 for tokens not asked.
+
+    Args:
+        files: of UTF-8 text, a sentence or paragraph a line; empty lines count nothing.
+        encode: line -> list of token ids, without special tokens.
+        length: L, with `first` and `last`.
+        first, last: ids that begin and end every block ([CLS] and [SEP]), or None.
+
+    Raises InputError for files that cannot be read and texts that fill no block.
+    """
+
+    def __init__(self, files, encode, length, masking: Masking, *, first=None, last=None, seed=0):
+        ids, self.masking, self.seed = [], masking, seed
+        for file in files:
+            try:
+                lines = Path(file).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
+            for line in filter(None, map(str.strip, lines)):
+                ids += encode(line)
+        before, after = ([] if one is None else [one] for one in (first, last))
+        inner = length - len(before) - len(after)
+        if inner < 1 or len(ids) < inner:
+            raise InputError(f"the texts have {len(ids)} tokens; one block of length {length} needs {max(inner, 1)}")
+        if max(ids) >= masking.vocab_size or min(ids) < 0:
+            raise InputError(f"the texts have token {max(ids)}; vocab_size is {masking.vocab_size}")
+        blocks = torch.tensor(ids[: len(ids) // inner * inner]).view(-1, inner)
+        edges = [torch.tensor(ids).expand(len(blocks), -1) for ids in (before, after)]
+        self.blocks = torch.cat([edges[0], blocks, edges[1]], 1).long() if before or after else blocks
+        self.special = torch.tensor(sorted({*masking.special_ids, *before, *after, masking.mask_id}))
+        self.ordinary = torch.tensor(sorted(set(range(masking.vocab_size)) - set(self.special.tolist())))
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def __getitem__(self, key):
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, *key))
+        ids, masking = self.blocks[key[1]], self.masking
+        chance, kind = torch.rand(2, len(ids), generator=generator)
+        chosen = (chance < masking.probability) & ~torch.isin(ids, self.special)
+        drawn = self.ordinary[torch.randint(len(self.ordinary), ids.shape, generator=generator)]
+        labels = torch.where(chosen, ids, IGNORED)
+        ids = torch.where(chosen & (kind < 0.8), masking.mask_id, ids)
+        return {"input_ids": torch.where(chosen & (kind >= 0.9), drawn, ids), "labels": labels}
+
+
+def make_task(training: TextBlocks, held_out: TextBlocks) -> Task:
+    """For `train`: the model's logits, and on the held-out texts the loss and the share of tokens that are guessed."""
+    digest = hashlib.blake2b(digest_size=8)
+    for blocks in (training.blocks, held_out.blocks):
+        digest.update(blocks.numpy().tobytes())
+    fingerprint = f"{digest.hexdigest()} {training.masking} {training.seed}"
+    return Task(training, held_out, loss, accuracy, fingerprint)
+
+
+def loss(model, batch) -> torch.Tensor:
+    """The mean over all masked tokens; zero for a batch without any."""
+    logits = model(input_ids=batch["input_ids"]).logits
+    asked = (batch["labels"] != IGNORED).sum().clamp(min=1)
+    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    return total / asked
+
+
+def accuracy(model, batches) -> dict:
+    """{"held_out_loss", "accuracy"} over all masked tokens of the batches."""
+    total, right, asked = 0.0, 0, 0
+    for batch in batches:
+        logits, labels = model(input_ids=batch["input_ids"]).logits, batch["labels"]
+        wanted = labels != IGNORED
+        total += float(torch.nn.functional.cross_entropy(logits[wanted], labels[wanted], reduction="sum"))
+        right += int((logits.argmax(-1)[wanted] == labels[wanted]).sum())
+        asked += int(wanted.sum())
+    return {"held_out_loss": total / max(asked, 1), "accuracy": right / max(asked, 1)}
+
+
+def train(model, task: Task, settings: Settings, folder, **options) -> list:
+    """`loop.fit`; only what requires a gradient trains, which `AdapterHub.train_adapter` has decided."""
+    with checkpoint.locked(Path(folder)):
+        return fit(model, task, settings, Path(folder), **options)
