@@ -72,7 +72,7 @@ def assert_close(actual, expected, what="output", atol=1e-5, rtol=1e-4):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}")
 
 
-# --- Golden tensors of the library ---------------------------------------------------------------------------------------------
+# --- Golden tensors of the library -------------------------------------------------------------------------------------------
 
 
 def golden(case, backend):
@@ -199,7 +199,7 @@ def test_golden_pfeiffer_with_its_head(backend):
             assert_close(parameter.grad, outputs[f"grad.{stored}"], f"gradient of {name}", 5e-5, 1e-3)
 
 
-# --- Sizes ---------------------------------------------------------------------------------------------------------------------
+# --- Sizes -------------------------------------------------------------------------------------------------------------------
 
 SIZES = {  # config, changes -> parameters in BERT base and large, as published or counted in the library
     ("seq_bn", None): (894_528, 3_171_840),
@@ -232,7 +232,7 @@ def test_published_sizes():
     assert {preset for preset, _ in SIZES} | {"double_seq_bn_inv"} <= set(PRESETS)
 
 
-# --- Compositions, our way: every row as if its own adapters were alone --------------------------------------------------------
+# --- Compositions, our way: every row as if its own adapters were alone ------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -318,7 +318,7 @@ def test_invertible_adapters_of_each_path(kind):
         run(hub, Fuse("en", "qu"))
 
 
-# --- The model stays a model ---------------------------------------------------------------------------------------------------
+# --- The model stays a model -------------------------------------------------------------------------------------------------
 
 
 def test_without_adapters_it_is_the_plain_model():
@@ -375,7 +375,7 @@ def test_dropout_gate_and_depth_in_training():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in hub.parameters_of("a"))
 
 
-# --- Wrong input ---------------------------------------------------------------------------------------------------------------
+# --- Wrong input -------------------------------------------------------------------------------------------------------------
 
 
 def test_wrong_names_and_setups():
@@ -500,7 +500,7 @@ def test_loading_fewer_layers_and_old_names(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-# --- MAD-X ---------------------------------------------------------------------------------------------------------------------
+# --- MAD-X -------------------------------------------------------------------------------------------------------------------
 
 LANGUAGES = {"en": "the cat sat on a mat and saw the dog run", "qu": "misiqa qata patapi tiyaspa allquta kallpaqta rikurqan"}
 
@@ -518,7 +518,7 @@ def test_madx(tmp_path):
         model.get_input_embeddings().weight.mul_(2.0)
     hub = AdapterHub(model)
     masking = masked_lm.Masking(mask_id=1, vocab_size=60, special_ids=(0,))
-    settings = Settings(None, 8, 3e-3, weight_decay=0.0, warmup_steps=1, steps=30, evaluate_every=30)
+    settings = Settings(None, 8, 1e-2, weight_decay=0.0, warmup_steps=1, steps=40, evaluate_every=40)
     losses = {}
     for number, (language, sentence) in enumerate(LANGUAGES.items()):
         file = tmp_path / f"{language}.txt"
