@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.models.t5 import modeling_t5
 
 from mmkernels import _library, models
@@ -83,12 +84,27 @@ def batch(size=3, length=9, target=20, seed=1):
 
 @pytest.fixture
 def exact_norm(monkeypatch):
-    """Hugging Face takes the mean square of a row in float32 even of a float64 row; here of a float64 row in float64."""
+    """Hugging Face takes the mean square of a row, and in version 4 the softmax of scores, in float32 even of float64; here
+    those of float64 are in float64.
+    """
 
     def forward(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
+    class KeepDouble(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.float and args[0].dtype == torch.float64:
+                return args[0]
+            return function(*args, **(kwargs or {}))
+
+    attend = modeling_t5.T5Attention.forward
+
+    def attention(self, *args, **kwargs):
+        with KeepDouble():
+            return attend(self, *args, **kwargs)
+
     monkeypatch.setattr(modeling_t5.T5LayerNorm, "forward", forward)
+    monkeypatch.setattr(modeling_t5.T5Attention, "forward", attention)
 
 
 def logits_loss_and_gradients(model, ids, mask, labels):
