@@ -8,7 +8,7 @@ import torch
 
 import mmkernels
 from mmkernels import models, modules, ops
-from mmkernels.models import ca_mtl, hypergrid_t5, mbt, perceiver
+from mmkernels.models import adapterhub, ca_mtl, hypergrid_t5, mbt, perceiver
 
 SIGNATURES = {
     ops.adapter: "(x, w_down, b_down, w_up, b_up, *, input_residual=None, residual=None, skip=False, norm_weight=None, "
@@ -77,6 +77,38 @@ SIGNATURES = {
     mbt.from_official: "(config, state_dict, *, backend='auto')",
     mbt.from_vit: "(config, state_dict, *, inflation='central_frame', positions='resize_tile', "
     "bottleneck_from_positions=True, device=None, dtype=None)",
+    mmkernels.convert: "(model, filter_fn=None)",
+    modules.Adapter: "(channels, config='seq_bn', *, bottleneck=None, backend='auto', device=None, dtype=None)",
+    modules.Adapter.forward: "(self, hidden, residual=None, norm=None, *, last=True)",
+    modules.AdapterBank: "(adapters=None, *, backend='auto')",
+    modules.AdapterBank.forward: "(self, hidden, residual=None, norm=None, *, index, names=None, last=True)",
+    modules.AdapterFusion: "(channels, config='dynamic', *, dropout=0.0, backend='auto', device=None, dtype=None)",
+    modules.AdapterFusion.forward: "(self, query, outputs, residual)",
+    modules.InvertibleAdapter: "(channels, kind='nice', *, activation='relu', reduction_factor=2, "
+    "backend='auto', device=None, dtype=None)",
+    modules.InvertibleAdapter.forward: "(self, x, *, inverse=False)",
+    modules.PHMAdapter: "(channels, config='compacter', *, bottleneck=None, shared=None, backend='auto', "
+    "device=None, dtype=None)",
+    modules.Average: "(*children, weights=None, normalize_weights=True)",
+    modules.BatchSplit: "(*children, batch_sizes)",
+    modules.Fuse: "(*children, name=None)",
+    modules.Split: "(*children, splits)",
+    adapterhub.AdapterHub: "(model, *, compat=None, backend='auto')",
+    adapterhub.AdapterHub.add_adapter: "(self, name, config='seq_bn', *, set_active=False, **changes)",
+    adapterhub.AdapterHub.delete_adapter: "(self, name)",
+    adapterhub.AdapterHub.add_adapter_fusion: "(self, names, config='dynamic', *, name=None, set_active=False)",
+    adapterhub.AdapterHub.add_head: "(self, name, head_type='classification', **options)",
+    adapterhub.AdapterHub.set_active: "(self, setup, *, skip_layers=())",
+    adapterhub.AdapterHub.train_adapter: "(self, setup, *, train_embeddings=False)",
+    adapterhub.AdapterHub.train_adapter_fusion: "(self, setup, *, unfreeze_adapters=False)",
+    adapterhub.AdapterHub.save_adapter: "(self, name, folder, *, with_head=True, safetensors=False)",
+    adapterhub.AdapterHub.load_adapter: "(self, folder, *, load_as=None, leave_out=(), with_head=True, set_active=False)",
+    adapterhub.AdapterHub.save_adapter_fusion: "(self, name, folder, *, safetensors=False)",
+    adapterhub.AdapterHub.load_adapter_fusion: "(self, folder, *, load_as=None, set_active=False)",
+    adapterhub.AdapterHub.save_head: "(self, folder, name=None, *, safetensors=False)",
+    adapterhub.AdapterHub.load_head: "(self, folder, *, load_as=None)",
+    adapterhub.AdapterHub.save_setup: "(self, setup, folder, *, safetensors=False)",
+    adapterhub.AdapterHub.load_setup: "(self, folder, *, set_active=True)",
     perceiver.from_official: "(config, state_dict, *, backend='auto')",
     perceiver.Perceiver.save_pretrained: "(self, path)",
 }
@@ -97,7 +129,7 @@ def test_signature(function):
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        (mmkernels, {"BackendError", "explain", "models", "modules", "ops", "testing", "train", "use_backend"}),
+        (mmkernels, {"BackendError", "convert", "explain", "models", "modules", "ops", "testing", "train", "use_backend"}),
         (
             ops,
             {
@@ -114,12 +146,24 @@ def test_signature(function):
         (
             modules,
             {
+                "Adapter",
+                "AdapterBank",
+                "AdapterFusion",
+                "Average",
+                "BatchSplit",
                 "BottleneckFusionLayer",
                 "ConditionalAlignment",
                 "ConditionalAttention",
                 "ConditionalBottleneck",
                 "ConditionalLayerNorm",
                 "FiLM",
+                "Fuse",
+                "InvertibleAdapter",
+                "MultiTask",
+                "PHMAdapter",
+                "Parallel",
+                "Split",
+                "Stack",
                 "FourierPositions",
                 "HyperGridLinear",
                 "LatentCrossAttention",
@@ -128,7 +172,7 @@ def test_signature(function):
                 "set_backend",
             },
         ),
-        (models, {"ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver"}),
+        (models, {"adapterhub", "ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -699,7 +699,7 @@ class AdapterFusion(WithBackend):
         config: a FusionConfig, "dynamic", "static" (no value) or a dict of options. residual_before adds the residual to each
             u_n instead of to y; temperature lets T fall from 50, by a 1000th of that in each training step, down to 1.
         dropout: of the scores, where the config has no dropout_prob.
-        backend: "eager" computes keys and values as the library does; all others mean the absorbed form.
+        backend: a backend of `ops.adapter_fusion`, or "eager": keys and values of everything, as the library has them.
     """
 
     def __init__(self, channels, config="dynamic", *, dropout=0.0, backend="auto", device=None, dtype=None):
@@ -736,6 +736,13 @@ class AdapterFusion(WithBackend):
         u = torch.stack(outputs, 2) if isinstance(outputs, (list, tuple)) else outputs
         if self.backend == "eager":
             return self._plain(query, u, residual)
+        if not (self.config.residual_before or self.keep_attention or (self.dropout and self.training)):
+            projections = (getattr(self, name, None) for name in ("query", "key", "value"))
+            w = [(None, None) if layer is None else (layer.weight, layer.bias) for layer in projections]
+            temperature = self._temperature()
+            return ops.adapter_fusion(
+                query, u, *w[0], *w[1], w[2][0], residual=residual, temperature=temperature, backend=self.backend
+            )
         q, absorbed = self._query(query)
         scores = (u @ absorbed[..., None])[..., 0]
         p = self._probabilities(scores, q, absorbed, residual)
@@ -771,10 +778,15 @@ class AdapterFusion(WithBackend):
             scores = F.dropout(scores, self.dropout)
         return self._softmax(scores)
 
-    def _softmax(self, scores):
-        p = torch.softmax(scores / self.T, -1)
+    def _temperature(self):
+        """T of this call; that of the next one is lower, where there is a temperature."""
+        now = self.T
         if self.training or self.always_falls:
             self.T = max(self.T - self.fall, 1.0)
+        return now
+
+    def _softmax(self, scores):
+        p = torch.softmax(scores / self._temperature(), -1)
         if self.keep_attention:
             self.attention = p.detach()
         return p

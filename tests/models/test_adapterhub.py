@@ -591,7 +591,7 @@ def test_madx(tmp_path):
     labels = (ids % 2 == 0).long()
     optimizer = torch.optim.AdamW([p for p in encoder.model.parameters() if p.requires_grad], 1e-2)
     first = None
-    for _ in range(25):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = encoder(input_ids=ids, labels=labels)["loss"]
         first = first or float(loss.detach())
