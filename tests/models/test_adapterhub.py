@@ -405,6 +405,23 @@ def test_checkpointed_activations():
         assert_close(again, plain)
 
 
+def test_a_mixed_batch_compiles_in_one_graph():
+    hub = hub_of()
+    expected = run(hub, MultiTask("a", "b", "c"), task_ids=torch.tensor(TASKS))
+    compiled = torch.compile(hub.model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(input_ids=tokens(), task_ids=torch.tensor(TASKS))[0], expected)
+
+
+@pytest.mark.parametrize("setup", [Stack("a"), BatchSplit("a", "b", "c", batch_sizes=2)], ids=str)
+def test_bfloat16(setup):
+    hub = hub_of("double_seq_bn")
+    expected = run(hub, setup)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(run(hub, setup).float(), expected, atol=0.2, rtol=0.1)
+    hub.model.bfloat16()
+    assert_close(run(hub, setup).float(), expected, atol=0.2, rtol=0.1)
+
+
 def test_dropout_gate_and_depth_in_training():
     hub = AdapterHub(bert())
     hub.add_adapter("a", "double_seq_bn", dropout=0.5, use_gating=True, stochastic_depth=0.5)
