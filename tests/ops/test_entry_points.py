@@ -25,6 +25,8 @@ def call_with_mutations(op, arguments, names, legal):
     """Every mutation of every tensor either is legal and runs, or raises a RuntimeError that names the argument."""
     for position, name in enumerate(names):
         tensor = arguments[position]
+        if tensor is None:
+            continue
         for what, changed in mutations(tensor):
             mutated = [*arguments[:position], changed, *arguments[position + 1 :]]
             if legal(mutated):
@@ -33,7 +35,7 @@ def call_with_mutations(op, arguments, names, legal):
             with pytest.raises(RuntimeError) as error:
                 op(*mutated)
             text = str(error.value)
-            assert any(f"{n} " in text for n in names), f"{name}, {what}: the error names no argument: {text}"
+            assert any(f"{n} " in text for n in names if n), f"{name}, {what}: the error names no argument: {text}"
 
 
 @pytest.fixture
@@ -52,19 +54,19 @@ def test_attention_forward(native, generator):
 
     def legal(a):
         try:
-            attention_api._check(*a[:5], a[6], a[7], a[5])
+            attention_api._check(*a[:5], a[7], a[8], a[6])
         except (TypeError, ValueError):
             return False
-        return all(t.dtype == torch.float32 for t in a[:3]) and a[5].dim() == 1
+        return all(t.dtype == torch.float32 for t in a[:3]) and a[6].dim() == 1
 
-    arguments = [q, k, v, mask, bias, seed, 0.3, 0.2]
-    names = ("q", "k", "v", "key_mask", "bias", "seed")
+    arguments = [q, k, v, mask, bias, None, seed, 0.3, 0.2]
+    names = ("q", "k", "v", "key_mask", "bias", "bias_index", "seed")
     call_with_mutations(forward_backward("attention", native)[0], arguments, names, legal)
     for dropout_p in (-0.1, 1.0, float("nan")):
         with pytest.raises(RuntimeError, match="dropout_p"):
-            forward_backward("attention", native)[0](*arguments[:7], dropout_p)
+            forward_backward("attention", native)[0](*arguments[:8], dropout_p)
     with pytest.raises(RuntimeError, match="seed"):
-        forward_backward("attention", native)[0](q, k, v, None, None, None, 0.3, 0.2)
+        forward_backward("attention", native)[0](q, k, v, None, None, None, None, 0.3, 0.2)
 
 
 @both
@@ -72,10 +74,33 @@ def test_attention_backward(native, generator):
     forward, backward = forward_backward("attention", native)
     q, k, v = (torch.randn(s, generator=generator) for s in ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)))
     mask, bias, seed = torch.ones(2, 7, dtype=torch.bool), torch.randn(2, 3, 5, 7), torch.tensor([1])
-    out, lse = forward(q, k, v, mask, bias, seed, 0.3, 0.2)
-    arguments = [torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, mask, bias, seed, 0.3, 0.2, 7]
-    names = ("dout", "dlse", "q", "k", "v", "out", "lse", "key_mask", "bias", "seed")
+    out, lse = forward(q, k, v, mask, bias, None, seed, 0.3, 0.2)
+    arguments = [torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, mask, bias, None, seed, 0.3, 0.2, 7]
+    names = ("dout", "dlse", "q", "k", "v", "out", "lse", "key_mask", "bias", "bias_index", "seed")
     call_with_mutations(backward, arguments, names, lambda a: False)
+
+
+@both
+def test_attention_with_diagonal_blocks(native, generator):
+    forward, backward = forward_backward("attention", native)
+    q, k, v = (torch.randn(s, generator=generator) for s in ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)))
+    blocks, index = torch.randn(3, 5, 3, generator=generator), torch.tensor([1, 0])
+
+    def fits(blocks):  # as many blocks as there are, as wide as they are
+        return blocks.dtype == torch.float32 and blocks.dim() == 3 and blocks.shape[1] == 5
+
+    def legal(a):
+        values = a[2].dtype == torch.float32 and a[2].shape[:3] == v.shape[:3] and a[2].dim() == 4
+        return a[0] is q and a[1] is k and values and a[5] is index and fits(a[4])
+
+    arguments = [q, k, v, None, blocks, index, None, 0.3, 0.0]
+    call_with_mutations(forward, arguments, ("q", "k", "v", None, "bias", "bias_index"), legal)
+    out, lse = forward(*arguments)
+    arguments = [torch.ones_like(out), None, q, k, v, out, lse, None, blocks, index, None, 0.3, 0.0, 7]
+    names = ("dout", None, "q", "k", "v", "out", "lse", None, "bias", "bias_index")
+    call_with_mutations(backward, arguments, names, lambda a: a[8] is not blocks and fits(a[8]))
+    with pytest.raises(RuntimeError, match="bias"):
+        forward(q, k, v, None, blocks, None, None, 0.3, 0.0)  # three rows for two examples
 
 
 @both
@@ -136,7 +161,7 @@ def in_list(op, position):
 @both
 def test_norm_forward(native, generator):
     shapes = [(2, 5, 8), (2, 5, 8), (8,), (2, 8), (8,)]
-    inputs = [*(torch.randn(s, generator=generator) for s in shapes), 1e-5]
+    inputs = [*(torch.randn(s, generator=generator) for s in shapes), None, 1e-5]
 
     def legal(a):
         x, residual, residual_bias, gain, bias = a[:5]
@@ -154,17 +179,32 @@ def test_norm_forward(native, generator):
     call_with_mutations(in_list(forward, 0), inputs, names, legal)
     for wrong in ([], [inputs[0]] * 3, [inputs[0], inputs[0][:1]], [inputs[0], inputs[0].half()], [inputs[0][..., :0]]):
         with pytest.raises(RuntimeError, match=r"x(\[1\])? has "):
-            forward(wrong, inputs[1], None, None, None, 1e-5)
+            forward(wrong, inputs[1], None, None, None, None, 1e-5)
     with pytest.raises(RuntimeError, match="residual_bias is given"):
-        forward(inputs[:1], None, inputs[2], None, None, 1e-5)
+        forward(inputs[:1], None, inputs[2], None, None, None, 1e-5)
+    tasks = [inputs[0], inputs[1], None, torch.randn(3, 8, generator=generator), inputs[4], torch.tensor([2, 0]), 1e-5]
+    names = ("x", "residual", None, "gain", "bias", "index")
+    of_tasks = (
+        lambda a: (  # noqa: E731
+            all(t is own for t, own in zip(a[:3], tasks[:3], strict=True))
+            and a[5] is tasks[5]
+            and (a[3].dtype, a[3].dim(), a[3].shape[-1]) == (torch.float32, 2, 8)
+            and a[3].shape[0] >= 3  # a number beyond its rows is seen on a CPU alone
+            and a[4] is tasks[4]
+        )
+    )
+    if native == "cpp":
+        call_with_mutations(in_list(forward, 0), tasks, names, of_tasks)
+        with pytest.raises(RuntimeError, match="index has the number 2; numbers must be in"):
+            forward([inputs[0]], inputs[1], None, tasks[3][:2], None, tasks[5], 1e-5)
 
 
 @both
 def test_norm_backward(native, generator):
     forward, backward = forward_backward("norm", native)
     x, gain = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 8, generator=generator)
-    out, total, mean, rstd = forward([x], x, None, gain, None, 1e-5)
-    inputs = [torch.ones_like(out), torch.ones_like(out), total, mean, rstd, gain, 15]
+    out, total, mean, rstd = forward([x], x, None, gain, None, None, 1e-5)
+    inputs = [torch.ones_like(out), torch.ones_like(out), total, mean, rstd, gain, None, 0, 15]
     legal = lambda a: all(t.dtype == torch.float32 for t in a[:6]) and a[5].shape == (8,)  # noqa: E731
     call_with_mutations(in_list(backward, 2), inputs, ("dout", "dsum", "rows", "mean", "rstd", "gain"), legal)
 

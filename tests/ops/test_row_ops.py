@@ -130,7 +130,7 @@ def arguments(op, tensors):
         return [*rows, tensors["w_down"], None, tensors["w_up"], *(None,) * 7, index, None, 1, 4, 1e-5, 1e-6, 1.0, 0.0]
     if op == "fusion":
         return [tensors["query"], tensors["outputs"], 0.5]
-    return [[tensors["x"], tensors["x2"]], *(tensors[n] for n in ("residual", "residual_bias", "gain", "bias")), 1e-5]
+    return [[tensors["x"], tensors["x2"]], *(tensors[n] for n in ("residual", "residual_bias", "gain", "bias")), None, 1e-5]
 
 
 def gradient_arguments(op, tensors, results, incoming):
@@ -147,7 +147,7 @@ def gradient_arguments(op, tensors, results, incoming):
         return [incoming[0], *given[:15], results[1], *given[15:], wanted]
     if op == "fusion":
         return [incoming[0], tensors["query"], tensors["outputs"], results[1], 0.5, True, True]
-    return [*incoming, [results[1]], *results[2:], tensors["gain"], 15]
+    return [*incoming, [results[1]], *results[2:], tensors["gain"], None, 0, 15]
 
 
 @each_op
@@ -163,12 +163,12 @@ def test_opcheck(backend, generator, op):
     torch.library.opcheck(forward, inputs)
     torch.library.opcheck(backward, gradient_arguments(op, tensors, results, incoming))
     if op == "norm":  # x alone, its rows saved, nothing shared
-        inputs = [tensors["x"]], None, None, None, None, 1e-5
+        inputs = [tensors["x"]], None, None, None, None, None, 1e-5
         out, total, mean, rstd = forward(*inputs)
         assert total.shape == (0,)
         torch.library.opcheck(forward, inputs)
-        torch.library.opcheck(backward, (out, None, [tensors["x"]], mean, rstd, None, 1))
-        torch.library.opcheck(backward, (out, None, [tensors["x"]], mean, rstd, None, 4 + 16))
+        torch.library.opcheck(backward, (out, None, [tensors["x"]], mean, rstd, None, None, 0, 1))
+        torch.library.opcheck(backward, (out, None, [tensors["x"]], mean, rstd, None, None, 0, 4 + 16))
 
 
 @each_op
