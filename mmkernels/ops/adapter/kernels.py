@@ -722,9 +722,7 @@ def weight_kernel(
     j = pid // TILES_C % TILES_R * BLOCK_R + tl.arange(0, BLOCK_R)
     part = pid // (TILES_C * TILES_R)
     if MODE == GROUPED:
-        adapter, begin, end = _find(begins, part, group_rows, ADAPTERS, PART, BLOCK_G)
-        if adapter >= ADAPTERS:
-            return
+        _, begin, end = _find(begins, part, group_rows, ADAPTERS, PART, BLOCK_G)
     else:
         begin = part.to(tl.int64) * PART
         end = tl.minimum(begin + PART, rows)
@@ -785,7 +783,9 @@ def _parts_of(begins, adapter, rows, group_rows, MODE: tl.constexpr, PART: tl.co
         parts = (last - first + PART - 1) // PART
         end = tl.sum(parts, 0)
         return end - tl.sum(tl.where(g == adapter, parts, 0), 0), end
-    return 0, tl.cdiv(rows.to(tl.int64), PART)
+    else:
+        end = tl.cdiv(rows.to(tl.int64), PART)
+        return end * 0, end
 
 
 @triton.jit
@@ -845,7 +845,7 @@ def up_sum_kernel(
     factor = tl.zeros([BLOCK_C], tl.float32) + 1.0
     if scale is not None:
         at = scale + adapter_64 * scale_strides[0] + c * scale_strides[1]
-        factor = tl.load(at, mask=c < C, other=0.0).to(tl.float32)
+        factor = tl.load(at, mask=(c < C) & (first < end), other=0.0).to(tl.float32)
     of_scale = tl.zeros([BLOCK_C], tl.float32)
     if up_parts is not None:
         for start in range(0, R, BLOCK_R):
@@ -885,7 +885,7 @@ def _row_tile(c: int, r: int, dtype) -> dict:
     if dtype == torch.float32:
         tile = dict(BLOCK_M=32, BLOCK_C=_fit(c, 32), BLOCK_R=_fit(r, 64))
         return tile | dict(num_warps=4, num_stages=2)
-    return dict(BLOCK_M=64, BLOCK_C=_fit(c, 64), BLOCK_R=_fit(r, 128), num_warps=4, num_stages=2)
+    return dict(BLOCK_M=64, BLOCK_C=_fit(c, 64), BLOCK_R=_fit(r, 128 if r <= 128 else 64), num_warps=4, num_stages=2)
 
 
 def _weight_tile(c: int, r: int, dtype) -> dict:
@@ -1219,6 +1219,75 @@ def _weights(call, dy, hidden, dhidden, statistics, seed, mode, common, want, gr
     if want[SCALE]:
         shared = [dim for dim in (0, 1) if call.scale.shape[dim] == 1]
         grads[SCALE] = dscale.sum(shared, keepdim=True) if shared else dscale
+
+
+# --- For the kernel report ------------------------------------------------------------------------------------------------
+
+_CODES = {"float32": "fp32", "bfloat16": "bf16"}
+_INTEGERS = dict.fromkeys(("index", "seed"), "*i64") | dict.fromkeys(("begins", "order"), "*i32")
+_FLOATS = ("statistics", "dgate", "norm_sums", "out_sums", "down_parts", "bias_parts", "up_parts", "dl_parts", "parts")
+_FLOATS += ("db_up", "dscale", "norm_weight", "norm_bias", "out_weight", "out_bias", "b_down", "b_up", "scale", "gate")
+_SCALARS = {"eps": "fp32", "out_eps": "fp32", "factor": "fp32", "gain": "fp32", "limit": "i64", "length": "i32:16"}
+
+
+def _report_case(name, kernel, dtype, capability, tile, absent, **constexprs) -> ReportCase:
+    """A kernel for contiguous rows whose widths are multiples of 16; `absent` names tensors that are None."""
+    tile = dict(tile)
+    options = {"num_warps": tile.pop("num_warps"), "num_stages": tile.pop("num_stages", 3)}
+    values, signature, final = constexprs | tile | dict.fromkeys(absent), {}, {}
+    plain = _SCALARS | dict.fromkeys(("rows", "group_rows", "gate_rows", "count"), "i32")
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in values:
+            signature[argument] = "constexpr"
+            final[argument] = values[argument]
+        elif argument == "scale_strides":
+            signature[argument] = ("i32:16", "constexpr")
+            final[place, 1] = 1
+        elif argument.endswith("_strides"):
+            signature[argument] = ("i32:16", "i32:16")
+        elif argument in plain:
+            signature[argument] = plain[argument]
+        elif argument in _INTEGERS:
+            signature[argument] = _INTEGERS[argument]
+        else:
+            signature[argument] = "*fp32" if argument in _FLOATS else f"*{_CODES[dtype]}"
+    return ReportCase(f"adapter_{name} {dtype}", kernel, signature, final, options, capability)
+
+
+def report_cases():
+    """Pfeiffer's adapter of a base model and AdapterPlus in a bank, for the report that compiles kernels without a GPU."""
+    c, part = 768, 512
+    pfeiffer = {"input_residual", "residual", "scale", "gate", "index", "begins", "order", "seed"} - {"input_residual"}
+    plus = {"input_residual", "residual", "norm_weight", "norm_bias", "out_weight", "out_bias", "index", "norm_sums"}
+    plus |= {"out_sums", "dy", "dinput", "dgate", "gate", "seed"}
+    for capability in (80, 90, 100):
+        for code in _CODES:
+            dtype = getattr(torch, code)
+            for name, r, adapters, mode, skip, absent in (
+                ("pfeiffer", 48, 1, ALONE.value, 3, pfeiffer),
+                ("bank", 64, 64, GROUPED.value, 1, plus),
+                ("wide", 384, 1, ALONE.value, 3, pfeiffer),
+            ):
+                shared = dict(C=c, R=r, ADAPTERS=adapters, MODE=mode, PRECISION=input_precision(dtype))
+                shared |= dict(BLOCK_G=triton.next_power_of_2(adapters + 2))
+                tile = _row_tile(c, r, dtype)
+                passes = shared | dict(SKIP=skip, ACTIVATION=GELU_TANH.value if mode == GROUPED.value else RELU.value)
+                forward = absent | ({"hidden"} if r <= tile["BLOCK_R"] else set())
+                forward = forward & set(forward_kernel.arg_names)
+                yield _report_case(f"fwd {name}", forward_kernel, code, capability, tile, forward, **passes)
+                backward = (absent | ({"dgate"} if "gate" in absent else set())) & set(backward_kernel.arg_names)
+                yield _report_case(f"bwd {name}", backward_kernel, code, capability, tile, backward, **passes)
+                tile = _weight_tile(c, r, dtype)
+                # The gradient comes from dy or dout, and is never absent.
+                weight = absent & set(weight_kernel.arg_names) - {"dy"}
+                yield _report_case(f"weight {name}", weight_kernel, code, capability, tile, weight, PART=part, **shared)
+            places = dict(MODE=GROUPED.value, PART=part, BLOCK_G=128, num_warps=4)
+            sums = dict(SIZE=64 * c, BLOCK=1024)
+            yield _report_case("part_sum", part_sum_kernel, code, capability, places, (), **sums)
+            sums = dict(C=c, R=64, BLOCK_C=16, BLOCK_R=64)
+            yield _report_case("up_sum", up_sum_kernel, code, capability, places, (), **sums)
+        group = dict(BLOCK=8192, num_warps=8)
+        yield _report_case("group", group_kernel, "float32", capability, group, (), ADAPTERS=64)
 
 
 # --- Registration ---------------------------------------------------------------------------------------------------------
