@@ -157,6 +157,41 @@ __device__ __forceinline__ void multiply_rows(float (&d)[Columns / 8][4], const 
   }
 }
 
+// A k-step of 16 columns of the right operand, two registers for each 8. By rows: its columns are rows of shared memory,
+// `pitch` apart, with the contraction along them; else the other way round.
+template <class T, bool ByRows>
+__device__ __forceinline__ void load_right(uint32_t (&b)[4], const unsigned char* tile, int pitch, int column,
+                                           int step) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (ByRows) {
+    ptx::ldmatrix_x4(b, tile + (column + lane / 16 * 8 + lane % 8) * pitch + step * 32 + lane / 8 % 2 * 16);
+  } else if constexpr (sizeof(T) == 2) {
+    ptx::ldmatrix_x4_trans(b, tile + (step * 16 + lane % 16) * pitch + (column + lane / 16 * 8) * 2);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      b[i] = *reinterpret_cast<const uint32_t*>(tile + (step * 8 + lane % 4 + i % 2 * 4) * pitch +
+                                                (column + lane / 4 + i / 2 * 8) * 4);
+  }
+}
+
+// A k-step of 16 columns of shared memory, which are the rows of the left operand, with the contraction along its rows.
+template <class T>
+__device__ __forceinline__ Operand<T> load_left_turned(const unsigned char* tile, int pitch, int row, int step) {
+  const int lane = threadIdx.x % 32;
+  Operand<T> a;
+  if constexpr (sizeof(T) == 2) {
+    ptx::ldmatrix_x4_trans(a.r, tile + (step * 16 + lane / 16 * 8 + lane % 8) * pitch + (row + lane / 8 % 2 * 8) * 2);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      set_operand(a, i,
+                  *reinterpret_cast<const float*>(tile + (step * 8 + lane % 4 + i / 2 * 4) * pitch +
+                                                  (row + lane / 4 + i % 2 * 8) * 4));
+  }
+  return a;
+}
+
 // Weights (16 x Columns) in the registers of a left operand, made from an accumulator.
 template <class T, int Columns>
 struct Weights {

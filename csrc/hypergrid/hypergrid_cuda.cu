@@ -111,17 +111,7 @@ __device__ __forceinline__ Operand<T> left_operand(const unsigned char* tile, in
 template <class T, bool ByRows>
 __device__ __forceinline__ void right_operand(uint32_t (&b)[4], const unsigned char* tile, int pitch, int column,
                                               int step, bool relu) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (ByRows) {
-    ptx::ldmatrix_x4(b, tile + (column + lane / 16 * 8 + lane % 8) * pitch + step * 32 + lane / 8 % 2 * 16);
-  } else if constexpr (sizeof(T) == 2) {
-    ptx::ldmatrix_x4_trans(b, tile + (step * 16 + lane % 16) * pitch + (column + lane / 16 * 8) * 2);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      b[i] = *reinterpret_cast<const uint32_t*>(tile + (step * 8 + lane % 4 + i % 2 * 4) * pitch +
-                                                (column + lane / 4 + i / 2 * 8) * 4);
-  }
+  load_right<T, ByRows>(b, tile, pitch, column, step);
   if (relu) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i] = relu_word<T>(b[i]);

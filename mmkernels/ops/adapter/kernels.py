@@ -844,8 +844,8 @@ def up_sum_kernel(
     first, end = _parts_of(begins, adapter, rows, group_rows, MODE, PART, BLOCK_G)
     factor = tl.zeros([BLOCK_C], tl.float32) + 1.0
     if scale is not None:
-        at = scale + adapter_64 * scale_strides[0] + c * scale_strides[1]
-        factor = tl.load(at, mask=(c < C) & (first < end), other=0.0).to(tl.float32)
+        own_scale = scale + adapter_64 * scale_strides[0] + c * scale_strides[1]
+        factor = tl.load(own_scale, mask=(c < C) & (first < end), other=0.0).to(tl.float32)
     of_scale = tl.zeros([BLOCK_C], tl.float32)
     if up_parts is not None:
         for start in range(0, R, BLOCK_R):
@@ -880,17 +880,16 @@ def _fit(size: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
-def _row_tile(c: int, r: int, dtype) -> dict:
-    """Of the two kernels of rows. Weights are read once a tile, so it has as many rows as the registers hold."""
+def _row_tile(c: int, r: int, dtype, warps: int = 4) -> dict:
+    """Of the kernels of rows; the backward has eight warps for its many pointers and masks."""
     if dtype == torch.float32:
-        tile = dict(BLOCK_M=32, BLOCK_C=_fit(c, 32), BLOCK_R=_fit(r, 64))
-        return tile | dict(num_warps=4, num_stages=2)
-    return dict(BLOCK_M=64, BLOCK_C=_fit(c, 64), BLOCK_R=_fit(r, 128 if r <= 128 else 64), num_warps=4, num_stages=2)
+        return dict(BLOCK_M=32, BLOCK_C=_fit(c, 32), BLOCK_R=_fit(r, 64 if r <= 64 else 32), num_warps=warps, num_stages=2)
+    return dict(BLOCK_M=64, BLOCK_C=_fit(c, 64), BLOCK_R=_fit(r, 128 if r <= 128 else 64), num_warps=warps, num_stages=2)
 
 
 def _weight_tile(c: int, r: int, dtype) -> dict:
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_C=_fit(c, 32), BLOCK_R=_fit(r, 32), num_warps=4, num_stages=2)
+        return dict(BLOCK_M=32, BLOCK_C=_fit(c, 32), BLOCK_R=_fit(r, 32), num_warps=8, num_stages=2)
     return dict(BLOCK_M=64, BLOCK_C=_fit(c, 64), BLOCK_R=_fit(r, 64), num_warps=4, num_stages=2)
 
 
@@ -930,7 +929,7 @@ class _Call:
         count = self.index.numel()
         self.begins = self.index.new_empty(self.adapters + 3, dtype=torch.int32)
         self.order = self.index.new_empty(count, dtype=torch.int32)
-        block = min(8192 if count > 1024 else 1024, max(16, triton.next_power_of_2(count)))
+        block = min(4096 if count > 1024 else 1024, max(16, triton.next_power_of_2(count)))
         group_kernel[(self.adapters + 2,)](
             self.index, self.begins, self.order, count, ADAPTERS=self.adapters, BLOCK=block, num_warps=8 if block > 1024 else 4
         )
@@ -1074,7 +1073,7 @@ def adapter_bwd(
         return tuple(g.zero_() for g in grads)
     dout, statistics = dout.contiguous(), statistics.contiguous()
     mode = ALONE.value if index is None else GROUPED.value
-    tile = _row_tile(c, r, x.dtype)
+    tile = _row_tile(c, r, x.dtype, 8)
     tiles = call.tiles(mode, tile["BLOCK_M"])
 
     def made(i):
@@ -1276,6 +1275,7 @@ def report_cases():
                 forward = forward & set(forward_kernel.arg_names)
                 yield _report_case(f"fwd {name}", forward_kernel, code, capability, tile, forward, **passes)
                 backward = (absent | ({"dgate"} if "gate" in absent else set())) & set(backward_kernel.arg_names)
+                tile = _row_tile(c, r, dtype, 8)
                 yield _report_case(f"bwd {name}", backward_kernel, code, capability, tile, backward, **passes)
                 tile = _weight_tile(c, r, dtype)
                 # The gradient comes from dy or dout, and is never absent.
@@ -1286,7 +1286,7 @@ def report_cases():
             yield _report_case("part_sum", part_sum_kernel, code, capability, places, (), **sums)
             sums = dict(C=c, R=64, BLOCK_C=16, BLOCK_R=64)
             yield _report_case("up_sum", up_sum_kernel, code, capability, places, (), **sums)
-        group = dict(BLOCK=8192, num_warps=8)
+        group = dict(BLOCK=4096, num_warps=8)
         yield _report_case("group", group_kernel, "float32", capability, group, (), ADAPTERS=64)
 
 
