@@ -13,14 +13,15 @@ namespace mmk::adapter {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor>;
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool aligned(const void* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
 
-// The arguments that both directions have, checked and made dense where the kernels want that. Holds what it has copied.
+// The arguments that both directions have, checked and made dense where the kernels want that. Holds what it has
+// copied.
 struct Call {
   Dtype dtype;
   ScalarType type;
@@ -48,8 +49,7 @@ struct Call {
     d.bottleneck = static_cast<int>(r), d.adapters = 1;
     if (w_down.dim() == 3) {
       bank = {w_down.size(0)};
-      STD_TORCH_CHECK(bank[0] >= 1 && bank[0] < (1 << 24), "w_down has ", bank[0],
-                      " adapters; 1 to 2^24 are allowed");
+      STD_TORCH_CHECK(bank[0] >= 1 && bank[0] < (1 << 24), "w_down has ", bank[0], " adapters; 1 to 2^24 are allowed");
       d.adapters = static_cast<int>(bank[0]);
     }
     const auto of_bank = [&](std::vector<int64_t> sizes) {
@@ -216,7 +216,7 @@ Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, Optiona
     return sizes;
   };
   const std::vector<int64_t> rows{call.batch, d.length, c};
-  std::vector<std::vector<int64_t>> shapes{rows, rows, rows, of_bank({r, c}), of_bank({r}), of_bank({c, r}),
+  std::vector<std::vector<int64_t>> shapes{rows,        rows, rows, of_bank({r, c}), of_bank({r}), of_bank({c, r}),
                                            of_bank({c})};
   for (int i = kNorm; i <= kOutBias; ++i) shapes.push_back({c});
   for (const OptionalTensor* t : {&call.scale, &call.gate}) {
@@ -226,8 +226,7 @@ Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, Optiona
   std::vector<Tensor> grads;
   for (int i = 0; i < kAll; ++i) {
     const bool narrow = i <= kResidual || i == kDown || i == kUp;
-    grads.push_back(
-        empty(x, want(i) ? shapes[i] : std::vector<int64_t>{0}, narrow ? call.type : ScalarType::Float));
+    grads.push_back(empty(x, want(i) ? shapes[i] : std::vector<int64_t>{0}, narrow ? call.type : ScalarType::Float));
   }
   const auto result = [&]() -> Gradients {
     return {grads[0], grads[1], grads[2], grads[3],  grads[4],  grads[5], grads[6],

@@ -85,11 +85,16 @@ __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-
 
 __device__ __forceinline__ float activated(float z, int activation) {
   switch (activation) {
-    case 1: return z < 0.0f ? 0.0f : z;  // NaN stays
-    case 2: return gelu<false>(z);
-    case 3: return gelu<true>(z);
-    case 4: return z * sigmoid(z);
-    case 5: return z < 0.0f ? 0.01f * z : z;
+    case 1:
+      return z < 0.0f ? 0.0f : z;  // NaN stays
+    case 2:
+      return gelu<false>(z);
+    case 3:
+      return gelu<true>(z);
+    case 4:
+      return z * sigmoid(z);
+    case 5:
+      return z < 0.0f ? 0.01f * z : z;
     case 6: {
       const float e = expf(-2.0f * fabsf(z)), magnitude = (1.0f - e) / (1.0f + e);
       return z < 0.0f ? -magnitude : magnitude;
@@ -100,14 +105,18 @@ __device__ __forceinline__ float activated(float z, int activation) {
 
 __device__ __forceinline__ float slope(float z, int activation) {
   switch (activation) {
-    case 1: return z > 0.0f ? 1.0f : z * 0.0f;
-    case 2: return gelu_slope<false>(z);
-    case 3: return gelu_slope<true>(z);
+    case 1:
+      return z > 0.0f ? 1.0f : z * 0.0f;
+    case 2:
+      return gelu_slope<false>(z);
+    case 3:
+      return gelu_slope<true>(z);
     case 4: {
       const float s = sigmoid(z);
       return s * (1.0f + z * (1.0f - s));
     }
-    case 5: return z > 0.0f ? 1.0f : 0.01f;
+    case 5:
+      return z > 0.0f ? 1.0f : 0.01f;
     case 6: {
       const float e = expf(-2.0f * fabsf(z));
       return 4.0f * e / ((1.0f + e) * (1.0f + e));
@@ -405,8 +414,8 @@ struct Block {
           if (j / 2 % across != share) continue;
           uint32_t b[4];
           load_right<T, ByRows>(b, here, kRowBytes, j * 8, s);
-          multiply(acc[j], a, b[0], b[1]);
-          multiply(acc[j + 1], a, b[2], b[3]);
+          multiply<T, true>(acc[j], a, b[0], b[1]);
+          multiply<T, true>(acc[j + 1], a, b[2], b[3]);
         }
       }
       if (k == depth_chunks - 1) {
@@ -438,9 +447,8 @@ struct Block {
     return load_left<T>(chunk + first_row * kRowBytes + step * 32);
   }
 
-  // u W_down^T, and what `done(n, sums)` makes of it.
-  template <class Done>
-  __device__ __forceinline__ void down(Done done) const {
+  // The bottleneck into `hidden` and, where wanted, the slope of the activation into `dhidden`.
+  __device__ __forceinline__ void down(bool with_slope) const {
     const bool resident = d.resident;
     const float mean[2] = {fact(kMean, first_row + lane / 4), fact(kMean, first_row + lane / 4 + 8)};
     const float rstd[2] = {fact(kRstd, first_row + lane / 4), fact(kRstd, first_row + lane / 4 + 8)};
@@ -460,12 +468,25 @@ struct Block {
             return (value - mean[half]) * rstd[half] * parameter<T>(d.norm_weight, c) + bias;
           });
         },
-        [&](unsigned char*, int n, Sums& sums) { done(n, sums); });
-  }
-
-  __device__ __forceinline__ float with_bias(float z, int j) const {
-    if (!d.b_down.data || j >= d.bottleneck) return z;
-    return z + parameter<T>(d.b_down, int64_t{own_adapter()} * d.bottleneck + j);
+        [&](unsigned char*, int n, Sums& sums) {
+          each_element([&](int j, int i, int row, int column) {
+            const int own = n * kWidth + column;
+            float z = sums[j][i];  // rounded with its bias, or it could change its sign
+            if (d.b_down.data && own < d.bottleneck)
+              z += parameter<T>(d.b_down, int64_t{own_adapter()} * d.bottleneck + own);
+            *at(hidden + n * row_chunk, row, column) = from_float<T>(z);
+          });
+        });
+    __syncthreads();
+    // One element after another: there are few, and this is much code.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < chunks(d.bottleneck) * kWidth * tile; i += kThreads) {
+      const int column = i % kWidth, row = i / kWidth % tile, n = i / kWidth / tile;
+      T* a = at(hidden + n * row_chunk, row, column);
+      const float z = to_float(*a);
+      *a = from_float<T>(activated(z, d.activation));
+      if (with_slope) *at(dhidden + n * row_chunk, row, column) = from_float<T>(slope(z, d.activation));
+    }
   }
 
   // hidden (rows, R) times columns of a weight, chunk after chunk through shared memory to `each(own, row, m, c, valid,
@@ -601,7 +622,7 @@ struct Block {
 // --- The forward ---
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Adapter d) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ Adapter d) {
   const Block<T> block(d, 1);
   constexpr int V = Block<T>::V;
   const int chunks = block.chunks(d.channels);
@@ -613,7 +634,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Adapter d) {
     for (int k = 0; k < chunks; ++k) {
       if (d.resident) {
         block.fill_chunk(block.kept + k * block.row_chunk, k, nullptr,
-                         [&](int own, int, int64_t m, int c, int valid, float(&s)[V]) {
+                         [&](int own, int, int64_t m, int c, int valid, float (&s)[V]) {
                            block.load_s(s, m, c, valid);
                            moments[own].add(s, valid);
                          });
@@ -641,18 +662,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Adapter d) {
     }
     __syncthreads();
   }
-  if (block.known) {
-    block.down([&](int n, typename Block<T>::Sums& sums) {
-      unsigned char* chunk = block.hidden + n * block.row_chunk;
-      block.each_element([&](int j, int i, int row, int column) {
-        const float z = block.with_bias(sums[j][i], n * Block<T>::kWidth + column);
-        *block.at(chunk, row, column) = from_float<T>(activated(z, d.activation));
-      });
-    });
-  }
+  if (block.known) block.down(false);
   Moments moments[kOwn];
   const bool normed = d.out_weight.data;
-  auto result = [&](int own, int row, int64_t m, int c, int valid, float(&y)[V]) {
+  auto result = [&](int own, int row, int64_t m, int c, int valid, float (&y)[V]) {
     block.finish(y, row, m, c, valid);
     if (normed) {
 #pragma unroll
@@ -705,7 +718,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Adapter d) {
 // --- The backward ---
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Adapter d) {
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_constant__ Adapter d) {
   const Block<T> block(d, 2);
   constexpr int V = Block<T>::V, kWidth = Block<T>::kWidth;
   using Sums = typename Block<T>::Sums;
@@ -726,13 +739,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Adapter d) 
   __syncthreads();
 
   // The bottleneck, and the slope of the activation.
-  block.down([&](int n, Sums& sums) {
-    block.each_element([&](int j, int i, int row, int column) {
-      const float z = block.with_bias(sums[j][i], n * kWidth + column);
-      *block.at(block.hidden + n * block.row_chunk, row, column) = from_float<T>(activated(z, d.activation));
-      *block.at(block.dhidden + n * block.row_chunk, row, column) = from_float<T>(slope(z, d.activation));
-    });
-  });
+  block.down(true);
 
   // The result again, for the averages that its norm's gradient subtracts; normalised it waits in dy.
   float average[kOwn] = {}, average_normed[kOwn] = {};
@@ -745,7 +752,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Adapter d) 
     clear();
     block.template up<true>(
         block.hidden, d.w_up,
-        [&](int own, int row, int64_t m, int c, int valid, float(&y)[V]) {
+        [&](int own, int row, int64_t m, int c, int valid, float (&y)[V]) {
           block.finish(y, row, m, c, valid);
           float incoming[V], gain[V];
           block.load_dense(incoming, d.dout, m, c, valid);
@@ -781,6 +788,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Adapter d) 
   const bool through = d.scale.data || d.seed;
   const RowTensor dense{d.dout, d.length * d.channels, d.channels};
   float* of_gate = block.sums;  // (across, rows)
+  __syncthreads();              // the sums of columns have been read
   if (threadIdx.x < kMostTile) of_gate[threadIdx.x] = 0.0f;
   block.template products<false>(
       d.bottleneck, d.channels,
@@ -788,7 +796,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Adapter d) 
         block.fill_weight(to, d.w_up, d.channels, d.bottleneck, k, n);
         const bool copied = !d.out_weight.data && !(d.dgate && d.b_up.data && n == 0);
         block.fill_chunk(to + kChunkBytesOf<T>, k, copied ? &dense : nullptr,
-                         [&](int own, int row, int64_t m, int c, int valid, float(&g)[V]) {
+                         [&](int own, int row, int64_t m, int c, int valid, float (&g)[V]) {
                            block.load_dense(g, dy, m, c, valid);
                            if (n > 0) return;
                            if (d.out_weight.data) {
@@ -885,7 +893,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Adapter d) 
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) average[own] = average_normed[own] = 0.0f;
   void* waiting = d.dx ? d.dx : d.dinput;
-  auto store = [&](int64_t m, int c, const float(&ds)[V], int valid) {
+  auto store = [&](int64_t m, int c, const float (&ds)[V], int valid) {
     float own[V] = {}, value[V];
     if (d.skip & 3) block.load_dense(own, dy, m, c, valid);
     if (d.dx) {
@@ -901,7 +909,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Adapter d) 
   };
   block.template up<false>(
       block.dhidden, d.w_down,
-      [&](int own, int row, int64_t m, int c, int valid, float(&ds)[V]) {
+      [&](int own, int row, int64_t m, int c, int valid, float (&ds)[V]) {
         if (d.skip & 4) {
           float incoming[V];
           block.load_dense(incoming, dy, m, c, valid);
@@ -962,7 +970,7 @@ constexpr int kPartRows = 64;
 // One part of an adapter's rows, a chunk of channels and one of the bottleneck: warps 0 to 3 make dz^T u, 4 to 7 dl^T
 // a.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) weight_kernel(const Adapter d) {
+__global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_constant__ Adapter d) {
   constexpr int kWidth = kChunk<T>, V = kWide<T>, kTile = kPartRows * kRowBytes;
   const int channel_chunks = (d.channels + kWidth - 1) / kWidth;
   const int hidden_chunks = (d.bottleneck + kWidth - 1) / kWidth;
@@ -976,7 +984,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const Adapter d) {
     begin = piece.begin, end = piece.end;
   }
   unsigned char* shared = shared_memory();
-  unsigned char *dz_tile = shared, *u_tile = shared + kTile, *dl_tile = shared + 2 * kTile, *a_tile = shared + 3 * kTile;
+  unsigned char *dz_tile = shared, *u_tile = shared + kTile, *dl_tile = shared + 2 * kTile,
+                *a_tile = shared + 3 * kTile;
   auto* sums = reinterpret_cast<float*>(shared + 4 * kTile);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = threadIdx.x % kPieces * V;
@@ -991,7 +1000,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const Adapter d) {
     __syncthreads();
 #pragma unroll
     for (int own = 0; own < kPartRows * kPieces / kThreads; ++own) {
-      const int row = (threadIdx.x + own * kThreads) / kPieces, at = row * kRowBytes + column * static_cast<int>(sizeof(T));
+      const int row = (threadIdx.x + own * kThreads) / kPieces,
+                at = row * kRowBytes + column * static_cast<int>(sizeof(T));
       const int64_t p = first + row;
       float dz[V] = {}, u[V] = {}, dl[V] = {}, a[V] = {};
       if (p < end) {
@@ -1012,7 +1022,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const Adapter d) {
             load_parameter<T, V>(gain, d.norm_weight, c, valid_c, d.by_vector);
             if (d.norm_bias.data) load_parameter<T, V>(bias, d.norm_bias, c, valid_c, d.by_vector);
 #pragma unroll
-            for (int i = 0; i < V; ++i) u[i] = i < valid_c ? (u[i] - mean[m]) * mean[d.rows + m] * gain[i] + bias[i] : 0.0f;
+            for (int i = 0; i < V; ++i)
+              u[i] = i < valid_c ? (u[i] - mean[m]) * mean[d.rows + m] * gain[i] + bias[i] : 0.0f;
           }
         }
         if (want_up && valid_c > 0) {
@@ -1048,8 +1059,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const Adapter d) {
       for (int n = 0; n < kWidth / 8; n += 2) {
         uint32_t b[4];
         load_right<T, false>(b, right, kRowBytes, n * 8, step);
-        multiply(acc[n], operand, b[0], b[1]);
-        multiply(acc[n + 1], operand, b[2], b[3]);
+        multiply<T, true>(acc[n], operand, b[0], b[1]);
+        multiply<T, true>(acc[n + 1], operand, b[2], b[3]);
       }
     }
   }
@@ -1067,7 +1078,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const Adapter d) {
       }
     }
   }
-  auto store_sums = [&](float* to, const float(&own)[V], int first, int size) {
+  auto store_sums = [&](float* to, const float (&own)[V], int first, int size) {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -1108,7 +1119,7 @@ __device__ __forceinline__ Parts parts_of(const Adapter& d, int adapter) {
 // out[adapter] = the sum of its parts of `size` numbers, in their order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    part_sum_kernel(const Adapter d, const float* parts, T* out, int64_t size, int64_t blocks) {
+    part_sum_kernel(const __grid_constant__ Adapter d, const float* parts, T* out, int64_t size, int64_t blocks) {
   const int adapter = static_cast<int>(blockIdx.x / blocks);
   const Parts own = parts_of(d, adapter);
   const int64_t i = blockIdx.x % blocks * kThreads + threadIdx.x;
@@ -1121,7 +1132,7 @@ __global__ void __launch_bounds__(kThreads)
 // With P and q the sums of an adapter's parts of dl^T a and of dl: scale P, scale q, <P_c, W_up_c> + q b_up. A warp has
 // a channel.
 template <class T>
-__global__ void __launch_bounds__(kThreads) up_sum_kernel(const Adapter d) {
+__global__ void __launch_bounds__(kThreads) up_sum_kernel(const __grid_constant__ Adapter d) {
   const int blocks = (d.channels + kWarps - 1) / kWarps, adapter = blockIdx.x / blocks, lane = threadIdx.x % 32;
   const Parts own = parts_of(d, adapter);
   const int c = blockIdx.x % blocks * kWarps + threadIdx.x / 32;
@@ -1210,8 +1221,7 @@ int64_t shared_bytes(Dtype dtype, int channels, int bottleneck, int tile, bool r
 
 int mmk_adapter_forward(mmk::Dtype dtype, const mmk::adapter::Adapter* d, int64_t tiles, void* stream) {
   return mmk::with_dtype(dtype, [&](auto zero) {
-    const int64_t bytes =
-        mmk::adapter::shared_bytes(dtype, d->channels, d->bottleneck, d->tile, d->resident, false);
+    const int64_t bytes = mmk::adapter::shared_bytes(dtype, d->channels, d->bottleneck, d->tile, d->resident, false);
     return mmk::launch(mmk::adapter::forward_kernel<decltype(zero)>, dim3(static_cast<unsigned>(tiles)),
                        dim3(mmk::adapter::kThreads), bytes, stream, *d);
   });

@@ -121,11 +121,13 @@ __device__ __forceinline__ Operand<T> load_left(const void* rows, int row_bytes 
   return a;
 }
 
-template <class T>
+// WithSmall: fp32 operands with the product of their small halves as well, for sums so short that it shows.
+template <class T, bool WithSmall = false>
 __device__ __forceinline__ void multiply(float (&d)[4], const Operand<T>& a, uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(T) == 4) {
     const Halves x = halves(__uint_as_float(b0)), y = halves(__uint_as_float(b1));
     float rest[4] = {}, part[4] = {};
+    if constexpr (WithSmall) ptx::mma_16x8x8_tf32(rest, a.small, x.small, y.small);
     ptx::mma_16x8x8_tf32(rest, a.small, x.big, y.big);
     ptx::mma_16x8x8_tf32(rest, a.big, x.small, y.small);
     ptx::mma_16x8x8_tf32(part, a.big, x.big, y.big);
@@ -157,8 +159,8 @@ __device__ __forceinline__ void multiply_rows(float (&d)[Columns / 8][4], const 
   }
 }
 
-// A k-step of 16 columns of the right operand, two registers for each 8. By rows: its columns are rows of shared memory,
-// `pitch` apart, with the contraction along them; else the other way round.
+// A k-step of 16 columns of the right operand, two registers for each 8. By rows: its columns are rows of shared
+// memory, `pitch` apart, with the contraction along them; else the other way round.
 template <class T, bool ByRows>
 __device__ __forceinline__ void load_right(uint32_t (&b)[4], const unsigned char* tile, int pitch, int column,
                                            int step) {
