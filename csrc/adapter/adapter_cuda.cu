@@ -350,9 +350,13 @@ struct Block {
       }
     }
   }
-  __device__ __forceinline__ void fill_s(unsigned char* chunk, int k) const {
-    fill_chunk(chunk, k, d.input_residual.data ? nullptr : &d.x,
-               [&](int, int, int64_t m, int c, int valid, float (&s)[V]) { load_s(s, m, c, valid); });
+  // s, from where it is nearest.
+  __device__ __forceinline__ void load_sum(float (&s)[V], int row, int64_t m, int c, int valid) const {
+    if (d.resident) {
+      load_piece<T, V>(s, at(kept + c / kWidth * row_chunk, row, c % kWidth), valid, true);
+    } else {
+      load_s(s, m, c, valid);
+    }
   }
   __device__ __forceinline__ void fill_weight(unsigned char* to, const void* weight, int rows, int columns, int n,
                                               int k) const {
@@ -425,48 +429,29 @@ struct Block {
     }
   }
 
-  // A k-step of rows in shared memory through f(half of the fragment, column, value).
-  template <class F>
-  __device__ __forceinline__ Operand<T> through(const unsigned char* chunk, int step, F f) const {
-    uint32_t r[4];
-    ptx::ldmatrix_x4(r, chunk + (first_row + lane % 16) * kRowBytes + step * 32 + lane / 16 * 16);
-    Operand<T> a;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        set_operand(a, i, f(i % 2, step * 8 + lane % 4 + i / 2 * 4, __uint_as_float(r[i])));
-      } else {
-        const int column = step * 16 + lane % 4 * 2 + i / 2 * 8;
-        const T* pair = reinterpret_cast<const T*>(&r[i]);
-        a.r[i] = pack<T>(f(i % 2, column, to_float(pair[0])), f(i % 2, column + 1, to_float(pair[1])));
-      }
-    }
-    return a;
-  }
+  // A k-step of this warp's rows in shared memory.
   __device__ __forceinline__ Operand<T> plain(const unsigned char* chunk, int step) const {
     return load_left<T>(chunk + first_row * kRowBytes + step * 32);
   }
 
   // The bottleneck into `hidden` and, where wanted, the slope of the activation into `dhidden`.
   __device__ __forceinline__ void down(bool with_slope) const {
-    const bool resident = d.resident;
-    const float mean[2] = {fact(kMean, first_row + lane / 4), fact(kMean, first_row + lane / 4 + 8)};
-    const float rstd[2] = {fact(kRstd, first_row + lane / 4), fact(kRstd, first_row + lane / 4 + 8)};
+    const bool in_place = d.resident && !d.norm_weight.data;
     products<true>(
         d.bottleneck, d.channels,
         [&](unsigned char* to, int n, int k) {
           fill_weight(to, d.w_down, d.bottleneck, d.channels, n, k);
-          if (!resident) fill_s(to + kChunkBytesOf<T>, k);
+          if (in_place) return;
+          unsigned char* rows = to + kChunkBytesOf<T>;
+          const bool copied = !d.norm_weight.data && !d.input_residual.data;
+          fill_chunk(rows, k, copied ? &d.x : nullptr, [&](int, int row, int64_t m, int c, int valid, float (&u)[V]) {
+            load_sum(u, row, m, c, valid);
+            if (d.norm_weight.data)
+              normalise(u, fact(kMean, row), fact(kRstd, row), d.norm_weight, d.norm_bias, c, valid);
+          });
         },
         [&](unsigned char* from, int k, int step) {
-          const unsigned char* s = resident ? kept + k * row_chunk : from + kChunkBytesOf<T>;
-          if (!d.norm_weight.data) return plain(s, step);
-          return through(s, step, [&](int half, int column, float value) {
-            const int c = k * kWidth + column;
-            if (c >= d.channels) return 0.0f;
-            const float bias = d.norm_bias.data ? parameter<T>(d.norm_bias, c) : 0.0f;
-            return (value - mean[half]) * rstd[half] * parameter<T>(d.norm_weight, c) + bias;
-          });
+          return plain(in_place ? kept + k * row_chunk : from + kChunkBytesOf<T>, step);
         },
         [&](unsigned char*, int n, Sums& sums) {
           each_element([&](int j, int i, int row, int column) {
@@ -570,16 +555,9 @@ struct Block {
       load_rows(other, d.residual, m, c, valid);
       add();
     }
-    auto load_sum = [&] {
-      if (d.resident) {
-        load_piece<T, V>(other, at(kept + c / kWidth * row_chunk, row, c % kWidth), valid, true);
-      } else {
-        load_s(other, m, c, valid);
-      }
-    };
     const int rows = d.skip & 3;
     if (rows == 3 || (rows == 1 && !d.input_residual.data)) {
-      load_sum();
+      load_sum(other, row, m, c, valid);
       add();
     } else if (rows == 1) {
       load_rows(other, d.x, m, c, valid);
@@ -589,7 +567,7 @@ struct Block {
       add();
     }
     if (d.skip & 4) {
-      load_sum();
+      load_sum(other, row, m, c, valid);
       normalise(other, fact(kMean, row), fact(kRstd, row), d.norm_weight, d.norm_bias, c, valid);
       add();
     }
@@ -785,58 +763,48 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
   const void* dy = d.out_weight.data ? d.dy : d.dout;
   float of_bias[kOwn] = {};
   const int half_rows[2] = {block.first_row + block.lane / 4, block.first_row + block.lane / 4 + 8};
-  const bool through = d.scale.data || d.seed;
   const RowTensor dense{d.dout, d.length * d.channels, d.channels};
-  float* of_gate = block.sums;  // (across, rows)
+  float* of_rows = block.sums;  // (across, rows): of dgate
   __syncthreads();              // the sums of columns have been read
-  if (threadIdx.x < kMostTile) of_gate[threadIdx.x] = 0.0f;
+  if (threadIdx.x < kMostTile) of_rows[threadIdx.x] = 0.0f;
   block.template products<false>(
       d.bottleneck, d.channels,
       [&](unsigned char* to, int n, int k) {
         block.fill_weight(to, d.w_up, d.channels, d.bottleneck, k, n);
-        const bool copied = !d.out_weight.data && !(d.dgate && d.b_up.data && n == 0);
+        const bool of_gate = d.dgate && d.b_up.data && block.known && n == 0;
+        const bool copied = !d.out_weight.data && !of_gate && !d.scale.data && !d.seed;
         block.fill_chunk(to + kChunkBytesOf<T>, k, copied ? &dense : nullptr,
-                         [&](int own, int row, int64_t m, int c, int valid, float (&g)[V]) {
-                           block.load_dense(g, dy, m, c, valid);
-                           if (n > 0) return;
-                           if (d.out_weight.data) {
-                             float incoming[V], gain[V];
-                             block.load_dense(incoming, d.dout, m, c, valid);
+                         [&](int own, int row, int64_t m, int c, int valid, float (&dl)[V]) {
+                           float other[V];
+                           block.load_dense(dl, dy, m, c, valid);
+                           if (d.out_weight.data && n == 0) {
+                             float gain[V];
+                             block.load_dense(other, d.dout, m, c, valid);
                              block.load_vector(gain, d.out_weight, c, valid);
 #pragma unroll
                              for (int i = 0; i < V; ++i)
-                               g[i] = (product(incoming[i], gain[i]) - average[own] - g[i] * average_normed[own]) *
-                                      block.fact(kSecond, row);
-                             block.store_dense(d.dy, m, c, g, valid);
+                               dl[i] = (product(other[i], gain[i]) - average[own] - dl[i] * average_normed[own]) *
+                                       block.fact(kSecond, row);
+                             block.store_dense(d.dy, m, c, dl, valid);
                            }
-                           if (d.dgate && d.b_up.data && block.known) {
-                             float bias[V], scale[V];
-                             block.load_vector(bias, d.b_up, int64_t{block.adapter} * d.channels + c, valid);
-                             if (d.scale.data) block.load_scale(scale, c, valid);
+                           if (d.scale.data) {
+                             block.load_scale(other, c, valid);
 #pragma unroll
-                             for (int i = 0; i < V; ++i) {
-                               float term = i < valid ? g[i] * bias[i] * d.factor : 0.0f;
-                               if (d.scale.data) term *= scale[i];
-                               if (d.seed) term = block.survives(row, c + i) ? term * d.gain : 0.0f;
-                               of_bias[own] += i < valid ? term : 0.0f;
-                             }
+                             for (int i = 0; i < V; ++i) dl[i] *= other[i];
                            }
 #pragma unroll
-                           for (int i = 0; i < V; ++i) g[i] = i < valid ? g[i] : 0.0f;
+                           for (int i = 0; i < V; ++i) {
+                             if (d.seed) dl[i] = block.survives(row, c + i) ? dl[i] * d.gain : 0.0f;
+                             if (i >= valid) dl[i] = 0.0f;
+                           }
+                           if (of_gate) {
+                             block.load_vector(other, d.b_up, int64_t{block.adapter} * d.channels + c, valid);
+#pragma unroll
+                             for (int i = 0; i < V; ++i) of_bias[own] += dl[i] * other[i] * d.factor;
+                           }
                          });
       },
-      [&](unsigned char* from, int k, int step) {
-        const unsigned char* rows = from + kChunkBytesOf<T>;
-        if (!through) return block.plain(rows, step);
-        return block.through(rows, step, [&](int half, int column, float value) {
-          const int c = k * kWidth + column;
-          if (c >= d.channels) return 0.0f;
-          if (d.scale.data)
-            value *= parameter<T>(d.scale, block.own_adapter() * d.scale_adapter + (d.scale_channel ? c : 0));
-          if (d.seed) value = block.survives(half_rows[half], c) ? value * d.gain : 0.0f;
-          return value;
-        });
-      },
+      [&](unsigned char* from, int, int step) { return block.plain(from + kChunkBytesOf<T>, step); },
       [&](unsigned char*, int n, Sums& sums) {
         float total[2] = {};
         block.each_element([&](int j, int i, int row, int column) {
@@ -850,7 +818,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float sum = quad_sum(total[half]);
-            if (block.lane % 4 == 0) of_gate[block.share * block.tile + half_rows[half]] += sum;
+            if (block.lane % 4 == 0) of_rows[block.share * block.tile + half_rows[half]] += sum;
           }
         }
       });
@@ -862,7 +830,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
       float sum = sum_of_row(of_bias[own]);
       const int64_t m = block.numbers[block.row(own)];
       if (threadIdx.x % kPieces != 0 || m < 0) continue;
-      for (int w = 0; w < block.across; ++w) sum += of_gate[w * block.tile + block.row(own)];
+      for (int w = 0; w < block.across; ++w) sum += of_rows[w * block.tile + block.row(own)];
       d.dgate[m] = sum;
     }
   }

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import mmkernels
 from mmkernels import ops, testing
 from mmkernels.ops._shared.registration import forward_backward
-from mmkernels.ops.adapter import api, autograd
+from mmkernels.ops.adapter import autograd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,13 +66,7 @@ def wanted_of(tensors):
     return tuple(n for n, t in tensors.items() if t is not None and t.is_floating_point())
 
 
-def skip_missing(backend):
-    if backend in api.MISSING:
-        pytest.skip(f"there are no {backend} kernels")
-
-
 def check(generator, tensors, backend, wanted=None, **options):
-    skip_missing(backend)
     grad = torch.randn(tensors["x"].shape, generator=generator, device=generator.device)
     with testing.poisoned_memory():
         return testing.check_op(adapter, eager, tensors, wanted or wanted_of(tensors), backend, grad, **options)
@@ -267,7 +261,6 @@ def test_many_tiles(backend, generator, dtype):
 @pytest.mark.parametrize("bank", [0, 3])
 @pytest.mark.parametrize("shape", [(0, 7, 32), (3, 0, 32), (0, 32)], ids=str)
 def test_empty_batches(backend, generator, shape, bank):
-    skip_missing(backend)
     tensors = make(generator, shape, 8, bank=bank, **EVERYTHING)
     run = testing.run(adapter, tensors, wanted_of(tensors), backend=backend, terms=EVERYTHING["terms"])
     assert run.output.shape == shape
@@ -280,7 +273,6 @@ def test_empty_batches(backend, generator, shape, bank):
 @pytest.mark.parametrize("index", ["examples", "rows"])
 def test_a_mixed_batch_is_its_adapters_alone(backend, generator, index):
     """Rows in any order, one adapter that nobody has (NaN even), one with a single row, rows without an adapter."""
-    skip_missing(backend)
     tensors = make(generator, (9, 5, 24), 10, bank=6, index=index, norms="out", terms=("x",), scale="one")
     numbers = tensors["index"]
     numbers[numbers == 4] = 1
@@ -310,7 +302,6 @@ def test_a_mixed_batch_is_its_adapters_alone(backend, generator, index):
 
 
 def test_nobody_has_an_adapter(backend, generator):
-    skip_missing(backend)
     tensors = make(generator, (3, 5, 24), 10, bank=2, gate="rows", terms=("x",), norms="in")
     tensors["index"].fill_(-1)
     run = testing.run(adapter, tensors, wanted_of(tensors), backend=backend, terms=("x",))
@@ -321,7 +312,7 @@ def test_nobody_has_an_adapter(backend, generator):
 def test_numbers_out_of_range_give_nan(on, generator):
     """Where the values cannot be looked at, on a GPU, a wrong number must be seen in the result and read no memory."""
     for name in ("triton", "cuda"):
-        skip_missing(on(name))
+        on(name)
         tensors = make(generator, (4, 3, 16), 5, bank=2, index="rows")
         tensors["index"][1, 2], tensors["index"][3, 0] = 2, -2
         weights = (tensors[n] for n in ("w_down", "b_down", "w_up", "b_up"))
@@ -335,7 +326,6 @@ def test_numbers_out_of_range_give_nan(on, generator):
 
 
 def test_nan_rows_stay_alone(backend, generator):
-    skip_missing(backend)
     tensors = make(generator, (2, 9, 33), 12, norms="in out", terms=("x",))
     tensors["x"][1, 4, 7] = -float("nan")
     run = testing.run(adapter, tensors, ("x",), backend=backend, terms=("x",))
@@ -346,7 +336,6 @@ def test_nan_rows_stay_alone(backend, generator):
 
 
 def test_a_residual_that_is_the_input_is_the_same_as_a_copy(backend, generator):
-    skip_missing(backend)
     tensors = make(generator, (2, 9, 32), 12, norms="in out", terms=("x", "input_residual"))
     names = wanted_of(tensors)
     same = testing.run(adapter, tensors, names, backend=backend, terms=("x", "input_residual"))
@@ -361,7 +350,6 @@ def test_a_residual_that_is_the_input_is_the_same_as_a_copy(backend, generator):
 
 
 def test_one_norm_in_two_places_has_one_gradient(backend, generator):
-    skip_missing(backend)
     tensors = make(generator, (2, 9, 32), 12, norms="in out")
     shared = {n: t for n, t in tensors.items() if not n.startswith("out")}
 
@@ -376,7 +364,6 @@ def test_one_norm_in_two_places_has_one_gradient(backend, generator):
 
 def test_only_the_gradients_that_are_wanted(backend, generator):
     """The same ones, bit by bit, whatever else is wanted; empty tensors for the others."""
-    skip_missing(backend)
     tensors = make(generator, (5, 9, 24), 7, bank=3, index="rows", **EVERYTHING)
     names = ["out_weight" if n == "out_norm_weight" else "out_bias" if n == "out_norm_bias" else n for n in tensors]
     tensors = dict(zip(names, tensors.values(), strict=True)) | {"residual": tensors["extra"]}
@@ -395,14 +382,12 @@ def test_only_the_gradients_that_are_wanted(backend, generator):
 
 @pytest.mark.parametrize("wanted", [("x",), ("w_up",), ("b_up",), ("w_down",), ("b_down",), ("gate",), ("scale",), ("extra",)])
 def test_one_gradient_alone(backend, generator, wanted):
-    skip_missing(backend)
     tensors = make(generator, (4, 7, 24), 7, bank=2, terms=("extra",), scale="one", gate="examples")
     check(generator, tensors, backend, wanted, terms=("extra",))
 
 
 @pytest.mark.parametrize("norms", ["", "in out"])
 def test_dropout_is_that_of_the_reference(backend, generator, norms):
-    skip_missing(backend)
     tensors = make(generator, (3, 9, 40), 12, norms=norms, gate="rows", scale="channels", bank=2)
     options = dict(activation="gelu", dropout_p=0.4, dropout_seed=torch.tensor([77], device=generator.device))
     names = wanted_of(tensors)
@@ -415,7 +400,6 @@ def test_dropout_is_that_of_the_reference(backend, generator, norms):
 
 
 def test_activation_checkpoint_redraws_the_same_dropout(backend, generator):
-    skip_missing(backend)
     tensors = {n: t.requires_grad_() for n, t in make(generator, (3, 9, 32), 24, norms="out").items()}
     gradients = []
     for wrapped in (False, True):
@@ -429,7 +413,6 @@ def test_activation_checkpoint_redraws_the_same_dropout(backend, generator):
 
 
 def test_autocast_computes_as_a_linear_layer_does(backend, generator, tensor_device):
-    skip_missing(backend)
     made = make(generator, (3, 9, 32), 24, norms="in out", terms=("x",), scale="one")
     tensors = {n: t.requires_grad_() for n, t in made.items()}
     with torch.autocast(tensor_device.type, dtype=torch.bfloat16):
@@ -440,7 +423,6 @@ def test_autocast_computes_as_a_linear_layer_does(backend, generator, tensor_dev
 
 
 def test_saved_are_the_inputs_and_four_numbers_a_row(backend, generator):
-    skip_missing(backend)
     tensors = make(generator, (3, 9, 32), 24, norms="in out", terms=("x",), bank=2)
     tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
     saved = []
@@ -451,7 +433,6 @@ def test_saved_are_the_inputs_and_four_numbers_a_row(backend, generator):
 
 
 def test_the_same_bits_every_time(backend, generator):
-    skip_missing(backend)
     tensors = make(generator, (3, 40, 64), 24, torch.bfloat16, bank=2, index="rows", **EVERYTHING)
     names = wanted_of(tensors)
     first, second = (testing.run(adapter, tensors, names, backend=backend, terms=EVERYTHING["terms"]) for _ in range(2))

@@ -155,7 +155,7 @@ def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, te
     """
     tensors, temperature = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature)
     query, outputs, w_q, b_q, w_k, b_k, w_v, residual = tensors
-    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query, MISSING))
+    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query, True))
     if name == "reference":
         return reference.adapter_fusion(*tensors, temperature)
     linear = torch.nn.functional.linear
@@ -171,18 +171,18 @@ def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, te
 def explain_adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0, backend="auto"):
     """The `explain` of `adapter_fusion`."""
     (query, *_), _ = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature)
-    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query, MISSING))
-    return _backends.Explanation("adapter_fusion", name, "", {n: _refusals(n, query, MISSING) for n in _backends.NAMES})
+    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query, True))
+    return _backends.Explanation("adapter_fusion", name, "", {n: _refusals(n, query, True) for n in _backends.NAMES})
 
 
 MISSING = ("triton", "cuda")  # kernels of adapter_fusion that are not written
 
 
-def _refusals(name, x, missing=()):
+def _refusals(name, x, fusion=False):
     reasons = _backends.platform_refusals(name, x.device, x.dtype)
     if name == "sdpa":
         reasons.append("it is an attention")
-    if name in missing:
+    if fusion and name in MISSING:
         reasons.append("adapter_fusion has no kernel of that kind")
     return reasons
 
