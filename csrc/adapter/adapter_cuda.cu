@@ -25,7 +25,7 @@ constexpr int kChunkBytesOf = kChunk<T> * kRowBytes;  // of a chunk of a weight
 // Shared memory: facts of rows, sums, two stages (a weight's chunk and a chunk of rows), the bottleneck (backward: and
 // its gradient), resident rows.
 constexpr int kFacts = 8;
-constexpr int kHead = kMostTile * 8 + kFacts * kMostTile * 4 + kWarps * 64 * 4;
+constexpr int kHead = kMostTile * 8 * 4 + kFacts * kMostTile * 4 + kWarps * 64 * 4;
 
 int64_t bytes_of(int chunk, int channels, int bottleneck, int tile, bool resident, bool backward) {
   const int64_t row_chunk = tile * kRowBytes, hidden = (bottleneck + chunk - 1) / chunk;
@@ -184,7 +184,7 @@ struct Moments {
     float sum = 0.0f, deviations = 0.0f;
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += x[i];  // what is not valid is 0
-    const float own = valid > 0 ? sum / static_cast<float>(valid) : 0.0f;
+    const float own = valid == V ? sum * (1.0f / V) : valid > 0 ? sum / static_cast<float>(valid) : 0.0f;
 #pragma unroll
     for (int i = 0; i < V; ++i) deviations += i < valid ? (x[i] - own) * (x[i] - own) : 0.0f;
     merge(static_cast<float>(max(valid, 0)), own, deviations);
@@ -208,6 +208,7 @@ __device__ __forceinline__ float sum_of_row(float x) {
 
 // --- A block's tile of rows ---
 
+enum Source { kX, kInput, kResidual, kDense, kComputed };  // of rows
 enum Fact { kMean, kRstd, kGain, kLow, kHigh, kFirst, kSecond, kThird };
 
 template <class T>
@@ -215,6 +216,7 @@ struct Block {
   static constexpr int kWidth = kChunk<T>, V = kWide<T>;
   const Adapter& d;
   int64_t* numbers;  // m, or -1
+  int64_t* offsets;  // of x's, input_residual's and residual's rows
   float* facts;
   float* sums;
   unsigned char *ring, *hidden, *dhidden, *kept;
@@ -227,7 +229,8 @@ struct Block {
   __device__ __forceinline__ Block(const Adapter& d, int hidden_copies) : d(d), tile(d.tile) {
     unsigned char* shared = shared_memory();
     numbers = reinterpret_cast<int64_t*>(shared);
-    facts = reinterpret_cast<float*>(shared + kMostTile * 8);
+    offsets = numbers + kMostTile;
+    facts = reinterpret_cast<float*>(numbers + 4 * kMostTile);
     sums = facts + kFacts * kMostTile;
     row_chunk = tile * kRowBytes;
     stage = kChunkBytesOf<T> + row_chunk;
@@ -257,6 +260,9 @@ struct Block {
     for (int row = threadIdx.x; row < tile; row += kThreads) {
       const int64_t m = begin + row < end ? row_of(d, begin + row) : -1;
       numbers[row] = m;
+      offsets[kX * kMostTile + row] = m < 0 ? 0 : offset(d, d.x, m);
+      offsets[kInput * kMostTile + row] = m < 0 || !d.input_residual.data ? 0 : offset(d, d.input_residual, m);
+      offsets[kResidual * kMostTile + row] = m < 0 || !d.residual.data ? 0 : offset(d, d.residual, m);
       float gain = 0.0f;
       DropoutRow drop{};
       if (m >= 0) {
@@ -298,8 +304,9 @@ struct Block {
 
   // --- Rows ---
 
-  __device__ __forceinline__ void load_rows(float (&to)[V], const RowTensor& t, int64_t m, int c, int valid) const {
-    load_piece<T, V>(to, static_cast<const T*>(t.data) + offset(d, t, m) + c, valid, d.by_vector);
+  __device__ __forceinline__ void load_rows(float (&to)[V], Source which, int row, int c, int valid) const {
+    const void* data = which == kX ? d.x.data : which == kInput ? d.input_residual.data : d.residual.data;
+    load_piece<T, V>(to, static_cast<const T*>(data) + offsets[which * kMostTile + row] + c, valid, d.by_vector);
   }
   __device__ __forceinline__ void load_dense(float (&to)[V], const void* t, int64_t m, int c, int valid) const {
     load_piece<T, V>(to, static_cast<const T*>(t) + m * d.channels + c, valid, d.by_vector);
@@ -312,11 +319,11 @@ struct Block {
   }
 
   // s, as a sum of tensors of T is.
-  __device__ __forceinline__ void load_s(float (&s)[V], int64_t m, int c, int valid) const {
-    load_rows(s, d.x, m, c, valid);
+  __device__ __forceinline__ void load_s(float (&s)[V], int row, int c, int valid) const {
+    load_rows(s, kX, row, c, valid);
     if (!d.input_residual.data) return;
     float other[V];
-    load_rows(other, d.input_residual, m, c, valid);
+    load_rows(other, kInput, row, c, valid);
 #pragma unroll
     for (int i = 0; i < V; ++i) s[i] = to_float(from_float<T>(s[i] + other[i]));
   }
@@ -332,16 +339,17 @@ struct Block {
 
   // A chunk of s, or of dense rows, into shared memory; zeros where there is nothing.
   template <class Fill>
-  __device__ __forceinline__ void fill_chunk(unsigned char* chunk, int k, const RowTensor* copied, Fill fill) const {
+  __device__ __forceinline__ void fill_chunk(unsigned char* chunk, int k, Source source, Fill fill) const {
     const int c = k * kWidth + piece_column(), valid = max(min(d.channels - c, V), 0);
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       if (!has(own)) continue;
       const int64_t m = numbers[row(own)];
       T* to = at(chunk, row(own), piece_column());
-      if (copied && d.by_vector) {
+      if (source != kComputed && d.by_vector) {
         const bool inside = m >= 0 && valid > 0;
-        const T* from = static_cast<const T*>(copied->data) + (inside ? offset(d, *copied, m) + c : 0);
+        const T* from = static_cast<const T*>(source == kX ? d.x.data : d.dout);
+        if (inside) from += (source == kX ? offsets[row(own)] : m * d.channels) + c;
         ptx::cp_async<16>(to, from, inside ? 16 : 0);
       } else {
         float values[V] = {};
@@ -351,11 +359,11 @@ struct Block {
     }
   }
   // s, from where it is nearest.
-  __device__ __forceinline__ void load_sum(float (&s)[V], int row, int64_t m, int c, int valid) const {
+  __device__ __forceinline__ void load_sum(float (&s)[V], int row, int c, int valid) const {
     if (d.resident) {
       load_piece<T, V>(s, at(kept + c / kWidth * row_chunk, row, c % kWidth), valid, true);
     } else {
-      load_s(s, m, c, valid);
+      load_s(s, row, c, valid);
     }
   }
   __device__ __forceinline__ void fill_weight(unsigned char* to, const void* weight, int rows, int columns, int n,
@@ -444,8 +452,8 @@ struct Block {
           if (in_place) return;
           unsigned char* rows = to + kChunkBytesOf<T>;
           const bool copied = !d.norm_weight.data && !d.input_residual.data;
-          fill_chunk(rows, k, copied ? &d.x : nullptr, [&](int, int row, int64_t m, int c, int valid, float (&u)[V]) {
-            load_sum(u, row, m, c, valid);
+          fill_chunk(rows, k, copied ? kX : kComputed, [&](int, int row, int64_t, int c, int valid, float (&u)[V]) {
+            load_sum(u, row, c, valid);
             if (d.norm_weight.data)
               normalise(u, fact(kMean, row), fact(kRstd, row), d.norm_weight, d.norm_bias, c, valid);
           });
@@ -522,7 +530,7 @@ struct Block {
   }
 
   // y from a W_up^T, both of a piece.
-  __device__ __forceinline__ void finish(float (&y)[V], int row, int64_t m, int c, int valid) const {
+  __device__ __forceinline__ void finish(float (&y)[V], int row, int c, int valid) const {
     float other[V];
     if (!known) {
       const float without = adapter == d.adapters ? 0.0f : NAN;
@@ -552,22 +560,22 @@ struct Block {
       for (int i = 0; i < V; ++i) y[i] += other[i];
     };
     if (d.residual.data) {
-      load_rows(other, d.residual, m, c, valid);
+      load_rows(other, kResidual, row, c, valid);
       add();
     }
     const int rows = d.skip & 3;
     if (rows == 3 || (rows == 1 && !d.input_residual.data)) {
-      load_sum(other, row, m, c, valid);
+      load_sum(other, row, c, valid);
       add();
     } else if (rows == 1) {
-      load_rows(other, d.x, m, c, valid);
+      load_rows(other, kX, row, c, valid);
       add();
     } else if (rows == 2) {
-      load_rows(other, d.input_residual, m, c, valid);
+      load_rows(other, kInput, row, c, valid);
       add();
     }
     if (d.skip & 4) {
-      load_sum(other, row, m, c, valid);
+      load_sum(other, row, c, valid);
       normalise(other, fact(kMean, row), fact(kRstd, row), d.norm_weight, d.norm_bias, c, valid);
       add();
     }
@@ -611,15 +619,15 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
     Moments moments[kOwn];
     for (int k = 0; k < chunks; ++k) {
       if (d.resident) {
-        block.fill_chunk(block.kept + k * block.row_chunk, k, nullptr,
-                         [&](int own, int, int64_t m, int c, int valid, float (&s)[V]) {
-                           block.load_s(s, m, c, valid);
-                           moments[own].add(s, valid);
+        block.fill_chunk(block.kept + k * block.row_chunk, k, kComputed,
+                         [&](int own, int row, int64_t, int c, int valid, float (&s)[V]) {
+                           block.load_s(s, row, c, valid);
+                           if (d.norm_weight.data) moments[own].add(s, valid);
                          });
       } else {
-        block.each_piece(k, [&](int own, int, int64_t m, int c, int valid) {
+        block.each_piece(k, [&](int own, int row, int64_t, int c, int valid) {
           float s[V];
-          block.load_s(s, m, c, valid);
+          block.load_s(s, row, c, valid);
           moments[own].add(s, valid);
         });
       }
@@ -644,7 +652,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
   Moments moments[kOwn];
   const bool normed = d.out_weight.data;
   auto result = [&](int own, int row, int64_t m, int c, int valid, float (&y)[V]) {
-    block.finish(y, row, m, c, valid);
+    block.finish(y, row, c, valid);
     if (normed) {
 #pragma unroll
       for (int i = 0; i < V; ++i) y[i] = to_float(from_float<T>(y[i]));
@@ -731,7 +739,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
     block.template up<true>(
         block.hidden, d.w_up,
         [&](int own, int row, int64_t m, int c, int valid, float (&y)[V]) {
-          block.finish(y, row, m, c, valid);
+          block.finish(y, row, c, valid);
           float incoming[V], gain[V];
           block.load_dense(incoming, d.dout, m, c, valid);
           block.load_vector(gain, d.out_weight, c, valid);
@@ -763,7 +771,6 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
   const void* dy = d.out_weight.data ? d.dy : d.dout;
   float of_bias[kOwn] = {};
   const int half_rows[2] = {block.first_row + block.lane / 4, block.first_row + block.lane / 4 + 8};
-  const RowTensor dense{d.dout, d.length * d.channels, d.channels};
   float* of_rows = block.sums;  // (across, rows): of dgate
   __syncthreads();              // the sums of columns have been read
   if (threadIdx.x < kMostTile) of_rows[threadIdx.x] = 0.0f;
@@ -773,7 +780,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
         block.fill_weight(to, d.w_up, d.channels, d.bottleneck, k, n);
         const bool of_gate = d.dgate && d.b_up.data && block.known && n == 0;
         const bool copied = !d.out_weight.data && !of_gate && !d.scale.data && !d.seed;
-        block.fill_chunk(to + kChunkBytesOf<T>, k, copied ? &dense : nullptr,
+        block.fill_chunk(to + kChunkBytesOf<T>, k, copied ? kDense : kComputed,
                          [&](int own, int row, int64_t m, int c, int valid, float (&dl)[V]) {
                            float other[V];
                            block.load_dense(dl, dy, m, c, valid);
@@ -889,7 +896,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
           return;
         }
         float s[V], gain[V];
-        block.load_s(s, m, c, valid);
+        block.load_s(s, row, c, valid);
         block.load_vector(gain, d.norm_weight, c, valid);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
@@ -919,7 +926,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
   for (int k = 0; k < chunks; ++k) {
     block.each_piece(k, [&](int own, int row, int64_t m, int c, int valid) {
       float s[V], ds[V];
-      block.load_s(s, m, c, valid);
+      block.load_s(s, row, c, valid);
       block.load_dense(ds, waiting, m, c, valid);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -962,9 +969,22 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
   const bool want_down = d.down_parts || d.bias_parts, want_up = d.up_parts || d.dl_parts;
   const bool by_vector = d.bottleneck % V == 0;
   const float* mean = d.statistics;
+  auto* rows_m = reinterpret_cast<int64_t*>(sums + kWarps * kWidth);  // and offsets of x and input_residual
+  auto* gains = reinterpret_cast<float*>(rows_m + 3 * kPartRows);     // and the words of dropout
   float dz_sum[V] = {}, dl_sum[V] = {}, acc[kWidth / 8][4] = {};
 #pragma unroll 1
   for (int64_t first = begin; first < end; first += kPartRows) {
+    __syncthreads();
+    if (const int row = threadIdx.x; row < kPartRows && first + row < end) {
+      const int64_t m = rows_m[row] = row_of(d, first + row);
+      rows_m[kPartRows + row] = offset(d, d.x, m);
+      rows_m[2 * kPartRows + row] = d.input_residual.data ? offset(d, d.input_residual, m) : 0;
+      gains[row] = (d.gate.data ? parameter<T>(d.gate, m / d.gate_rows) : 1.0f) * d.factor;
+      if (d.seed) {
+        const DropoutRow drop = dropout_row(static_cast<uint64_t>(*d.seed), static_cast<uint64_t>(m));
+        gains[kPartRows + row] = __uint_as_float(drop.low), gains[2 * kPartRows + row] = __uint_as_float(drop.high);
+      }
+    }
     __syncthreads();
 #pragma unroll
     for (int own = 0; own < kPartRows * kPieces / kThreads; ++own) {
@@ -973,14 +993,14 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
       const int64_t p = first + row;
       float dz[V] = {}, u[V] = {}, dl[V] = {}, a[V] = {};
       if (p < end) {
-        const int64_t m = row_of(d, p);
+        const int64_t m = rows_m[row];
         if (want_down && valid_j > 0)
           load_piece<T, V>(dz, static_cast<const T*>(d.dhidden) + p * d.bottleneck + j, valid_j, by_vector);
         if (d.down_parts && valid_c > 0) {
-          load_piece<T, V>(u, static_cast<const T*>(d.x.data) + offset(d, d.x, m) + c, valid_c, d.by_vector);
+          load_piece<T, V>(u, static_cast<const T*>(d.x.data) + rows_m[kPartRows + row] + c, valid_c, d.by_vector);
           if (d.input_residual.data) {
             float other[V];
-            load_piece<T, V>(other, static_cast<const T*>(d.input_residual.data) + offset(d, d.input_residual, m) + c,
+            load_piece<T, V>(other, static_cast<const T*>(d.input_residual.data) + rows_m[2 * kPartRows + row] + c,
                              valid_c, d.by_vector);
 #pragma unroll
             for (int i = 0; i < V; ++i) u[i] = to_float(from_float<T>(u[i] + other[i]));
@@ -996,11 +1016,11 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_consta
         }
         if (want_up && valid_c > 0) {
           load_piece<T, V>(dl, static_cast<const T*>(d.dy) + m * d.channels + c, valid_c, d.by_vector);
-          const float gain = (d.gate.data ? parameter<T>(d.gate, m / d.gate_rows) : 1.0f) * d.factor;
+          const float gain = gains[row];
 #pragma unroll
           for (int i = 0; i < V; ++i) dl[i] *= gain;
           if (d.seed) {
-            const DropoutRow drop = dropout_row(static_cast<uint64_t>(*d.seed), static_cast<uint64_t>(m));
+            const DropoutRow drop{__float_as_uint(gains[kPartRows + row]), __float_as_uint(gains[2 * kPartRows + row])};
 #pragma unroll
             for (int i = 0; i < V; ++i)
               dl[i] = dropout_bits(drop, static_cast<uint32_t>(c + i)) >= d.threshold ? dl[i] * d.gain : 0.0f;
@@ -1163,7 +1183,7 @@ int start_weights(const Adapter& d, void* stream) {
   const int64_t blocks = d.parts * tiles;
   if (blocks > INT_MAX) return 1;
   int code = launch(weight_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                    4 * kPartRows * kRowBytes + kWarps * kWidth * 4, stream, d);
+                    4 * kPartRows * kRowBytes + kWarps * kWidth * 4 + kPartRows * (3 * 8 + 3 * 4), stream, d);
   auto sum = [&](const float* parts, auto* out, int64_t size) {
     const int64_t of_adapter = (size + kThreads - 1) / kThreads, all = of_adapter * d.adapters;
     if (code || !parts) return;
