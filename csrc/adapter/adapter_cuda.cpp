@@ -44,8 +44,9 @@ struct Call {
     STD_TORCH_CHECK(w_down.dim() == 2 || w_down.dim() == 3, "w_down has shape ", shape_text(w_down.sizes()),
                     "; it must have 2 or 3 dimensions");
     const int64_t c = d.channels, r = w_down.size(-2);
-    STD_TORCH_CHECK(r >= 1 && r <= kMostBottleneck, "w_down has shape ", shape_text(w_down.sizes()),
-                    "; its bottleneck must be 1 to ", kMostBottleneck);
+    const int64_t most = type == ScalarType::Float ? 768 : 1024;  // what fits shared memory, also on sm_80
+    STD_TORCH_CHECK(r >= 1 && r <= most, "w_down has shape ", shape_text(w_down.sizes()),
+                    "; its bottleneck must be 1 to ", most);
     d.bottleneck = static_cast<int>(r), d.adapters = 1;
     if (w_down.dim() == 3) {
       bank = {w_down.size(0)};
@@ -139,7 +140,7 @@ struct Call {
     const auto fits = [&](int tile, bool resident, int64_t bytes) {
       return shared_bytes(dtype, d.channels, d.bottleneck, tile, resident, backward) <= bytes;
     };
-    d.resident = !backward && (d.norm_weight.data || d.out_weight.data) && fits(32, true, half);
+    d.resident = !backward && d.norm_weight.data && fits(32, true, half);
     d.tile = kMostTile;
     while (d.tile > 32 && !fits(d.tile, d.resident, half)) d.tile /= 2;
     while (d.tile > 16 && (!fits(d.tile, d.resident, limit) || d.rows < d.tile * int64_t{mmk_multiprocessors()}))

@@ -51,7 +51,7 @@ struct Adapter {
   float *db_down, *db_up, *dscale;
 };
 
-constexpr int kMostTile = 128, kMostBottleneck = 1024;
+constexpr int kMostTile = 128;
 // Bytes of shared memory a block takes.
 int64_t shared_bytes(Dtype dtype, int channels, int bottleneck, int tile, bool resident, bool backward);
 

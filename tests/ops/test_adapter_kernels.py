@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_adapter import adapter, check, make, wanted_of
 
-from mmkernels import testing
+from mmkernels import BackendError, testing
 from mmkernels.ops._shared.registration import forward_backward
 
 EVERYTHING = dict(norms="in out", terms=("x", "extra"), scale="channels", gate="rows")
@@ -91,3 +91,13 @@ def test_tiles_of_every_size(on, generator, monkeypatch, processors, shared, cop
     for made in (EVERYTHING, dict(terms=("x",))):
         tensors = make(generator, (1, 137, 72), 10, dtype, **made)
         check(generator, tensors, "cuda", terms=made["terms"], activation="leakyrelu")
+
+
+def test_the_widest_bottlenecks(on, generator):
+    on("cuda")
+    for dtype, bottleneck in ((torch.float32, 768), (torch.bfloat16, 1024)):
+        tensors = make(generator, (1, 5, 24), bottleneck, dtype, terms=("x",))
+        check(generator, tensors, "cuda", terms=("x",))
+        tensors = make(generator, (1, 1, 24), bottleneck + 1, dtype)
+        with pytest.raises(BackendError, match=f"the bottleneck has {bottleneck + 1} columns, it takes up to {bottleneck}"):
+            adapter(**tensors, backend="cuda")

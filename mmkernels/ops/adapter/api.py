@@ -103,7 +103,9 @@ def adapter(
         dropout_seed,
     )
     given, index, seed, options = call
-    name = _backends.choose("adapter", backend, _backends.preference(given[0].dtype), lambda n: _refusals(n, given[0]))
+    name = _backends.choose(
+        "adapter", backend, _backends.preference(given[0].dtype), lambda n: _refusals(n, given[0], given[3])
+    )
     dropout_p = options[-1]
     if dropout_p == 0.0:
         seed = None
@@ -122,8 +124,10 @@ def adapter(
 def explain_adapter(x, w_down, b_down, w_up, b_up, *, backend="auto", **options):
     """The `explain` of `adapter`."""
     given, *_ = _prepare(x, w_down, b_down, w_up, b_up, **options)
-    name = _backends.choose("adapter", backend, _backends.preference(given[0].dtype), lambda n: _refusals(n, given[0]))
-    return _backends.Explanation("adapter", name, "", {n: _refusals(n, given[0]) for n in _backends.NAMES})
+    name = _backends.choose(
+        "adapter", backend, _backends.preference(given[0].dtype), lambda n: _refusals(n, given[0], given[3])
+    )
+    return _backends.Explanation("adapter", name, "", {n: _refusals(n, given[0], given[3]) for n in _backends.NAMES})
 
 
 def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0, backend="auto"):
@@ -155,7 +159,7 @@ def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, te
     """
     tensors, temperature = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature)
     query, outputs, w_q, b_q, w_k, b_k, w_v, residual = tensors
-    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query, True))
+    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query))
     if name == "reference":
         return reference.adapter_fusion(*tensors, temperature)
     linear = torch.nn.functional.linear
@@ -171,19 +175,23 @@ def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, te
 def explain_adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0, backend="auto"):
     """The `explain` of `adapter_fusion`."""
     (query, *_), _ = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature)
-    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query, True))
-    return _backends.Explanation("adapter_fusion", name, "", {n: _refusals(n, query, True) for n in _backends.NAMES})
+    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query))
+    return _backends.Explanation("adapter_fusion", name, "", {n: _refusals(n, query) for n in _backends.NAMES})
 
 
 MISSING = ("triton", "cuda")  # kernels of adapter_fusion that are not written
 
 
-def _refusals(name, x, fusion=False):
+def _refusals(name, x, w_down=None):
+    """Of `adapter`, or without w_down of `adapter_fusion`."""
     reasons = _backends.platform_refusals(name, x.device, x.dtype)
     if name == "sdpa":
         reasons.append("it is an attention")
-    if fusion and name in MISSING:
+    if w_down is None and name in MISSING:
         reasons.append("adapter_fusion has no kernel of that kind")
+    most = 768 if x.dtype == torch.float32 else 1024  # a tile's bottleneck and its gradient lie in shared memory
+    if name == "cuda" and w_down is not None and w_down.shape[-2] > most:
+        reasons.append(f"the bottleneck has {w_down.shape[-2]} columns, it takes up to {most} in {x.dtype}")
     return reasons
 
 
