@@ -83,7 +83,8 @@ struct Call {
       d.gate = parameter(gate, "gate", x, shape, false);
     }
     d.gate_rows = gate && gate->dim() == 2 ? 1 : std::max<int64_t>(1, d.length);
-    STD_TORCH_CHECK(index.has_value() == !bank.empty(), "index must be given with a bank of adapters, and only then");
+    STD_TORCH_CHECK(index.has_value() == !bank.empty(), bank.empty() ? "index is given; one adapter has none"
+                                                                     : "index is absent; a bank of adapters needs one");
     d.group_rows = 1, d.mode = Mode::alone;
     if (index) {
       std::vector<int64_t> shape{batch};
@@ -216,6 +217,21 @@ Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, Optiona
     sizes.insert(sizes.begin(), call.bank.begin(), call.bank.end());
     return sizes;
   };
+  const bool present[kAll] = {true,
+                              input_residual.has_value(),
+                              residual.has_value(),
+                              true,
+                              b_down.has_value(),
+                              true,
+                              b_up.has_value(),
+                              norm_weight.has_value(),
+                              norm_bias.has_value(),
+                              out_weight.has_value(),
+                              out_bias.has_value(),
+                              scale.has_value(),
+                              gate.has_value()};
+  for (int i = 0; i < kAll; ++i)
+    STD_TORCH_CHECK(present[i] || !want(i), "wanted is ", wanted, "; bit ", i, " is of an argument that is absent");
   const std::vector<int64_t> rows{call.batch, d.length, c};
   std::vector<std::vector<int64_t>> shapes{rows,        rows, rows, of_bank({r, c}), of_bank({r}), of_bank({c, r}),
                                            of_bank({c})};

@@ -945,7 +945,7 @@ constexpr int kPartRows = 64;
 // One part of an adapter's rows, a chunk of channels and one of the bottleneck: warps 0 to 3 make dz^T u, 4 to 7 dl^T
 // a.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) weight_kernel(const __grid_constant__ Adapter d) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) weight_kernel(const __grid_constant__ Adapter d) {
   constexpr int kWidth = kChunk<T>, V = kWide<T>, kTile = kPartRows * kRowBytes;
   const int channel_chunks = (d.channels + kWidth - 1) / kWidth;
   const int hidden_chunks = (d.bottleneck + kWidth - 1) / kWidth;

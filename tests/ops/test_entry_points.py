@@ -316,7 +316,8 @@ def test_adapter(native, generator):
             forward(*tensors[:place], None, *tensors[place + 1 :], skip, *options[1:])
     with pytest.raises(RuntimeError, match="index is absent; a bank of adapters needs one"):
         forward(*tensors[:13], None, *tensors[14:], *options)
-    with pytest.raises(RuntimeError, match="index has the number 5; numbers must be in"):
-        forward(*tensors[:13], torch.tensor([5, 0]), *tensors[14:], *options)
+    if native == "cpp":  # on a GPU nobody waits to look: the row is NaN
+        with pytest.raises(RuntimeError, match="index has the number 5; numbers must be in"):
+            forward(*tensors[:13], torch.tensor([5, 0]), *tensors[14:], *options)
     with pytest.raises(RuntimeError, match="bit 1 is of an argument that is absent"):
         backward(*inputs[:2], None, *inputs[3:17], 1, *options[1:], 2)
