@@ -5,6 +5,7 @@ like the op. Each list is complete for a problem on a device: what cannot run th
 """
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import logging
@@ -483,7 +484,12 @@ def _hugging_face(problem):
     names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj")
     sizes = {name: getattr(problem.config, name) for name in names}
     config = transformers.T5Config(**sizes, decoder_start_token_id=0)  # SDPA where the release has it
-    return transformers.T5ForConditionalGeneration(config)
+    model = transformers.T5ForConditionalGeneration(config)
+    for stack in (model.encoder, model.decoder):
+        # Older releases share the module, of which functional_call restores the weight of the call before.
+        stack.embed_tokens = copy.copy(model.shared)
+        stack.embed_tokens._parameters = dict(model.shared._parameters)
+    return model
 
 
 def _texts(problem, with_compile):

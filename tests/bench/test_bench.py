@@ -172,7 +172,7 @@ def test_a_step_of_t5_is_that_of_its_peers(problem):
         given, own = candidate.given(inputs, names)
         found = verify.errors(problem, candidate, given, own, verify.run(candidate, given, own), exact, plain)
         grids = any(text.GRIDS in name for name in found)
-        assert grids == (bool(problem.grid) and candidate.kind != "floor") and len(found) == 1 + len(own)
+        assert grids == (bool(problem.grid) and candidate.kind != "floor") and len(found) == 2 + len(own)
     assert len(listed) == (4 if problem.grid else 3)
     assert all(gradient.any() for gradient in exact.gradients.values())
 
