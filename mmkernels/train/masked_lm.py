@@ -96,6 +96,7 @@ def loss(model, batch) -> torch.Tensor:
     return total / asked
 
 
+@torch.no_grad()
 def accuracy(model, batches) -> dict:
     """{"held_out_loss", "accuracy"} over all masked tokens of the batches."""
     total, right, asked = 0.0, 0, 0
