@@ -735,6 +735,11 @@ def _backward_queries_tiles(dims, dtype, capability):
     return _looped(64, 64, 8)
 
 
+def _fewer_keys(tiles):
+    """Tiles of the same kernel with a bias of diagonal blocks, whose places take registers."""
+    return tiles._replace(keys=min(tiles.keys, 32))
+
+
 @_tuning.default("attention_backward_keys")
 def _backward_keys_tiles(dims, dtype, capability):
     widest = max(dims)
@@ -983,6 +988,8 @@ def _statistics_of(call, dout, dlse, out, lse):
 def _one_side(call, own_keys, problems, dout, statistics, da, da2, dblocks=None):
     """Fills da (and da2) of `problems`: dq, or dk and dv, a list of segments of every problem. Either may be None."""
     t = call.tiles("attention_backward_keys" if own_keys else "attention_backward_queries")
+    if call.bias_kind == BLOCKS.value and not own_keys:
+        t = _fewer_keys(t)
     columns = call.columns(t)
     sides = (call.k, call.v, call.q, dout) if own_keys else (call.q, dout, call.k, call.v)
     counts = (call.keys, call.queries) if own_keys else (call.queries, call.keys)
@@ -1235,6 +1242,8 @@ def report_case(
     kernel, constexprs, inputs, results = _REPORTED[name]
     if tiles is None:
         tiles = _tuning.tiles(f"attention_{name}", dims, dtype, capability)
+        if blocks and name == "backward_queries":
+            tiles = _fewer_keys(tiles)
     covered = _columns(*dims, tiles)
     sizes = dict(BLOCK_N=tiles.queries, BLOCK_M=tiles.keys)
     if kernel is backward_kernel:
