@@ -55,7 +55,7 @@ def data(tmp_path_factory):
 
 
 def command(data, *more, steps=60):
-    options = "--batch-size 16 --lr 2e-2 --evaluate-every 20 --threads 1 --dropout 0.1 --backend eager".split()
+    options = "--batch-size 16 --lr 2e-2 --evaluate-every 20 --threads 1 --dropout 0.1".split()
     start = ["train", "hypergrid-t5", "--data", data, "--config", data / "tiny.json", "--steps", steps]
     return [str(part) for part in (*start, *options, *more)]
 
