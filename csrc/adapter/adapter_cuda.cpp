@@ -278,7 +278,8 @@ Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, Optiona
   check_blocks(tiles, "adapter_bwd");
   check_launch(mmk_adapter_backward(call.dtype, &d, tiles, device.stream), "adapter_bwd");
   const auto sum = [&](const float* sums, int i) {
-    if (want(i)) check_launch(mmk_sum_rows(sums, floats(grads[i]), 1, tiles, c, device.stream), "adapter_bwd");
+    if (want(i))
+      check_launch(mmk_sum_rows(sums, floats(grads[i]), 1, tiles, c, nullptr, 1, device.stream), "adapter_bwd");
   };
   sum(d.norm_sums, kNorm), sum(d.norm_sums + tiles * c, kNormBias);
   sum(d.out_sums, kOut), sum(d.out_sums + tiles * c, kOutBias);
