@@ -34,7 +34,7 @@ def test_opcheck(backend, generator, family):
     mask = torch.rand(2, 33 if family == "attention" else 65, generator=generator) < 0.8
     if family == "attention":
         q, k, v = (tensors[n].mT.contiguous().mT for n in "qkv")
-        inputs = (q, k, v, mask, tensors["bias"], torch.tensor([5]), 0.25, 0.1)
+        inputs = (q, k, v, mask, tensors["bias"], None, torch.tensor([5]), 0.25, 0.1)
         out, lse = forward(*inputs)
         gradient = (torch.ones(1).expand_as(out), torch.ones_like(lse), q, k, v, out, lse, *inputs[3:], 7)
     else:
@@ -52,7 +52,7 @@ def test_a_compiler_may_change_the_strides_of_anything(backend, generator, famil
     forward, backward = forward_backward(family, backend)
     mask = torch.rand(2, 33 if family == "attention" else 65, generator=generator) < 0.8
     if family == "attention":
-        inputs = [*(tensors[n] for n in "qkv"), mask, tensors["bias"], None]
+        inputs = [*(tensors[n] for n in "qkv"), mask, tensors["bias"], None, None]
         scalars = (0.25, 0.0)
     else:
         inputs, scalars = [tensors["q"], tensors["x"], tensors["position"], mask], (0.25, 1e-5)
