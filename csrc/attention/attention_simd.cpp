@@ -629,22 +629,17 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
       if (a.wants_queries())
         gemm<false>({dscores, kFewRow, block.k, block.k_row, kPanel, state, k_ld, kPanel}, rows, a.qk_dim, block.count,
                     true);
-      const bool direct = block.dk != nullptr && rows > 0;
-      if (direct) {
-        gemm<true>({scores, kFewRow, dout, v_ld, kPanel, block.dv, block.dv_row, kPanel}, block.count, a.v_dim, rows,
-                   false);
-        gemm<true>({dscores, kFewRow, q, k_ld, kPanel, block.dk, block.dk_row, kPanel}, block.count, a.qk_dim, rows,
-                   false);
-        continue;
-      }
-      if (a.store_key_gradients && rows == 0) clear(dk, kBlockKeys * (k_ld + v_ld));
+      if (a.store_key_gradients && rows == 0) block.dk = nullptr, clear(dk, kBlockKeys * (k_ld + v_ld));
+      const bool direct = block.dk != nullptr;
       if (a.store_key_gradients) {
-        gemm<true>({scores, kFewRow, dout, v_ld, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim, rows, false);
-        gemm<true>({dscores, kFewRow, q, k_ld, kPanel, dk, k_ld, kPanel}, block.count, a.qk_dim, rows,
-                   a.one_key_gradient);
+        gemm<true>({scores, kFewRow, dout, v_ld, kPanel, direct ? block.dv : dv, direct ? block.dv_row : v_ld, kPanel},
+                   block.count, a.v_dim, rows, false);
+        gemm<true>({dscores, kFewRow, q, k_ld, kPanel, direct ? block.dk : dk, direct ? block.dk_row : k_ld, kPanel},
+                   block.count, a.qk_dim, rows, a.one_key_gradient);
       }
     }
-    if (a.store_key_gradients) a.store_key_gradients(a, part.batch, part.head, block, key_space, dk, dv);
+    if (a.store_key_gradients && block.dk == nullptr)
+      a.store_key_gradients(a, part.batch, part.head, block, key_space, dk, dv);
   }
 }
 

@@ -39,24 +39,44 @@ def check_key_mask(key_mask, batch: int, keys: int, device: torch.device, name: 
 
 
 def check_index(name: str, index, shapes: tuple, count: int, of: str, device: torch.device) -> torch.Tensor:
-    """`index` as flat int64; raises unless it has one of `shapes`, is on `device` and holds numbers of `count` rows of `of`.
+    """`index` as flat int64; raises unless it has one of `shapes` and passes `check_numbers` for `count` rows of `of`."""
+    check_dense(name, index)
+    if all(index.dim() != len(s) or any(a != b for a, b in zip(index.shape, s, strict=True)) for s in shapes):
+        raise ValueError(f"{name} has shape {tuple(index.shape)}; it must be {' or '.join(map(str, shapes))}")
+    if index.numel() and count == 0:
+        raise ValueError(f"{of} has no rows; {name} needs one or more")
+    check_numbers(name, index, count, device)
+    return index.reshape(-1).to(torch.int64)
 
-    Its numbers are looked at on a CPU only: on a GPU that would wait for it.
+
+def check_numbers(name: str, index, count: int, device: torch.device, none: str = "") -> None:
+    """Raises unless `index` is on `device` and has numbers in [0, count), or -1 where that stands for `none`.
+
+    They are looked at on a CPU only: on a GPU that would wait for it.
     """
     check_dense(name, index)
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {index.dtype}; it must be torch.int32 or torch.int64")
     if index.device != device:
         raise ValueError(f"{name} is on {index.device}; it must be on {device}")
-    if all(index.dim() != len(s) or any(a != b for a, b in zip(index.shape, s, strict=True)) for s in shapes):
-        raise ValueError(f"{name} has shape {tuple(index.shape)}; it must be {' or '.join(map(str, shapes))}")
-    if index.numel() and count == 0:
-        raise ValueError(f"{of} has no rows; {name} needs one or more")
     if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(index))
-        if low < 0 or high >= count:
-            raise IndexError(f"{name} has numbers from {low} to {high}; they must be in [0, {count})")
-    return index.reshape(-1).to(torch.int64)
+        if low < (-1 if none else 0) or high >= count:
+            allowed = f"[0, {count})" + (f", or -1 for {none}" if none else "")
+            raise IndexError(f"{name} has numbers from {low} to {high}; they must be in {allowed}")
+
+
+def check_seed(seed, other: str, device: torch.device) -> torch.Tensor | None:
+    """`dropout_seed` as int64 (1), or None; raises unless it has one element and is on `device`, that of `other`."""
+    if seed is None:
+        return None
+    check_dense("dropout_seed", seed)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        what = f"has shape {tuple(seed.shape)} and dtype {seed.dtype}"
+        raise ValueError(f"dropout_seed {what}; it must be an int64 tensor of one element, or None")
+    if seed.device != device:
+        raise ValueError(f"dropout_seed is on {seed.device}; it must be on {other}'s device, {device}")
+    return seed.reshape(1)
 
 
 def check_number(name: str, value, allowed: str = "a finite number", holds=lambda value: True) -> float:

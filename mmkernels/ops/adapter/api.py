@@ -4,7 +4,7 @@ import torch
 
 from ... import _backends
 from .._shared import dropout
-from .._shared.arguments import autocast_dtype, check_dense, check_number, check_tensor
+from .._shared.arguments import autocast_dtype, check_dense, check_number, check_numbers, check_seed, check_tensor
 from . import autograd, reference
 
 
@@ -255,14 +255,7 @@ def _prepare(
     if gate is not None:
         _check_parameter("gate", gate, None, x, low)
     index = _check_index(index, bank, x)
-    if dropout_seed is not None:
-        check_dense("dropout_seed", dropout_seed)
-        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
-            what = f"has shape {tuple(dropout_seed.shape)} and dtype {dropout_seed.dtype}"
-            raise ValueError(f"dropout_seed {what}; it must be an int64 tensor of one element, or None")
-        if dropout_seed.device != x.device:
-            raise ValueError(f"dropout_seed is on {dropout_seed.device}; it must be on x's device, {x.device}")
-        dropout_seed = dropout_seed.reshape(1)
+    dropout_seed = check_seed(dropout_seed, "x", x.device)
     flags, added = _check_residuals(x, input_residual, residual, skip, norm_weight is not None, low)
     rows = [x, input_residual, added]
     if low is not None:
@@ -359,15 +352,7 @@ def _check_index(index, bank, x):
         return None
     if index is None:
         raise ValueError("index is None; a bank of adapters, w_down (A, r, C), needs a number for each example or row")
-    check_dense("index", index)
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"index has dtype {index.dtype}; it must be torch.int32 or torch.int64")
-    if index.device != x.device:
-        raise ValueError(f"index is on {index.device}; it must be on x's device, {x.device}")
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
-        low, high = (int(v) for v in torch.aminmax(index))
-        if low < -1 or high >= bank:
-            raise IndexError(f"index has numbers from {low} to {high}; they must be in [0, {bank}), or -1 for no adapter")
+    check_numbers("index", index, bank, x.device, "no adapter")
     return _of_rows("index", index, x).to(torch.int64)
 
 

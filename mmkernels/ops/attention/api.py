@@ -6,7 +6,15 @@ import torch
 
 from ... import _backends
 from .._shared import dropout
-from .._shared.arguments import autocast_dtype, check_dense, check_index, check_key_mask, check_number, check_tensor
+from .._shared.arguments import (
+    autocast_dtype,
+    check_dense,
+    check_index,
+    check_key_mask,
+    check_number,
+    check_seed,
+    check_tensor,
+)
 from . import autograd, lists, reference
 
 MAX_HEAD_DIM = 1024
@@ -332,14 +340,7 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, names=("q", 
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {full} with any of them 1")
     dropout_p = check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
     scale = head_dim**-0.5 if scale is None else check_number("scale", scale)
-    if dropout_seed is not None:
-        check_dense("dropout_seed", dropout_seed)
-        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
-            what = f"has shape {tuple(dropout_seed.shape)} and dtype {dropout_seed.dtype}"
-            raise ValueError(f"dropout_seed {what}; it must be an int64 tensor of one element, or None")
-        if dropout_seed.device != q.device:
-            raise ValueError(f"dropout_seed is on {dropout_seed.device}; it must be on q's device, {q.device}")
-        dropout_seed = dropout_seed.reshape(1)
+    dropout_seed = check_seed(dropout_seed, "q", q.device)
     return q, k, v, bias, bias_index, scale, dropout_p, dropout_seed
 
 

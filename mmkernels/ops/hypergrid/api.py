@@ -4,7 +4,7 @@ import torch
 
 from ... import _backends
 from .._shared import dropout
-from .._shared.arguments import autocast_dtype, check_dense, check_index, check_number, check_tensor
+from .._shared.arguments import autocast_dtype, check_dense, check_index, check_number, check_seed, check_tensor
 from . import autograd, reference
 
 LEAST_BLOCK = 8
@@ -216,14 +216,7 @@ def _check(x, weight, gate, bias, gate_index, residual, activation, dropout_p, d
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; allowed are {', '.join(map(repr, reference.ACTIVATIONS))}")
     dropout_p = check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
-    if dropout_seed is not None:
-        check_dense("dropout_seed", dropout_seed)
-        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
-            what = f"has shape {tuple(dropout_seed.shape)} and dtype {dropout_seed.dtype}"
-            raise ValueError(f"dropout_seed {what}; it must be an int64 tensor of one element, or None")
-        if dropout_seed.device != x.device:
-            raise ValueError(f"dropout_seed is on {dropout_seed.device}; it must be on x's device, {x.device}")
-        dropout_seed = dropout_seed.reshape(1)
+    dropout_seed = check_seed(dropout_seed, "x", x.device)
     return x, weight, bias, index, reference.ACTIVATIONS.index(activation), dropout_p, dropout_seed
 
 
