@@ -7,7 +7,6 @@ like the op. Each list is complete for a problem on a device: what cannot run th
 import contextlib
 import copy
 import functools
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,8 @@ import mmkernels
 from mmkernels import testing
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import adapters, conditional, fusion, launches, products, rows, text
+from . import adapted, adapters, conditional, fusion, launches, products, rows, text
+from .problem import lacking
 from .registry import Inputs, Problem
 
 SDPA = F.scaled_dot_product_attention
@@ -250,6 +250,8 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
         return [*_ours(problem, inputs, cuda), plain, *compiled]
     if isinstance(problem, adapters.Adapters):
         return _adapters(problem, inputs, cuda, with_compile)
+    if isinstance(problem, adapted.Adapted):
+        return _adapted(problem, with_compile)
     if isinstance(problem, text.Text):
         return _texts(problem, with_compile)
     if isinstance(problem, fusion.Fusion):
@@ -470,9 +472,169 @@ def _adapters(problem, inputs, cuda, with_compile):
                 **floor,
             )
         )
+    if problem.place != "alone":
+        missing = lacking("adapters")
+        note = "BatchSplit of the rows in order, as its MultiTask puts them" if problem.adapters else ""
+        listed.append(Candidate("adapters", "baseline", functools.partial(_library_place, problem), missing, note))
     floor = {"without": ("stream", "norm", "index"), "solves": problem._replace(place="products")}
     listed.append(Candidate("products alone", "floor", adapters.products, note="of one adapter, by F.linear", **floor))
     return listed
+
+
+@functools.lru_cache(maxsize=8)
+def _library_output(problem):
+    """The output module of a BERT layer with the library's adapters, as one whose forward is their place alone."""
+    preset = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn", "parallel": "par_bn"}[problem.place]
+    reduction = problem.channels / problem.bottleneck
+    activation = {"original_ln_before": problem.place == "pfeiffer", "non_linearity": "relu", "scaling": 1.0}
+    number = max(1, problem.adapters)
+    network = _library_model(problem, preset, number, reduction_factor=reduction, **activation)
+    names = [f"a{n}" for n in range(number)]
+    if problem.adapters:
+        from adapters.composition import BatchSplit
+
+        sizes = torch.bincount(torch.arange(problem.batch) % number, minlength=number)
+        network.set_active_adapters(BatchSplit(*names, batch_sizes=sizes.tolist()))
+    else:
+        network.set_active_adapters(names[0])
+    output = network.encoder.layer[0].output
+
+    class Place(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output = output
+
+        def forward(self, x, stream):
+            return self.output.bottleneck_layer_forward(x, stream, self.output.LayerNorm)
+
+    return Place()
+
+
+def _library_place(problem, x, w_down, b_down, w_up, b_up, stream, norm_weight, norm_bias, index=None):
+    weights = {"output.LayerNorm.weight": norm_weight, "output.LayerNorm.bias": norm_bias}
+    parts = {"down.0.weight": w_down, "down.0.bias": b_down, "up.weight": w_up, "up.bias": b_up}
+    for name, tensor in parts.items():
+        for number, one in enumerate(tensor if problem.adapters else [tensor]):
+            weights[f"output.adapters.a{number}.adapter_{name}"] = one
+    if index is None:
+        return torch.func.functional_call(_library_output(problem), weights, (x, stream))
+    order = index.argsort(stable=True)
+    out = torch.func.functional_call(_library_output(problem), weights, (x[order], stream[order]))
+    return torch.empty_like(out).index_copy(0, order, out)
+
+
+# --- A user's BERT with adapters -------------------------------------------------------------------------------------------
+
+
+def _bert(problem):
+    """A BERT of one layer that drops nothing, and takes embedded rows."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=8,
+        hidden_size=problem.channels,
+        num_hidden_layers=1,
+        num_attention_heads=max(1, problem.channels // 64),
+        intermediate_size=4 * problem.channels,
+        max_position_embeddings=problem.length,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertModel(config, add_pooling_layer=False).eval()
+
+
+def _library_model(problem, preset, number, **changes):
+    import adapters as library
+
+    network = _bert(problem)
+    library.init(network)
+    for name in range(number):
+        network.add_adapter(f"a{name}", config=library.AdapterConfig.load(preset, **changes))
+    return network.eval()
+
+
+@functools.lru_cache(maxsize=8)
+def adapted_network(problem: adapted.Adapted, by: str, device: torch.device) -> torch.nn.Module:
+    """`by`: "auto" or "eager", this package's adapters; "adapters" or "peft", a library's; "convert", a library's after
+    `mmkernels.convert`; "transformers", the plain model."""
+    names, parts = problem.names, problem.batch // max(1, problem.adapters)
+    if by == "transformers":
+        network = _bert(problem)
+    elif problem.preset == "lora":
+        import peft
+
+        network = peft.get_peft_model(_bert(problem), _lora(), adapter_name=names[0])
+        for name in names[1:]:
+            network.add_adapter(name, _lora())
+    elif by in ("auto", "eager"):
+        from mmkernels.models.adapterhub import AdapterHub
+        from mmkernels.modules import BatchSplit
+
+        network = _bert(problem)
+        hub = AdapterHub(network, backend=by)
+        for name in names:
+            hub.add_adapter(name, problem.preset)
+        if problem.setup == "fuse":
+            hub.add_adapter_fusion(names, set_active=True)
+        else:
+            hub.set_active(BatchSplit(*names, batch_sizes=parts) if problem.setup == "split" else names[0])
+    else:
+        from adapters.composition import BatchSplit, Fuse
+
+        network = _library_model(problem, problem.preset, problem.adapters)
+        if problem.setup == "fuse":
+            network.add_adapter_fusion(Fuse(*names))
+            network.set_active_adapters(Fuse(*names))
+        else:
+            split = problem.setup == "split"
+            network.set_active_adapters(BatchSplit(*names, batch_sizes=[parts] * len(names)) if split else names[0])
+    if by == "convert":
+        mmkernels.convert(network)
+    return network.to(device=device, dtype=problem.torch_dtype).eval().requires_grad_(True)
+
+
+def _lora():
+    import peft
+
+    return peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
+
+
+def adapted_function(problem: adapted.Adapted, by: str, *, compiler=lambda function: function):
+    """The model as a function of its embedded rows and its weights by name."""
+    options = {}
+    if problem.preset == "lora" and problem.setup == "split" and by != "transformers":
+        options["adapter_names"] = [name for name in problem.names for _ in range(problem.batch // problem.adapters)]
+
+    def call(network, weights, x):
+        return torch.func.functional_call(network, weights, kwargs={"inputs_embeds": x, **options})[0]
+
+    call = compiler(call)
+
+    def run(x, **weights):
+        if by == "transformers":
+            weights = {n.removeprefix("base_model.model.").replace(".base_layer", ""): t for n, t in weights.items()}
+        return [call(adapted_network(problem, by, x.device), weights, x)]
+
+    return run
+
+
+def _adapted(problem, with_compile):
+    """Ours in transformers' model, the library's own, and that after `convert`; the plain model is the floor."""
+    library = "peft" if problem.preset == "lora" else "adapters"
+    missing = lacking(library)
+    listed = []
+    if library == "adapters":
+        listed.append(Candidate("mmkernels", "mmkernels", adapted_function(problem, "auto")))
+        listed.append(Candidate("eager", "baseline", adapted_function(problem, "eager")))
+        if with_compile:
+            for name, kind, by in (("mmkernels compiled", "mmkernels", "auto"), ("torch.compile", "baseline", "eager")):
+                listed.append(Candidate(name, kind, adapted_function(problem, by, compiler=_compiled)))
+    note = f"{library} after mmkernels.convert"
+    listed.append(Candidate("mmkernels convert", "mmkernels", adapted_function(problem, "convert"), missing, note))
+    listed.append(Candidate(library, "baseline", adapted_function(problem, library), missing))
+    floor = {"without": adapted.OWN, "solves": problem.plain}
+    plain = adapted_function(problem.plain, "transformers")
+    return [*listed, Candidate("no adapters", "floor", plain, note="transformers", **floor)]
 
 
 # --- Text-to-text -----------------------------------------------------------------------------------------------------------
@@ -500,7 +662,7 @@ def _texts(problem, with_compile):
         listed.append(Candidate("torch.compile", "baseline", text.function(problem, "eager", compiler=_compiled)))
         function = text.function(problem, "auto", compiler=_compiled)
         listed.append(Candidate("mmkernels compiled", "mmkernels", function, note="torch.compile of the fused one"))
-    missing = "" if importlib.util.find_spec("transformers") else "transformers is not installed"
+    missing = lacking("transformers")
     plain = problem._replace(grid=())
     hugging_face = text.function(plain, _hugging_face)
     if not problem.grid:

@@ -17,8 +17,12 @@ def add_commands(subparsers) -> None:
     parser = subparsers.add_parser("bench", help="time the ops and their peers", description=__doc__)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick")
     parser.add_argument("--op", help="only this op, or layer or model, as in attention, fusion_layer, hypergrid_t5")
-    parser.add_argument("--case", help="only cases whose id matches this pattern, as in '*imagenet*/forward'")
-    parser.add_argument("--candidate", help="only candidates whose name contains this, and eager")
+    parser.add_argument(
+        "--case", action="append", help="only cases whose id matches this pattern, as in '*imagenet*/forward', or another one"
+    )
+    parser.add_argument(
+        "--candidate", action="append", help="only candidates whose name contains this, or another one, and eager"
+    )
     parser.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
@@ -94,54 +98,51 @@ def default_output(device, preset: str) -> Path:
 def run_cases(
     cases, device, output, *, preset, seconds=None, only=None, seed=0, with_compile=True, append=False, stop_at=None
 ) -> list:
-    """Measures cases, prints a table each, and writes rows to `output`: at the end, in the place of earlier rows
-    of the same cases (with `append` one by one, behind whatever is there).
+    """Measures cases, prints a table each, and writes the rows of each problem to `output` when they are all measured: in the
+    place of earlier rows of the same cases (with `append` one by one, behind whatever is there).
 
     `stop_at` is a time of `time.monotonic`: no further problem is begun after it.
     """
     from . import run
 
     per_case, memory_of = PRESETS[preset]
-    rows, written = [], None
+    options = {"seconds": seconds or per_case, "memory_of": memory_of, "only": only, "seed": seed}
+    rows = []
+    for group in run.group(cases):
+        if stop_at is not None and time.monotonic() > stop_at:
+            break
+        measured, shown = [], []
+        for row in run.run_problem(group, device, with_compile=with_compile, **options):
+            measured.append(row)
+            if append and output is not None:
+                _write([row], output, "a")
+            if shown and shown[-1]["case"] != row["case"]:
+                print_table(shown)
+                shown = []
+            shown.append(row)
+        print_table(shown)
+        rows += measured
+        if output is not None and not append:
+            _replace_rows(measured, output)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output if append else output.with_name(output.name + ".partial")
-        written = partial.open("a" if append else "w")
-    try:
-        for group in run.group(cases):
-            if stop_at is not None and time.monotonic() > stop_at:
-                break
-            shown = []
-            for row in run.run_problem(
-                group,
-                device,
-                seconds=seconds or per_case,
-                with_compile=with_compile,
-                memory_of=memory_of,
-                only=only,
-                seed=seed,
-            ):
-                rows.append(row)
-                if written:
-                    written.write(json.dumps(row) + "\n")
-                    written.flush()
-                if shown and shown[-1]["case"] != row["case"]:
-                    print_table(shown)
-                    shown = []
-                shown.append(row)
-            print_table(shown)
-    finally:
-        if written:
-            written.close()
-    if output is not None:
-        if not append:
-            measured = {row["case"] for row in rows}
-            earlier = output.read_text().splitlines(keepends=True) if output.exists() else []
-            kept = [line for line in earlier if json.loads(line)["case"] not in measured]
-            partial.write_text("".join(kept) + partial.read_text())
-            os.replace(partial, output)
         print(f"{len(rows)} rows in {output}")
     return rows
+
+
+def _replace_rows(rows: list, output: Path) -> None:
+    """Puts rows in the place of earlier ones of the same cases, all or none of them."""
+    cases = {row["case"] for row in rows}
+    earlier = output.read_text().splitlines() if output.exists() else []
+    kept = [row for row in map(json.loads, earlier) if row["case"] not in cases]
+    partial = output.with_name(output.name + ".partial")
+    _write([*kept, *rows], partial, "w")
+    os.replace(partial, output)
+
+
+def _write(rows: list, file: Path, mode: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open(mode) as opened:
+        opened.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def print_table(rows: list) -> None:

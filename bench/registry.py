@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import adapters, conditional, fusion, products, rows, text
+from . import adapted, adapters, conditional, fusion, products, rows, text
 from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
@@ -44,7 +44,14 @@ class Problem(NamedTuple):
 
 
 OtherProblem = (
-    adapters.Adapters | adapters.Fused | conditional.Conditional | fusion.Fusion | products.Product | rows.Rows | text.Text
+    adapted.Adapted
+    | adapters.Adapters
+    | adapters.Fused
+    | conditional.Conditional
+    | fusion.Fusion
+    | products.Product
+    | rows.Rows
+    | text.Text
 )
 
 
@@ -135,6 +142,8 @@ def _gpu_cases():
     cases += _cases(
         three, *(p._replace(dtype="bfloat16") for p in (*adapters.GPU, *adapters.MIXED, adapters.LARGE, *adapters.FUSED))
     )
+    layers = (*adapted.ONE[3:], *adapted.SPLIT, adapted.SPLIT_64, *adapted.FUSE, adapted.LORA_8)
+    cases += _cases(("forward", "step"), *(p._replace(dtype="bfloat16") for p in layers))
     cases += _cases(("step",), *(p._replace(dtype="bfloat16", batch=32) for p in (text.BASE, text.BASE_PLAIN)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=32) for p in text.GENERATE_BASE))
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
@@ -170,6 +179,7 @@ PRESETS = {
     + _cases(("forward",), *(p._replace(batch=b) for p in _DECODE for b in (1, 16, 64)))
     + _cases(("forward", "step", "backward"), *adapters.ALONE, *adapters.PFEIFFER, *adapters.HOULSBY, *adapters.PARALLEL)
     + _cases(("forward", "step", "backward"), *adapters.MIXED, adapters.LARGE, *adapters.FUSED[:2])
+    + _cases(("forward", "step"), *adapted.ONE, *adapted.SPLIT, adapted.SPLIT_64, *adapted.FUSE, adapted.LORA, adapted.LORA_8)
     + _cases(("step",), text.SMALL, text.SMALL_PLAIN)
     + _cases(("forward",), *text.GENERATE)
     # Time and memory against M.
@@ -178,8 +188,8 @@ PRESETS = {
 }
 
 
-def select(preset: str, op: str | None = None, case: str | None = None) -> list:
-    """The cases of a preset, narrowed to an op and to ids that match a pattern (`*imagenet*/forward`).
+def select(preset: str, op: str | None = None, patterns: list | None = None) -> list:
+    """The cases of a preset, narrowed to an op and to ids that match one of some patterns (`*imagenet*/forward`).
 
     Raises ValueError when nothing is left, or for an unknown preset.
     """
@@ -189,13 +199,16 @@ def select(preset: str, op: str | None = None, case: str | None = None) -> list:
     if not cases:
         ops = sorted({c.problem.op for c in PRESETS[preset]})
         raise ValueError(f"op is {op!r}; preset {preset!r} has cases of {', '.join(map(repr, ops))}")
-    if case is not None:
-        chosen = [c for c in cases if fnmatch.fnmatch(c.id, case) or fnmatch.fnmatch(c.problem.id, case)]
-        if not chosen:
-            near = difflib.get_close_matches(case, [c.id for c in cases], 8, 0.0)
-            raise ValueError(f"case is {case!r}; it matches none of {len(cases)}, such as: " + ", ".join(near))
-        cases = chosen
-    return cases
+    if not patterns:
+        return cases
+    chosen = {}
+    for pattern in patterns:
+        matching = [c for c in cases if fnmatch.fnmatch(c.id, pattern) or fnmatch.fnmatch(c.problem.id, pattern)]
+        if not matching:
+            near = difflib.get_close_matches(pattern, [c.id for c in cases], 8, 0.0)
+            raise ValueError(f"case is {pattern!r}; it matches none of {len(cases)}, such as: " + ", ".join(near))
+        chosen |= dict.fromkeys(matching)
+    return [c for c in cases if c in chosen]
 
 
 class Inputs(NamedTuple):

@@ -88,7 +88,7 @@ def main(arguments, cases: list, device: torch.device, start: float, built: str)
 
     def again():
         cli.run_cases(
-            cases[:FIRST], device, rows_file, preset="gpu", seconds=arguments.seconds, only="mmkernels", seed=arguments.seed,
+            cases[:FIRST], device, rows_file, preset="gpu", seconds=arguments.seconds, only=["mmkernels"], seed=arguments.seed,
             with_compile=False, append=True, stop_at=start + BUDGET * 0.9,
         )  # fmt: skip
         return "with tuned tiles"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import (
+    adapted,
     adapters,
     baselines,
     build,
@@ -64,8 +65,8 @@ def test_select_names_what_is_wrong():
     ):
         registry.select("quick", op="norm")
     with pytest.raises(ValueError, match="case is 'nothing'; it matches none of .* such as"):
-        registry.select("quick", case="nothing")
-    assert [c.id for c in registry.select("paper", case="latent_attention/imagenet-fourier-b1-float32/forward")]
+        registry.select("quick", patterns=["nothing"])
+    assert [c.id for c in registry.select("paper", patterns=["latent_attention/imagenet-fourier-b1-float32/forward"])]
 
 
 # --- Candidates and their verification ---------------------------------------------------------------------------------------
@@ -130,6 +131,20 @@ def test_adapters_and_their_floors_are_verified(place, pass_, monkeypatch):
         assert ("one adapter" in found) == (problem.adapters > 0)
         errors = set(found["eager"]["errors"])
         assert ("gradient of stream" in errors) == (place != "alone" and pass_ == "step")
+
+
+@pytest.mark.parametrize(
+    "problem", [adapted.ONE[1], adapted.SPLIT[0], adapted.FUSE[0], adapted.LORA, adapted.LORA_8], ids=lambda p: p.name
+)
+@pytest.mark.parametrize("pass_", ["forward", "step"])
+def test_models_with_adapters_are_verified_beside_their_libraries(problem, pass_, monkeypatch):
+    monkeypatch.setattr(memory, "peak", lambda *_: None)
+    case = registry.Case(problem.small(), pass_)
+    found = {r["candidate"]: r for r in run.run_problem([case], CPU, seconds=0.01, with_compile=False)}
+    assert {r["status"] for r in found.values()} == {"ok"}, [r.get("reason") for r in found.values()]
+    library = "peft" if problem.preset == "lora" else "adapters"
+    assert {library, "mmkernels convert", "no adapters"} <= set(found)
+    assert (len(found[library]["errors"]) > 1) == (pass_ == "step")
 
 
 @pytest.mark.parametrize("pass_", ["forward", "step"])
@@ -208,7 +223,7 @@ def test_flex_attention_computes_the_same_and_says_what_it_cannot():
     candidate = next(c for c in baselines.candidates(problem, inputs) if c.name == "flex")
     with baselines.quiet():
         verify.check(candidate, verify.run(candidate, inputs, ()), verify.exact(problem, inputs, ()), None)
-    rows = run.run_problem([registry.Case(problem, "step")], CPU, seconds=0.01, memory_of="ours", only="flex")
+    rows = run.run_problem([registry.Case(problem, "step")], CPU, seconds=0.01, memory_of="ours", only=["flex"])
     row = {row["candidate"]: row for row in rows}["flex"]
     assert row["status"] == "unsupported" and row["reason"] == "FlexAttention has no backward on a CPU"
 
@@ -403,7 +418,7 @@ def test_rows_say_it_all(tmp_path, capsys):
     assert "median ms" in capsys.readouterr().out
     assert cli.failed(rows) == 0
     assert {path.name for path in plots.draw(rows, tmp_path)} == {"ratios.png", "roofline.png"}
-    cli.run_cases(cases[:1], CPU, output, preset="quick", seconds=0.01, only="auto", with_compile=False)
+    cli.run_cases(cases[:1], CPU, output, preset="quick", seconds=0.01, only=["auto"], with_compile=False)
     merged = [json.loads(text) for text in output.read_text().splitlines()]
     assert merged[: -len([r for r in merged if r["case"] == cases[0].id])] == [
         row for row in json.loads(json.dumps(rows)) if row["case"] != cases[0].id
@@ -445,7 +460,7 @@ def test_plots_against_the_number_of_inputs(tmp_path):
     rows = []
     for keys in (64, 128, 256):
         case = registry.Case(LATENT._replace(name=f"keys-{keys}", keys=keys), "forward")
-        rows += run.run_problem([case], CPU, seconds=0.01, with_compile=False, memory_of="ours", only="none")
+        rows += run.run_problem([case], CPU, seconds=0.01, with_compile=False, memory_of="ours", only=["none"])
     assert {path.name for path in plots.draw(rows, tmp_path)} == {"time.png", "memory.png", "roofline.png"}
 
 
