@@ -30,6 +30,7 @@ MIN_ROUNDS = 6  # the fewest that bound a median with 95 %
 MAX_ROUNDS = 50
 INNER_BELOW = 1e-3  # seconds: faster calls are timed many at a time
 INNER_TIME = 5e-3
+LARGE_BLOCK = 30 * 2**20  # bytes: below the most that glibc's threshold grows to, 32 MiB
 
 
 # --- What a row says about where it was measured ------------------------------------------------------
@@ -237,6 +238,10 @@ def run_problem(cases: list, device: torch.device, *, seconds=10.0, with_compile
     gc.unfreeze()
     gc.collect()
     gc.freeze()  # what is imported need not be gone through after every candidate, nor while one is timed
+    if device.type == "cpu":
+        # From a large block on that was freed, the system's allocator keeps blocks up to that size, as in any process that has
+        # had a model; before, every call of a candidate would get its results page by page.
+        torch.empty(LARGE_BLOCK, dtype=torch.int8).zero_()
     inputs = make_inputs(problem, device, seed)
     listed = baselines.candidates(problem, inputs, with_compile)
     if only is not None:
