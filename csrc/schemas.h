@@ -112,13 +112,17 @@ void define_schemas(Library& m) {
       "float eps, float out_eps, float factor, float dropout_p, int wanted) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // query (B,T,C)  outputs (B,T,A,C) of its dtype, A of 1 or more. p = softmax over a of scale query . outputs[a].
+  // query (B,T,C)  outputs (B,T,A,C), A of 1 or more  offset (B,T), of query's dtype  seed int64 (1), absent without
+  // dropout. p = softmax over a of scale dropout(query . outputs[a] + offset), that of common/dropout.h with row b T +
+  // t and key a: a score that it drops is 0. (Without dropout the offset changes nothing, and is not looked at.)
   // -> out (B,T,C) = sum over a of p[a] outputs[a], of query's dtype, and weights p float32 (B,T,A).
-  m.def("adapter_fusion_fwd(Tensor query, Tensor outputs, float scale) -> (Tensor, Tensor)");
-  // -> dquery, doutputs; (0) where not wanted.
   m.def(
-      "adapter_fusion_bwd(Tensor dout, Tensor query, Tensor outputs, Tensor weights, float scale, bool want_query, "
-      "bool want_outputs) -> (Tensor, Tensor)");
+      "adapter_fusion_fwd(Tensor query, Tensor outputs, Tensor? offset, Tensor? seed, float scale, float dropout_p) -> "
+      "(Tensor, Tensor)");
+  // wanted: 1 dquery, 2 doutputs, 4 doffset. -> these, of query's dtype.
+  m.def(
+      "adapter_fusion_bwd(Tensor dout, Tensor query, Tensor outputs, Tensor weights, Tensor? seed, float scale, "
+      "float dropout_p, int wanted) -> (Tensor, Tensor, Tensor)");
 }
 
 }  // namespace mmk

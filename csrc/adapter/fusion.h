@@ -9,10 +9,14 @@ namespace mmk {
 struct AdapterFusion {
   int64_t length, adapters, channels;
   float scale;
-  Strided query, outputs, dout;
-  char* out;                // contiguous, like the gradients
-  float* weights;           // (rows, A)
-  char *dquery, *doutputs;  // null: not wanted
+  bool dropout;
+  uint64_t seed;
+  uint32_t threshold;
+  float gain;                            // of what is not dropped
+  Strided query, outputs, dout, offset;  // offset: by its last two strides
+  char* out;                             // contiguous, like the gradients
+  float* weights;                        // (rows, A)
+  char *dquery, *doutputs, *doffset;     // null: not wanted
 };
 
 struct AdapterFusionKernels {

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "adapter/fusion.h"
+#include "common/dropout.h"
 #include "common/rows.h"
 
 namespace mmk::MMK_ISA {
@@ -62,14 +63,32 @@ MMK_INLINE void combine(T* to, const Rows<T>& rows, const float* factors, int64_
   });
 }
 
+// What a row's scores are multiplied by: 0 where they are dropped.
+struct Kept {
+  const AdapterFusion& f;
+  const DropoutRow words;
+
+  Kept(const AdapterFusion& f, int64_t row)
+      : f(f), words(f.dropout ? dropout_row(f.seed, static_cast<uint64_t>(row)) : DropoutRow{}) {}
+
+  float operator()(int64_t a) const {
+    if (!f.dropout) return 1.0f;
+    return dropout_bits(words, static_cast<uint32_t>(a)) < f.threshold ? 0.0f : f.gain;
+  }
+};
+
 template <class T>
 void forward_of(const AdapterFusion& f, int64_t begin, int64_t end, float* space) {
   for (int64_t row = begin; row < end; ++row) {
     const Rows<T> rows(f, row, space);
+    const Kept kept(f, row);
     float* const p = f.weights + row * f.adapters;
-    float most = -__builtin_inff(), sum = 0.0f;
+    float most = -__builtin_inff(), sum = 0.0f, offset = 0.0f;
+    if (f.dropout && f.offset.data != nullptr)
+      offset = to_float(*reinterpret_cast<const T*>(f.offset.at(0, 0, row / f.length, row % f.length)));
     for (int64_t a = 0; a < f.adapters; ++a) {
-      p[a] = dot(rows.query, rows.output(a), f.channels) * f.scale;
+      const float factor = kept(a);
+      p[a] = factor == 0.0f ? 0.0f : (dot(rows.query, rows.output(a), f.channels) + offset) * (factor * f.scale);
       most = p[a] > most ? p[a] : most;
     }
     for (int64_t a = 0; a < f.adapters; ++a) sum += p[a] = std::exp(p[a] - most);
@@ -78,19 +97,25 @@ void forward_of(const AdapterFusion& f, int64_t begin, int64_t end, float* space
   }
 }
 
-// dp_a = dout . u_a    ds_a = scale p_a (dp_a - sum p dp)    dquery = sum ds_a u_a    du_a = p_a dout + ds_a query
+// dp_a = dout . u_a    ds_a = scale kept_a p_a (dp_a - sum p dp), 0 where the score is dropped
+// dquery = sum ds_a u_a    du_a = p_a dout + ds_a query    doffset = sum ds_a
 template <class T>
 void backward_of(const AdapterFusion& f, int64_t begin, int64_t end, float* space) {
   float* const ds = space + (f.adapters + 2) * round_up(f.channels, 16);
   for (int64_t row = begin; row < end; ++row) {
     const Rows<T> rows(f, row, space);
+    const Kept kept(f, row);
     const float* const p = f.weights + row * f.adapters;
-    float mean = 0.0f;
+    float mean = 0.0f, sum = 0.0f;
     for (int64_t a = 0; a < f.adapters; ++a) {
       ds[a] = dot(rows.dout, rows.output(a), f.channels);
       mean += p[a] * ds[a];
     }
-    for (int64_t a = 0; a < f.adapters; ++a) ds[a] = f.scale * (p[a] * (ds[a] - mean));
+    for (int64_t a = 0; a < f.adapters; ++a) {
+      const float factor = kept(a);
+      sum += ds[a] = factor == 0.0f ? 0.0f : factor * f.scale * (p[a] * (ds[a] - mean));
+    }
+    if (f.doffset != nullptr) set(reinterpret_cast<T*>(f.doffset) + row, sum);
     if (f.dquery != nullptr)
       combine(reinterpret_cast<T*>(f.dquery) + row * f.channels, rows, ds, f.adapters, f.channels);
     if (f.doutputs == nullptr) continue;

@@ -32,15 +32,16 @@ inline void check_rows(const Tensor& t, const char* name, const Tensor& like, Sc
   STD_TORCH_CHECK(equal, name, " has shape ", shape_text(t.sizes()), "; it must be ", shape_text(shape));
 }
 
-// Can four neighbouring elements of every row be read by one load?
-inline bool by_four(const Tensor& t) {
+// Can `count` neighbouring elements of every row be read by one load?
+inline bool by_elements(const Tensor& t, int64_t count) {
   const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
-  if (t.dim() == 0 || t.size(-1) % 4 != 0 || t.stride(-1) != 1) return false;
-  if (reinterpret_cast<uint64_t>(t.const_data_ptr()) % static_cast<uint64_t>(4 * size) != 0) return false;
+  if (t.dim() == 0 || t.size(-1) % count != 0 || t.stride(-1) != 1) return false;
+  if (reinterpret_cast<uint64_t>(t.const_data_ptr()) % static_cast<uint64_t>(count * size) != 0) return false;
   for (int64_t i = 0; i + 1 < t.dim(); ++i)
-    if (t.size(i) > 1 && t.stride(i) % 4 != 0) return false;
+    if (t.size(i) > 1 && t.stride(i) % count != 0) return false;
   return true;
 }
+inline bool by_four(const Tensor& t) { return by_elements(t, 4); }
 
 // (C) or, where `examples` is not negative, also (examples, C); of the rows' dtype or float32.
 inline DeviceParameter row_parameter(const std::optional<Tensor>& t, const char* name, const Tensor& like,

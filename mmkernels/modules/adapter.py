@@ -698,7 +698,7 @@ class AdapterFusion(WithBackend):
     Args:
         config: a FusionConfig, "dynamic", "static" (no value) or a dict of options. residual_before adds the residual to each
             u_n instead of to y; temperature lets T fall from 50, by a 1000th of that in each training step, down to 1.
-        dropout: of the scores, where the config has no dropout_prob.
+        dropout: of the scores, where the config has no dropout_prob: a score that is dropped is 0, and takes part as such.
         backend: a backend of `ops.adapter_fusion`, or "eager": keys and values of everything, as the library has them.
     """
 
@@ -736,17 +736,15 @@ class AdapterFusion(WithBackend):
         u = torch.stack(outputs, 2) if isinstance(outputs, (list, tuple)) else outputs
         if self.backend == "eager":
             return self._plain(query, u, residual)
-        if not (self.config.residual_before or self.keep_attention or (self.dropout and self.training)):
-            projections = (getattr(self, name, None) for name in ("query", "key", "value"))
-            w = [(None, None) if layer is None else (layer.weight, layer.bias) for layer in projections]
-            temperature = self._temperature()
-            return ops.adapter_fusion(
-                query, u, *w[0], *w[1], w[2][0], residual=residual, temperature=temperature, backend=self.backend
-            )
-        q, absorbed = self._query(query)
-        scores = (u @ absorbed[..., None])[..., 0]
-        p = self._probabilities(scores, q, absorbed, residual)
-        return self._result((p[..., None, :] @ u)[..., 0, :], residual)
+        projections = (getattr(self, name, None) for name in ("query", "key", "value"))
+        w = [(None, None) if layer is None else (layer.weight, layer.bias) for layer in projections]
+        options = {"dropout_p": self.dropout if self.training else 0.0, "return_weights": self.keep_attention}
+        options["input_residual" if self.config.residual_before else "residual"] = residual
+        temperature, backend = self._temperature(), self.backend
+        out = ops.adapter_fusion(query, u, *w[0], *w[1], w[2][0], **options, temperature=temperature, backend=backend)
+        if self.keep_attention:
+            out, self.attention = out
+        return out
 
     def of_bottlenecks(self, query, bottlenecks, w_up, b_up, residual):
         """The same of u_n = W_n a_n + b_n: bottlenecks (B, T, N, r), w_up (N, C, r), b_up (N, C); nothing of N C is made."""

@@ -6,17 +6,9 @@ import torch
 
 import mmkernels
 from mmkernels import ops, testing
-from mmkernels.ops.adapter import api
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 fuse, eager = ops.adapter_fusion, testing.eager_adapter_fusion
-
-
-@pytest.fixture(autouse=True)
-def skip_missing(request):
-    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if name in api.MISSING:
-        pytest.skip(f"there are no {name} kernels")
 
 
 def make(generator, leading, adapters, channels, dtype=torch.float32, *, width=None, values=None, without=()):

@@ -130,14 +130,32 @@ def explain_adapter(x, w_down, b_down, w_up, b_up, *, backend="auto", **options)
     return _backends.Explanation("adapter", name, "", {n: _refusals(n, given[0], given[3]) for n in _backends.NAMES})
 
 
-def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0, backend="auto"):
+def adapter_fusion(
+    query,
+    outputs,
+    w_q,
+    b_q,
+    w_k,
+    b_k,
+    w_v,
+    *,
+    input_residual=None,
+    residual=None,
+    temperature=1.0,
+    dropout_p=0.0,
+    dropout_seed=None,
+    return_weights=False,
+    backend="auto",
+):
     """AdapterFusion (Pfeiffer et al. 2021, section 3.2): every token attends to what A adapters made of it.
 
-        q = query W_qᵀ + b_q          p = softmax over a of q (W_k outputs_a + b_k) / temperature
-        out = sum_a p_a W_v outputs_a + residual
+        u_a = outputs_a + input_residual        q = query W_qᵀ + b_q
+        p = softmax over a of dropout(q (W_k u_a + b_k)) / temperature
+        out = sum_a p_a W_v u_a + residual
 
     W_k is applied to the query and W_v to the sum, so that no output is projected: 3 C^2 multiplications a token, whatever A
-    is, instead of (1 + 2 A) C^2. b_k adds the same to all scores; its gradient is zero. Its products are the library's.
+    is, instead of (1 + 2 A) C^2. Without dropout b_k and input_residual add the same to all scores; b_k's gradient is zero.
+    Its products are the library's.
 
     Args:
         query: (..., C): (B, T, C), or rows (N, C); float32, bfloat16 or float16 (`reference` takes every float dtype). Any
@@ -146,52 +164,87 @@ def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, te
         w_q, w_k: (D, C) as `nn.Linear` has them, of query's dtype; None: no projection.
         b_q, b_k: (D,) of query's dtype, or None.
         w_v: (E, C), or None: the outputs themselves.
-        residual: (..., E) of query's dtype, added.
+        input_residual: (..., C) of query's dtype, added to every output.
+        residual: (..., E) of query's dtype, added to the result.
         temperature: a number above 0.
+        dropout_p: probability in [0, 1) of dropping a score, which is then 0 and takes part as such (as in adapters' library);
+            the others are divided by 1 - dropout_p. Which ones depends on the seed and the score's place alone, so that every
+            backend drops the same.
+        dropout_seed: int64 tensor of one element on query's device; drawn from torch's generator when None.
+        return_weights: also return p.
         backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend runs or raises.
 
     Returns:
-        (..., E) of query's dtype; E is C without w_v. Under autocast everything is converted to its dtype.
+        (..., E) of query's dtype; E is C without w_v. Under autocast everything is converted to its dtype. With
+        return_weights (that, p): p (..., A), float32 or float64, without a gradient.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
-    tensors, temperature = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature)
-    query, outputs, w_q, b_q, w_k, b_k, w_v, residual = tensors
-    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query))
+    tensors, temperature, dropout_p, seed = _prepare_fusion(
+        query, outputs, w_q, b_q, w_k, b_k, w_v, input_residual, residual, temperature, dropout_p, dropout_seed
+    )
+    query, outputs, w_q, b_q, w_k, b_k, w_v, input_residual, residual = tensors
+    name = _backends.choose(
+        "adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _fusion_refusals(n, outputs)
+    )
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = dropout.draw_seed(query.device)
     if name == "reference":
-        return reference.adapter_fusion(*tensors, temperature)
+        rows = (1, 1, query.shape[:-1].numel(), outputs.shape[-2])
+        keep = None if seed is None else dropout.keep_mask(seed, rows, dropout_p).view(outputs.shape[:-1])
+        out, p = reference.adapter_fusion(*tensors, temperature, keep, dropout_p)
+        return (out, p.detach()) if return_weights else out
     linear = torch.nn.functional.linear
     q = query if w_q is None and b_q is None else query + b_q if w_q is None else linear(query, w_q, b_q)
-    q = q if w_k is None else q @ w_k
-    q, outputs = _in_examples(q, 1), _in_examples(outputs, 2)
-    out = autograd.adapter_fusion(name, q, outputs, b_k, 1.0 / temperature)
+    absorbed = q if w_k is None else q @ w_k
+    offset, unused = None, [t for t in (b_k,) if t is not None]
+    if seed is not None:  # what all scores of a token share: a softmax sees it only if it does not see it in all of them
+        offset, unused = None if b_k is None else q @ b_k, []
+        if input_residual is not None:
+            shared = (absorbed * input_residual).sum(-1)
+            offset = shared if offset is None else offset + shared
+        offset = None if offset is None else _in_examples(offset, 0)
+    rows = _in_examples(absorbed, 1), _in_examples(outputs, 2), offset
+    out, p = autograd.adapter_fusion(name, *rows, unused, seed, 1.0 / temperature, dropout_p)
     out = out if query.dim() == 3 else out.view(query.shape)
+    out = out if input_residual is None else out + input_residual
     out = out if w_v is None else linear(out, w_v)
-    return out if residual is None else out + residual
+    out = out if residual is None else out + residual
+    return (out, p.view(outputs.shape[:-1])) if return_weights else out
 
 
-def explain_adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0, backend="auto"):
+def explain_adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, backend="auto", return_weights=False, **options):
     """The `explain` of `adapter_fusion`."""
-    (query, *_), _ = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature)
-    name = _backends.choose("adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _refusals(n, query))
-    return _backends.Explanation("adapter_fusion", name, "", {n: _refusals(n, query) for n in _backends.NAMES})
+    (query, outputs, *_), *_ = _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, **options)
+    name = _backends.choose(
+        "adapter_fusion", backend, _backends.preference(query.dtype), lambda n: _fusion_refusals(n, outputs)
+    )
+    return _backends.Explanation("adapter_fusion", name, "", {n: _fusion_refusals(n, outputs) for n in _backends.NAMES})
 
 
-MISSING = ("triton", "cuda")  # kernels of adapter_fusion that are not written
-
-
-def _refusals(name, x, w_down=None):
-    """Of `adapter`, or without w_down of `adapter_fusion`."""
+def _refusals(name, x, w_down):
     reasons = _backends.platform_refusals(name, x.device, x.dtype)
     if name == "sdpa":
         reasons.append("it is an attention")
-    if w_down is None and name in MISSING:
-        reasons.append("adapter_fusion has no kernel of that kind")
     most = 768 if x.dtype == torch.float32 else 1024  # a tile's bottleneck and its gradient lie in shared memory
-    if name == "cuda" and w_down is not None and w_down.shape[-2] > most:
+    if name == "cuda" and w_down.shape[-2] > most:
         reasons.append(f"the bottleneck has {w_down.shape[-2]} columns, it takes up to {most} in {x.dtype}")
+    return reasons
+
+
+MOST_FUSED = 4096  # adapters that the GPU kernels of adapter_fusion take
+
+
+def _fusion_refusals(name, outputs):
+    reasons = _backends.platform_refusals(name, outputs.device, outputs.dtype)
+    if name == "sdpa":
+        reasons.append("it is an attention")
+    if name in ("triton", "cuda") and outputs.shape[-2] > MOST_FUSED:
+        reasons.append(f"outputs are those of {outputs.shape[-2]} adapters, it takes up to {MOST_FUSED}")
     return reasons
 
 
@@ -381,8 +434,21 @@ def _check_residuals(x, input_residual, residual, skip, has_norm, low):
     return flags, added
 
 
-def _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature):
-    """Validates, applies autocast. Returns the tensors and the temperature."""
+def _prepare_fusion(
+    query,
+    outputs,
+    w_q,
+    b_q,
+    w_k,
+    b_k,
+    w_v,
+    input_residual=None,
+    residual=None,
+    temperature=1.0,
+    dropout_p=0.0,
+    dropout_seed=None,
+):
+    """Validates, applies autocast. Returns the tensors, the temperature, dropout_p and the seed."""
     check_dense("query", query)
     if not query.is_floating_point():
         raise TypeError(f"query has dtype {query.dtype}; it must be a floating-point tensor")
@@ -402,6 +468,7 @@ def _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperatu
     shapes |= {
         "b_k": (b_k, (width,)),
         "w_v": (w_v, (max(of_values, 1), channels)),
+        "input_residual": (input_residual, (*leading, channels)),
         "residual": (residual, (*leading, of_values)),
     }
     for name, (tensor, shape) in {"outputs": (outputs, sizes), **shapes}.items():
@@ -415,5 +482,7 @@ def _prepare_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperatu
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on query's device, {query.device}")
     temperature = check_number("temperature", temperature, "a number above 0", lambda t: t > 0.0)
-    tensors = query, outputs, w_q, b_q, w_k, b_k, w_v, residual
-    return tensors if low is None else tuple(t if t is None else t.to(low) for t in tensors), temperature
+    dropout_p = check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
+    seed = check_seed(dropout_seed, "query", query.device)
+    tensors = query, outputs, w_q, b_q, w_k, b_k, w_v, input_residual, residual
+    return tensors if low is None else tuple(t if t is None else t.to(low) for t in tensors), temperature, dropout_p, seed

@@ -161,46 +161,45 @@ def adapter(backend, given, index, seed, options):
 
 
 @fake("adapter_fusion_fwd")
-def _fusion_forward_fake(query, outputs, scale):
+def _fusion_forward_fake(query, outputs, offset, seed, scale, dropout_p):
     return query.new_empty(query.shape), query.new_empty(outputs.shape[:-1], dtype=torch.float32)
 
 
 @fake("adapter_fusion_bwd")
-def _fusion_backward_fake(dout, query, outputs, weights, scale, want_query, want_outputs):
-    return (
-        query.new_empty(query.shape if want_query else (0,)),
-        query.new_empty(outputs.shape if want_outputs else (0,)),
-    )
+def _fusion_backward_fake(dout, query, outputs, weights, seed, scale, dropout_p, wanted):
+    shapes = query.shape, outputs.shape, query.shape[:-1]
+    return tuple(query.new_empty(shape if wanted & 1 << i else (0,)) for i, shape in enumerate(shapes))
 
 
 @known_signature
 class _Fusion(torch.autograd.Function):
-    """`b_k`, which adds one number to all scores of a row, has a gradient of zero."""
+    """`unused`, which adds one number to all scores of a row where there is no dropout, has gradients of zero."""
 
     @staticmethod
-    def forward(backend, scale, query, outputs, b_k):
-        return forward_backward("adapter", backend, "adapter_fusion")[0](query, outputs, scale)
+    def forward(backend, scale, dropout_p, seed, query, outputs, offset, *unused):
+        return forward_backward("adapter", backend, "adapter_fusion")[0](query, outputs, offset, seed, scale, dropout_p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, ctx.scale, query, outputs, b_k = inputs
+        ctx.backend, ctx.scale, ctx.dropout_p, seed, query, outputs, _, *unused = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(query, outputs, output[1], b_k)
+        ctx.save_for_backward(seed, query, outputs, output[1], *unused)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, _):
         if dout is None:
-            return (None,) * 5
-        query, outputs, weights, b_k = ctx.saved_tensors
-        _, _, *need, need_bias = ctx.needs_input_grad
+            return (None,) * len(ctx.needs_input_grad)
+        seed, query, outputs, weights, *unused = ctx.saved_tensors
+        need, need_unused = ctx.needs_input_grad[4:7], ctx.needs_input_grad[7:]
         with torch.no_grad():
+            wanted = sum(1 << i for i, is_needed in enumerate(need) if is_needed)
             found = forward_backward("adapter", ctx.backend, "adapter_fusion")[1](
-                dout, query, outputs, weights, ctx.scale, *need
+                dout, query, outputs, weights, seed, ctx.scale, ctx.dropout_p, wanted
             )
             found = [g if is_needed else None for g, is_needed in zip(found, need, strict=True)]
-            found.append(torch.zeros_like(b_k) if need_bias else None)
-        gradients = (None, None, *found)
+            found += [torch.zeros_like(t) if is_needed else None for t, is_needed in zip(unused, need_unused, strict=True)]
+        gradients = (*(None,) * 4, *found)
         return once_differentiable("mmkernels.ops.adapter_fusion", gradients, (dout, query, outputs))
 
     @staticmethod
@@ -211,8 +210,9 @@ class _Fusion(torch.autograd.Function):
         )
 
 
-def adapter_fusion(backend, query, outputs, b_k, scale):
-    """(B,T,C) from query (B,T,C) and outputs (B,T,A,C) on one of the kernel backends."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, outputs, b_k)):
-        return _Fusion.apply(backend, scale, query, outputs, b_k)[0]
-    return forward_backward("adapter", backend, "adapter_fusion")[0](query, outputs, scale)[0]
+def adapter_fusion(backend, query, outputs, offset, unused, seed, scale, dropout_p):
+    """(B,T,C) and weights (B,T,A) of query (B,T,C), outputs (B,T,A,C) and offset (B,T) on one of the kernel backends."""
+    given = [query, outputs, offset, *unused]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return _Fusion.apply(backend, scale, dropout_p, seed, *given)
+    return forward_backward("adapter", backend, "adapter_fusion")[0](query, outputs, offset, seed, scale, dropout_p)

@@ -31,6 +31,7 @@ from .._shared.kernels import (
     sum_rows,
 )
 from .._shared.registration import attach_fakes
+from . import fusion_kernels
 
 RELU, GELU, GELU_TANH, SWISH, LEAKY_RELU, TANH = (tl.constexpr(i) for i in range(1, 7))
 # How rows are found: all have the one adapter, an index for each example, groups of rows in the order of their adapters.
@@ -1255,6 +1256,7 @@ def _report_case(name, kernel, dtype, capability, tile, absent, **constexprs) ->
 
 def report_cases():
     """Pfeiffer's adapter of a base model and AdapterPlus in a bank, for the report that compiles kernels without a GPU."""
+    yield from fusion_kernels.report_cases()
     c, part = 768, 512
     pfeiffer = {"input_residual", "residual", "scale", "gate", "index", "begins", "order", "seed"} - {"input_residual"}
     plus = {"input_residual", "residual", "norm_weight", "norm_bias", "out_weight", "out_bias", "index", "norm_sums"}

@@ -107,11 +107,13 @@ def mixed(u, w_down, b_down, w_up, b_up, scale, index, activation):
     return out
 
 
-def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperature):
-    """The plain form: every output is projected to a key and a value.
+def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, input_residual, residual, temperature, keep, dropout_p):
+    """The plain form: every output is projected to a key and a value. `keep`: a boolean mask (..., A) or None.
 
-    q = query W_qᵀ + b_q     k_a = outputs_a W_kᵀ + b_k     v_a = outputs_a W_vᵀ
-    out = sum_a softmax_a(q k_a / temperature) v_a + residual
+    u_a = outputs_a + input_residual     q = query W_qᵀ + b_q     k_a = u_a W_kᵀ + b_k     v_a = u_a W_vᵀ
+    p = softmax_a(dropout(q k_a) / temperature)     out = sum_a p_a v_a + residual
+
+    Returns (out, p).
     """
     dtype, out_dtype = torch.promote_types(query.dtype, torch.float32), query.dtype
 
@@ -120,7 +122,11 @@ def adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, residual, temperatur
         rows = rows if weight is None else rows @ weight.to(dtype).t()
         return rows if bias is None else rows + bias.to(dtype)
 
-    q, k, v = projected(query, w_q, b_q), projected(outputs, w_k, b_k), projected(outputs, w_v, None)
-    p = torch.softmax((q[..., None, :] * k).sum(-1) / temperature, -1)
+    u = outputs if input_residual is None else outputs.to(dtype) + input_residual.to(dtype)[..., None, :]
+    q, k, v = projected(query, w_q, b_q), projected(u, w_k, b_k), projected(u, w_v, None)
+    scores = (q[..., None, :] * k).sum(-1)
+    if keep is not None:
+        scores = torch.where(keep, scores / (1.0 - dropout_p), 0.0)
+    p = torch.softmax(scores / temperature, -1)
     out = (p[..., None] * v).sum(-2)
-    return (out if residual is None else out + residual.to(dtype)).to(out_dtype)
+    return (out if residual is None else out + residual.to(dtype)).to(out_dtype), p
