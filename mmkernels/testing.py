@@ -175,12 +175,20 @@ def eager_adapter(
     return y
 
 
-def eager_adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0):
-    """Keys and values of every adapter's output, every step in the inputs' dtype."""
-    linear = torch.nn.functional.linear
+def eager_adapter_fusion(
+    query, outputs, w_q, b_q, w_k, b_k, w_v, *, input_residual=None, residual=None, temperature=1.0, kept=None
+):
+    """Keys and values of every adapter's output, every step in the inputs' dtype. `kept`: what scores are multiplied by."""
+
+    def linear(rows, weight, bias=None):
+        return rows if weight is None else torch.nn.functional.linear(rows, weight, bias)
+
+    outputs = outputs if input_residual is None else outputs + input_residual[..., None, :]
     q, k = linear(query, w_q, b_q), linear(outputs, w_k, b_k)
-    v = outputs if w_v is None else linear(outputs, w_v)
-    p = ((k @ q[..., None])[..., 0] / temperature).softmax(-1)
+    v = linear(outputs, w_v)
+    scores = (k @ q[..., None])[..., 0]
+    scores = scores if kept is None else scores * kept.to(scores.dtype)
+    p = (scores / temperature).softmax(-1)
     out = (p[..., None, :] @ v)[..., 0, :]
     return out if residual is None else out + residual
 

@@ -14,7 +14,8 @@ SIGNATURES = {
     ops.adapter: "(x, w_down, b_down, w_up, b_up, *, input_residual=None, residual=None, skip=False, norm_weight=None, "
     "norm_bias=None, eps=1e-05, activation='relu', scale=1.0, gate=None, index=None, out_norm_weight=None, "
     "out_norm_bias=None, out_eps=None, dropout_p=0.0, dropout_seed=None, backend='auto')",
-    ops.adapter_fusion: "(query, outputs, w_q, b_q, w_k, b_k, w_v, *, residual=None, temperature=1.0, backend='auto')",
+    ops.adapter_fusion: "(query, outputs, w_q, b_q, w_k, b_k, w_v, *, input_residual=None, residual=None, temperature=1.0, "
+    "dropout_p=0.0, dropout_seed=None, return_weights=False, backend='auto')",
     ops.attention: "(q, k, v, *, key_mask=None, bias=None, scale=None, dropout_p=0.0, dropout_seed=None, return_lse=False, "
     "backend='auto')",
     ops.bias_gelu: "(x, bias=None, *, approximate='tanh', backend='auto')",

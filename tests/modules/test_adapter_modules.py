@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from mmkernels import _library
 from mmkernels.modules import Adapter, AdapterBank, AdapterConfig, AdapterFusion, InvertibleAdapter, PHMAdapter, set_backend
 from mmkernels.modules.adapter import PRESETS, PHMLinear, fuse_bottlenecks
+from mmkernels.ops._shared import dropout
+from mmkernels.ops._shared.dropout import keep_mask
 
 BACKENDS = ["reference", "eager"] + (["cpp"] if _library.load("cpu").loaded else [])
 C, B, T = 16, 3, 5
@@ -147,15 +149,32 @@ def test_fusion_needs_neither_keys_nor_values(options):
             torch.testing.assert_close(actual.broadcast_to(expected.shape), expected, atol=5e-5, rtol=1e-3)
 
 
-def test_dropped_scores_of_a_fusion_are_the_same_three_ways():
-    fusion = randomized(AdapterFusion(C, dropout=0.4)).train()
-    u = rows(B, T, 3, C)
+@pytest.mark.parametrize("residual_before", [False, True])
+def test_dropped_scores_of_a_fusion(residual_before, monkeypatch):
+    """The same on every backend, and those of plain PyTorch and of bottlenecks where its dropout drops the same scores."""
+    fusion = randomized(AdapterFusion(C, {"residual_before": residual_before}, dropout=0.4)).train()
+    fusion.keep_attention = True
+    adapters = [randomized(Adapter(C, bottleneck=size), size) for size in (2, 4, 3)]
+    x, query, residual = (rows(seed=seed) for seed in (1, 2, 3))
+    seeds = []
+
+    def by_counter(scores, p, training=True):
+        keep = keep_mask(seeds[-1], (1, 1, scores[..., 0].numel(), scores.shape[-1]), p).view(scores.shape)
+        return torch.where(keep, scores / (1.0 - p), 0.0)
+
+    monkeypatch.setattr(dropout, "draw_seed", lambda device: seeds.append(torch.tensor([11])) or seeds[-1])
     results = []
-    for backend in ("eager", "auto"):
-        fusion.backend = backend
-        torch.manual_seed(0)
-        results.append(fusion(rows(seed=2), u, rows(seed=3)).detach())
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+    for backend in ("auto", "reference", "eager", "bottlenecks"):
+        fusion.backend = backend if backend != "bottlenecks" else "auto"
+        if backend in ("eager", "bottlenecks"):
+            monkeypatch.setattr(F, "dropout", by_counter)
+        if backend == "bottlenecks":
+            out = fuse_bottlenecks(fusion, adapters, query, x, residual)
+        else:
+            out = fusion(query, [adapter.up(x) for adapter in adapters], residual)
+        results.append((out.detach(), fusion.attention))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-4)
 
 
 def test_fusion_begins_as_published_and_cools_in_training_alone():

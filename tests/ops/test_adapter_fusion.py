@@ -1,14 +1,27 @@
 """`ops.adapter_fusion` on every backend: against float64 with plain eager's error as the budget, and by its meaning. What it
 is inside torch is held by test_row_ops.py."""
 
+import math
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import mmkernels
 from mmkernels import ops, testing
+from mmkernels.ops._shared.dropout import keep_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-fuse, eager = ops.adapter_fusion, testing.eager_adapter_fusion
+fuse = ops.adapter_fusion
+
+
+def eager(outputs, dropout_p=0.0, dropout_seed=None, **options):
+    """Plain eager, with dropout by the counter."""
+    kept = None
+    if dropout_p:
+        shape = outputs.shape[:-1]
+        kept = keep_mask(dropout_seed, (1, 1, shape[:-1].numel(), shape[-1]), dropout_p).view(shape) / (1.0 - dropout_p)
+    return testing.eager_adapter_fusion(outputs=outputs, kept=kept, **options)
 
 
 def make(generator, leading, adapters, channels, dtype=torch.float32, *, width=None, values=None, without=()):
@@ -134,6 +147,101 @@ def test_scores_of_any_size(backend, generator):
     torch.testing.assert_close(run.output, exact.output, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_dropped_scores_match_float64(backend, generator, tensor_device, problem, dtype):
+    """Here b_k and a residual of the outputs have their part in the scores."""
+    sizes, options = PROBLEMS[problem]
+    tensors = make(generator, *sizes, dtype, **options)
+    tensors["input_residual"] = torch.randn_like(tensors["query"], generator=generator)
+    seed = torch.tensor([-(2**62) + 77], device=tensor_device)
+    check(generator, tensors, backend, temperature=1.3, dropout_p=0.4, dropout_seed=seed)
+
+
+def test_every_backend_drops_the_same_scores(backend, generator, tensor_device):
+    """All scores are alike; those that are kept become larger by log 100 than those that are dropped."""
+    shape, p, seed = (3, 11, 70), 0.3, torch.tensor([5], device=tensor_device)
+    query = torch.full((3, 11, 8), 0.125 * math.log(100.0) * (1.0 - p))
+    options = dict(dropout_p=p, dropout_seed=seed, return_weights=True, backend=backend)
+    _, weights = fuse(query, torch.ones(*shape, 8), *(None,) * 5, **options)
+    kept = keep_mask(seed, (1, 1, 33, 70), p).view(shape)
+    assert kept.any(-1).all() and 0.65 < kept.float().mean() < 0.75
+    assert torch.equal(weights > 0.5 * weights.amax(-1, keepdim=True), kept)
+
+
+def test_dropout_draws_its_seed_and_a_checkpoint_draws_it_again(backend, generator):
+    tensors = {n: t.requires_grad_() for n, t in make(generator, (3, 9), 5, 32).items()}
+    gradients = []
+    for wrapped in (False, True):
+        torch.manual_seed(3)
+        call = lambda t: fuse(**t, dropout_p=0.4, backend=backend)  # noqa: E731
+        out = checkpoint(call, tensors, use_reentrant=False) if wrapped else call(tensors)
+        gradients.append(torch.autograd.grad(out.square().sum(), list(tensors.values())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    torch.manual_seed(4)
+    assert not torch.equal(fuse(**tensors, dropout_p=0.4, backend=backend), out)
+
+
+@pytest.mark.parametrize("leading", [(2, 9), (2, 2, 3), (5,), ()], ids=str)
+def test_weights_come_with_the_result(backend, generator, leading):
+    tensors = make(generator, leading, 4, 24)
+    tensors["query"].requires_grad_()
+    (out, weights), (_, exact) = (fuse(**tensors, return_weights=True, backend=b) for b in (backend, "reference"))
+    assert torch.equal(out, fuse(**tensors, backend=backend)) and not weights.requires_grad
+    assert weights.shape == (*leading, 4) and weights.dtype == torch.float32
+    torch.testing.assert_close(weights, exact)
+
+
+@pytest.mark.parametrize("name", ["query", "outputs", "w_q", "b_k", "input_residual"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_one_gradient_alone(backend, generator, tensor_device, name, dropout_p):
+    tensors = make(generator, (2, 9), 5, 24)
+    tensors["input_residual"] = torch.randn_like(tensors["query"], generator=generator)
+    check(generator, tensors, backend, (name,), dropout_p=dropout_p, dropout_seed=torch.tensor([1], device=tensor_device))
+
+
+# Rows that the blocks of the GPU kernels hold and rows that they walk: more adapters than a chunk, or a warp, has; more
+# channels than a block has, of 16 bytes and one by one.
+@pytest.mark.parametrize(
+    "adapters, channels, dtype",
+    [
+        (11, 264, torch.bfloat16),
+        (37, 72, torch.float32),
+        (3, 2052, torch.float32),
+        (5, 4104, torch.bfloat16),
+        (9, 517, torch.float16),
+        (64, 520, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_rows_of_every_size(backend, generator, tensor_device, monkeypatch, adapters, channels, dtype, dropout_p):
+    monkeypatch.setenv("MMKERNELS_EMULATOR_SEED", str(adapters))
+    tensors = make(generator, (1, 3), adapters, channels, dtype, without=("w_q", "b_q", "w_k", "b_k", "w_v", "residual"))
+    tensors["query"] *= channels**-0.5
+    check(generator, tensors, backend, dropout_p=dropout_p, dropout_seed=torch.tensor([1], device=tensor_device))
+
+
+def test_outputs_further_apart_than_32_bits_reach(backend, generator):
+    """Across 2^31 elements, in virtual memory of which only the rows are touched."""
+    tensors = make(generator, (2, 9), 3, 24)
+    step = 2**28 + 64
+    far = torch.empty(18 * step).as_strided((2, 9, 3, 24), (9 * step, step, step // 4, 1)).copy_(tensors["outputs"])
+    expected, actual = (testing.run(fuse, t, ("query",), backend=backend) for t in (tensors, tensors | {"outputs": far}))
+    assert torch.equal(expected.output, actual.output) and torch.equal(*(r.gradients["query"] for r in (expected, actual)))
+
+
+def test_more_adapters_than_the_gpu_kernels_take(on, generator):
+    tensors = make(generator, (1, 1), 4097, 1, torch.bfloat16)
+    for name in ("triton", "cuda"):
+        on(name)
+        with pytest.raises(mmkernels.BackendError, match="outputs are those of 4097 adapters, it takes up to 4096"):
+            fuse(**tensors, backend=name)
+    tensors = {n: t[..., 1:, :] if n == "outputs" else t for n, t in tensors.items()}
+    for name in ("triton", "cuda"):
+        testing.check_op(fuse, eager, tensors, ("query", "outputs"), name)
+
+
 def test_the_number_of_threads_changes_no_bit(on, generator):
     on("cpp")
     tensors, before, runs = make(generator, (3, 900), 4, 96, without=("w_q", "w_k", "w_v")), torch.get_num_threads(), []
@@ -174,7 +282,10 @@ def arguments(**changes):
         (dict(b_k=torch.zeros(8)), ValueError, r"b_k has shape \(8,\); it must be \(6,\)"),
         (dict(w_v=torch.zeros(8)), ValueError, r"w_v has shape \(8,\)"),
         (dict(residual=torch.zeros(2, 3, 8)), ValueError, r"residual has shape \(2, 3, 8\); it must be \(2, 3, 5\)"),
+        (dict(input_residual=torch.zeros(2, 3, 5)), ValueError, r"input_residual has shape \(2, 3, 5\); .* \(2, 3, 8\)"),
         (dict(temperature=0.0), ValueError, "temperature is 0.0; it must be a number above 0"),
+        (dict(dropout_p=1.0), ValueError, "dropout_p is 1.0"),
+        (dict(dropout_p=0.5, dropout_seed=torch.zeros(1)), ValueError, "dropout_seed has shape"),
         (dict(backend="sdpa"), mmkernels.BackendError, "it is an attention"),
     ],
     ids=str,
