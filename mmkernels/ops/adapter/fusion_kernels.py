@@ -73,11 +73,14 @@ def fusion_forward_kernel(
     t = r % length
     a = tl.arange(0, BLOCK_A)
     c = tl.arange(0, BLOCK_C)
-    scores = tl.zeros([ROWS, BLOCK_A], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        u = _outputs_tile(outputs, outputs_strides, example, t, inside, a, start + c, A, C)
-        q = _row_tile(query, query_strides, example, t, inside, start + c, C)
-        scores += tl.sum(u * q[:, None, :], 2)
+    if WHOLE:
+        u = _outputs_tile(outputs, outputs_strides, example, t, inside, a, c, A, C)
+        scores = tl.sum(u * _row_tile(query, query_strides, example, t, inside, c, C)[:, None, :], 2)
+    else:
+        scores = tl.zeros([ROWS, BLOCK_A], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            u = _outputs_tile(outputs, outputs_strides, example, t, inside, a, start + c, A, C)
+            scores += tl.sum(u * _row_tile(query, query_strides, example, t, inside, start + c, C)[:, None, :], 2)
     if seed is not None:
         if offset is not None:
             at = example * offset_strides[0] + t * offset_strides[1]
@@ -131,11 +134,16 @@ def fusion_backward_kernel(
     a = tl.arange(0, BLOCK_A)
     c = tl.arange(0, BLOCK_C)
     places = inside[:, None] & (a < A)[None, :]
-    dp = tl.zeros([ROWS, BLOCK_A], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        u = _outputs_tile(outputs, outputs_strides, example, t, inside, a, start + c, A, C)
-        d = _row_tile(dout, dout_strides, example, t, inside, start + c, C)
-        dp += tl.sum(u * d[:, None, :], 2)
+    if WHOLE:
+        u = _outputs_tile(outputs, outputs_strides, example, t, inside, a, c, A, C)
+        d = _row_tile(dout, dout_strides, example, t, inside, c, C)
+        dp = tl.sum(u * d[:, None, :], 2)
+    else:
+        dp = tl.zeros([ROWS, BLOCK_A], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            u = _outputs_tile(outputs, outputs_strides, example, t, inside, a, start + c, A, C)
+            d = _row_tile(dout, dout_strides, example, t, inside, start + c, C)
+            dp += tl.sum(u * d[:, None, :], 2)
     p = tl.load(weights + r[:, None] * A + a[None, :], mask=places, other=0.0)
     ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
     if seed is not None:
