@@ -123,6 +123,13 @@ class Fused(NamedTuple):
             return forward[0] + backward[0], forward[1] + backward[1]
         return forward if pass_ == "forward" else backward
 
+    def parts(self, pass_: str) -> tuple:
+        """(operations of the library's products, bytes of the kernel between them, launches), forward or backward."""
+        rows, c, item = self.batch * self.length, self.channels, self.torch_dtype.itemsize
+        arrays = self.adapters + 2 if pass_ == "forward" else 2 * self.adapters + 3  # of rows
+        moved = item * rows * c * arrays + 4 * rows * self.adapters
+        return (6 * rows * c * c, moved, 4) if pass_ == "forward" else (12 * rows * c * c, moved, 8)
+
 
 def _problem(name, batch, length, bottleneck, place, channels=768, **options):
     return Adapters("adapter", name, batch, length, channels, bottleneck, place, **options)

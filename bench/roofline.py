@@ -17,7 +17,7 @@ from mmkernels.ops import linear
 from mmkernels.ops._shared.waves import MERGE, START, split_keys
 from mmkernels.ops.latent import plan
 
-from . import fusion
+from . import adapters, fusion
 from .registry import Problem, wanted
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -167,6 +167,12 @@ def predict(
     counted, kind = counts(problem, pass_), "forward" if pass_ == "forward" else "backward"
     ceilings = Ceilings(gpu.flops[problem.dtype] * gpu.product_share, gpu.bandwidth * gpu.copy_share)
     slots = gpu.multiprocessors * resident
+    if isinstance(problem, adapters.Fused):
+        # A kernel that memory bounds and the library's products before and after it, one waiting for the other.
+        operations, moved, launches = problem.parts(kind)
+        compute, memory = operations / ceilings.flops, moved / ceilings.bandwidth
+        seconds, bound = compute + memory + launches * gpu.launch, "compute" if compute > memory else "memory"
+        return Prediction(seconds, ceilings.floor(counted), bound, 1, 1.0)
     if isinstance(problem, fusion.Fusion):
         # One launch has the tiles of all modalities; the longest come first, so the last wave is that of the shortest.
         groups, splits = problem.batch * problem.heads, 1
@@ -216,12 +222,13 @@ def report(gpu: Gpu = H200) -> list:
         f"floor allows {shares[0]} of the data sheet's product rate and {shares[1]} of its bandwidth. The prediction takes",
         f"{shares[2]} (backward {shares[3]}) of that rate for a full chip, and {INSTRUCTION_SHARE['mma.sync']:.0%} of it with",
         "`mma.sync` (the CUDA kernels, but for `latent_attention` without a gradient of x). Spills are not in the model.",
+        "`adapter_fusion`: its products at the reachable rate, plus the bytes of its kernel at that of a copy.",
         "",
         "| case | GFLOP | MB | floor ms | splits | filled | Triton ms (TFLOP/s) | CUDA ms (TFLOP/s) | measured Triton, CUDA |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in PRESETS["gpu"]:
-        if not isinstance(case.problem, Problem) and case.problem.op != "bottleneck_attention":
+        if not isinstance(case.problem, Problem) and case.problem.op not in ("bottleneck_attention", "adapter_fusion"):
             continue  # mostly the library's work, or nothing but bytes
         counted = counts(case.problem, case.pass_)
         by_wgmma = case.problem.op == "latent_attention" and not case.pass_.endswith("dx")

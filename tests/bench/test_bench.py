@@ -392,6 +392,16 @@ def test_prediction_follows_the_problem():
     assert roofline.predict(case, "forward", instruction="mma.sync").seconds > 1.5 * forward.seconds
 
 
+def test_prediction_of_the_fusion_of_adapters():
+    """The products grow with the tokens alone, what the kernel moves with the adapters."""
+    one, many = (adapters.FUSED[3]._replace(dtype="bfloat16", adapters=a) for a in (1, 33))
+    for pass_, extra in (("forward", 32), ("backward", 64)):
+        first, second = roofline.predict(one, pass_), roofline.predict(many, pass_)
+        assert first.bound == "compute" and second.bound == "memory" and second.floor < second.seconds
+        moved = 32 * 128 * (768 * 2 * extra + 32 * 4)
+        assert second.seconds - first.seconds == pytest.approx(moved / (0.9 * 4.8e12))
+
+
 # --- Rows ------------------------------------------------------------------------------------------------------------------
 
 
