@@ -1,6 +1,10 @@
-// AdapterFusion's attention: a block to a row, a thread to 16 bytes of its columns. Outputs of adapters come kChunk at
-// a time and are read once: their softmax is kept up as they come, and in the backward so are the sums of which the
-// query's gradient is the difference. Rows of more columns than a block holds (kHeld is false) are read twice.
+// AdapterFusion's attention: a block to a row, a thread to kPieces times 16 bytes of its columns. Outputs of adapters
+// come kChunk at a time and are read once: their softmax is kept up as they come, and in the backward so are the sums
+// of which the query's gradient is the difference. Rows of more columns than a block holds (kHeld is false) are read
+// twice.
+#include <cstring>
+#include <type_traits>
+
 #include "adapter/fusion_cuda.h"
 #include "common/dropout.h"
 #include "common/rows.cuh"
@@ -8,74 +12,114 @@
 namespace mmk::adapter {
 namespace {
 
-constexpr int kMostThreads = 512;
-constexpr int kChunk = 4;
+constexpr int kMostThreads = 256;
+constexpr int kPieces = 4;
+constexpr int kChunk = 2;
 constexpr int kTurn = kMostThreads / 32 * kChunk;  // floats of shared memory for the sums of a chunk
 constexpr float kInfinity = __builtin_inff();
+
+// As they are in memory: in registers they shall not take more.
+template <class T, int V>
+using Piece = Elements<T, V>;
 
 template <class T>
 __device__ __forceinline__ const T* row_of(const FusedRows& m, int64_t example, int64_t t) {
   return static_cast<const T*>(m.data) + example * m.example + t * m.row;
 }
 
-// As they are in memory: in registers they shall not take more.
 template <class T, int V>
-__device__ __forceinline__ Elements<T, V> load_output(const Fusion& f, const T* outputs, int a, int c) {
-  return *reinterpret_cast<const Elements<T, V>*>(outputs + a * f.outputs.adapter + c);
+__device__ __forceinline__ Piece<T, V> load_piece(const T* at) {
+  return *reinterpret_cast<const Piece<T, V>*>(at);
+}
+
+// The first column of a thread's piece; pieces beyond the row's end are not touched.
+template <int V>
+__device__ __forceinline__ int column_of(int piece) {
+  return static_cast<int>(piece * blockDim.x + threadIdx.x) * V;
 }
 
 // From here on its conversions are made again: carried from the scores to the sums they would take twice its registers.
 template <class T, int V>
-__device__ __forceinline__ void stay_raw(Elements<T, V>& u) {
+__device__ __forceinline__ void stay_raw(Piece<T, V>& u) {
 #ifndef MMK_EMULATOR
   if constexpr (sizeof(u) == 16 && sizeof(T) < 4) {
-    uint4& words = reinterpret_cast<uint4&>(u);
+    uint4 words;
+    memcpy(&words, &u, sizeof(u));
     asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+    memcpy(&u, &words, sizeof(u));
   }
 #endif
 }
 
 template <class T, int V>
-__device__ __forceinline__ float dot(const float (&x)[V], const Elements<T, V>& u) {
-  float sum = 0.0f;
+__device__ __forceinline__ void widen(float (&to)[V], const Piece<T, V>& u) {
+  if constexpr (std::is_same_v<T, bf16> && V % 2 == 0) {  // an instruction each; element by element they take two
 #pragma unroll
-  for (int i = 0; i < V; ++i) sum += x[i] * to_float(u.at[i]);
-  return sum;
+    for (int i = 0; i < V; i += 2) {
+      uint32_t both;
+      memcpy(&both, &u.at[i], sizeof(both));
+      to[i] = __uint_as_float(both << 16);
+      to[i + 1] = __uint_as_float(both & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) to[i] = to_float(u.at[i]);
+  }
 }
 
 template <class T, int V>
-__device__ __forceinline__ void add(float (&y)[V], float factor, const Elements<T, V>& u) {
+__device__ __forceinline__ void add_dot(float& sum, const float (&x)[V], const Piece<T, V>& u) {
+  float wide[V];
+  widen(wide, u);
 #pragma unroll
-  for (int i = 0; i < V; ++i) y[i] += factor * to_float(u.at[i]);
+  for (int i = 0; i < V; ++i) sum += x[i] * wide[i];
 }
 
-// x . outputs of a chunk of adapters, over the block, in every thread; zero beyond the last adapter. `held`: what has
-// been loaded. `turn` alternates between chunks: nobody waits for those who still read the sums of the chunk before.
+template <class T, int V>
+__device__ __forceinline__ void add(float (&y)[V], float factor, const Piece<T, V>& u) {
+  float wide[V];
+  widen(wide, u);
+#pragma unroll
+  for (int i = 0; i < V; ++i) y[i] += factor * wide[i];
+}
+
+// x . outputs of a chunk of adapters, over the block, in every thread; zero beyond the last adapter. `x` and `u`: what
+// is held of a row and what is to be held of the outputs.
 template <class T, int V, bool kHeld>
-__device__ __forceinline__ void dots_of_chunk(float (&dots)[kChunk], Elements<T, V> (&held)[kChunk],
-                                              const float (&x)[V], const T* x_row, const Fusion& f, const T* outputs,
-                                              int first) {
-  const int own = static_cast<int>(threadIdx.x) * V;
+__device__ __forceinline__ void dots_of_chunk(float (&dots)[kChunk], Piece<T, V> (&u)[kChunk][kPieces],
+                                              Piece<T, V> (&x)[kPieces], const T* x_row, const Fusion& f,
+                                              const T* outputs, int first) {
 #pragma unroll
   for (int k = 0; k < kChunk; ++k) dots[k] = 0.0f;
+  outputs += first * f.outputs.adapter;
   if constexpr (kHeld) {
-    if (own < f.channels) {
 #pragma unroll
-      for (int k = 0; k < kChunk; ++k)
-        if (first + k < f.adapters) held[k] = load_output<T, V>(f, outputs, first + k, own);
+    for (int k = 0; k < kChunk; ++k) {
+      if (first + k >= f.adapters) continue;
 #pragma unroll
-      for (int k = 0; k < kChunk; ++k)
-        if (first + k < f.adapters) dots[k] = dot(x, held[k]);
+      for (int g = 0; g < kPieces; ++g)
+        if (column_of<V>(g) < f.channels) u[k][g] = load_piece<T, V>(outputs + k * f.outputs.adapter + column_of<V>(g));
+    }
 #pragma unroll
-      for (int k = 0; k < kChunk; ++k) stay_raw(held[k]);
+    for (int g = 0; g < kPieces; ++g) {
+      if (column_of<V>(g) >= f.channels) continue;
+      stay_raw(x[g]);
+      float wide[V];
+      widen(wide, x[g]);
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) {
+        if (first + k >= f.adapters) continue;
+        add_dot(dots[k], wide, u[k][g]);
+        stay_raw(u[k][g]);
+      }
     }
   } else {
-    for (int c = own; c < f.channels; c += kMostThreads * V) {
-      float part[V];
-      load_elements<T, V>(part, x_row, c, 1, true);
+    for (int c = column_of<V>(0); c < f.channels; c += kMostThreads * V) {
+      float wide[V];
+      widen(wide, load_piece<T, V>(x_row + c));
 #pragma unroll
       for (int k = 0; k < kChunk; ++k)
-        if (first + k < f.adapters) dots[k] += dot(part, load_output<T, V>(f, outputs, first + k, c));
+        if (first + k < f.adapters) add_dot(dots[k], wide, load_piece<T, V>(outputs + k * f.outputs.adapter + c));
     }
   }
   // By halves: a lane gives half of its sums away and gets those of the other half.
@@ -91,11 +135,13 @@ __device__ __forceinline__ void dots_of_chunk(float (&dots)[kChunk], Elements<T,
   }
 #pragma unroll
   for (; bit; bit /= 2) dots[0] += __shfl_xor_sync(0xffffffffu, dots[0], bit);
+  // Chunks take turns: nobody waits for those who still read the sums of the chunk before.
   float* sums = reinterpret_cast<float*>(shared_memory()) + first / kChunk % 2 * kTurn;
   if (lane % (32 / kChunk) == 0) sums[threadIdx.x / 32 * kChunk + lane / (32 / kChunk)] = dots[0];
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < kChunk; ++k) dots[k] = sums[k];
+#pragma unroll 1
   for (int w = 1; w < warps; ++w) {
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) dots[k] += sums[w * kChunk + k];
@@ -118,24 +164,28 @@ struct Kept {
   }
 };
 
-__device__ __forceinline__ bool is_mine(int a) { return threadIdx.x == static_cast<unsigned>(a) % blockDim.x; }
+// What is one number for each adapter is written, and changed later, by a thread of the first warp.
+__device__ __forceinline__ bool is_mine(int a) { return threadIdx.x == static_cast<unsigned>(a) % 32; }
 
 template <class T, int V, bool kHeld>
 __global__ void __launch_bounds__(kMostThreads) fusion_forward_kernel(const Fusion f) {
   const int64_t row = blockIdx.x, example = row / f.length, t = row % f.length;
   const T *query = row_of<T>(f.query, example, t), *outputs = row_of<T>(f.outputs, example, t);
-  const int own = static_cast<int>(threadIdx.x) * V;
-  const bool inside = own < f.channels;
   float* weights = f.weights + row * f.adapters;
   T* out = static_cast<T*>(f.out) + row * f.channels;
   Kept kept(f, row);
   const float offset = f.seed && f.offset.data ? to_float(*row_of<T>(f.offset, example, t)) : 0.0f;
-  float q[V], y[V] = {}, most = -kInfinity, total = 0.0f;
-  if (kHeld && inside) load_elements<T, V>(q, query, own, 1, true);
+  Piece<T, V> q[kPieces];
+  float y[kPieces][V] = {}, most = -kInfinity, total = 0.0f;
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int g = 0; g < kPieces; ++g)
+      if (column_of<V>(g) < f.channels) q[g] = load_piece<T, V>(query + column_of<V>(g));
+  }
 #pragma unroll 1
   for (int first = 0; first < f.adapters; first += kChunk) {
     float scores[kChunk];
-    Elements<T, V> u[kChunk];
+    Piece<T, V> u[kChunk][kPieces];
     dots_of_chunk<T, V, kHeld>(scores, u, q, query, f, outputs, first);
     const unsigned bits = kept.chunk(f, first);
     float top = most;
@@ -147,34 +197,46 @@ __global__ void __launch_bounds__(kMostThreads) fusion_forward_kernel(const Fusi
       if (is_mine(first + k)) weights[first + k] = scores[k];
       top = fmaxf(top, scores[k]);
     }
-    const float shift = top == -kInfinity ? 0.0f : top, shrunk = expf(most - shift);
-    total *= shrunk;
+    const float shift = top == -kInfinity ? 0.0f : top;
+    if (most < top) {  // the same in all threads
+      const float shrunk = expf(most - shift);
+      total *= shrunk;
 #pragma unroll
-    for (int i = 0; i < V; ++i) y[i] *= shrunk;
+      for (int g = 0; g < kPieces; ++g) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) y[g][i] *= shrunk;
+      }
+    }
+    most = top;
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) {
       if (first + k >= f.adapters) continue;
       const float p = expf(scores[k] - shift);
       total += p;
-      if (kHeld && inside) add(y, p, u[k]);
-    }
-    most = top;
-  }
-  // What each thread has written itself.
-  for (int a = threadIdx.x; a < f.adapters; a += blockDim.x)
-    weights[a] = expf(weights[a] - (most == -kInfinity ? 0.0f : most)) / total;
-  if constexpr (kHeld) {
-    if (!inside) return;
+      if constexpr (kHeld) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) y[i] /= total;
-    store_elements<T, V>(out, own, y);
+        for (int g = 0; g < kPieces; ++g)
+          if (column_of<V>(g) < f.channels) add(y[g], p, u[k][g]);
+      }
+    }
+  }
+  const float share = 1.0f / total;
+  for (int a = threadIdx.x; a < f.adapters && threadIdx.x < 32; a += 32)
+    weights[a] = expf(weights[a] - (most == -kInfinity ? 0.0f : most)) * share;
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int g = 0; g < kPieces; ++g) {
+      if (column_of<V>(g) >= f.channels) continue;
+#pragma unroll
+      for (int i = 0; i < V; ++i) y[g][i] *= share;
+      store_elements<T, V>(out, column_of<V>(g), y[g]);
+    }
   } else {
     __syncthreads();
-    for (int c = own; c < f.channels; c += kMostThreads * V) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) y[i] = 0.0f;
-      for (int a = 0; a < f.adapters; ++a) add(y, weights[a], load_output<T, V>(f, outputs, a, c));
-      store_elements<T, V>(out, c, y);
+    for (int c = column_of<V>(0); c < f.channels; c += kMostThreads * V) {
+      float sum[V] = {};
+      for (int a = 0; a < f.adapters; ++a) add(sum, weights[a], load_piece<T, V>(outputs + a * f.outputs.adapter + c));
+      store_elements<T, V>(out, c, sum);
     }
   }
 }
@@ -187,20 +249,23 @@ __global__ void __launch_bounds__(kMostThreads) fusion_backward_kernel(const Fus
   const int64_t row = blockIdx.x, example = row / f.length, t = row % f.length;
   const T *query = row_of<T>(f.query, example, t), *outputs = row_of<T>(f.outputs, example, t);
   const T* dout = row_of<T>(f.dout, example, t);
-  const int own = static_cast<int>(threadIdx.x) * V;
-  const bool inside = own < f.channels;
   const float* weights = f.weights + row * f.adapters;
   T *dquery = static_cast<T*>(f.dquery) + row * f.channels, *doutputs = static_cast<T*>(f.doutputs);
   doutputs += row * f.adapters * f.channels;
   float* ds = reinterpret_cast<float*>(shared_memory()) + 2 * kTurn;  // first dp
   float* shares = ds + f.adapters;                                    // kept p
   Kept kept(f, row);
-  float d[V], summed[V] = {}, shared[V] = {}, reference = 0.0f, mean = 0.0f, sum = 0.0f, share = 0.0f;
-  if (kHeld && inside) load_elements<T, V>(d, dout, own, 1, true);
+  Piece<T, V> d[kPieces];
+  float summed[kPieces][V] = {}, shared[kPieces][V] = {}, reference = 0.0f, mean = 0.0f, sum = 0.0f, share = 0.0f;
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int g = 0; g < kPieces; ++g)
+      if (column_of<V>(g) < f.channels) d[g] = load_piece<T, V>(dout + column_of<V>(g));
+  }
 #pragma unroll 1
   for (int first = 0; first < f.adapters; first += kChunk) {
     float dp[kChunk], p[kChunk];
-    Elements<T, V> u[kChunk];
+    Piece<T, V> u[kChunk][kPieces];
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) p[k] = first + k < f.adapters ? weights[first + k] : 0.0f;
     dots_of_chunk<T, V, kHeld>(dp, u, d, dout, f, outputs, first);
@@ -219,53 +284,59 @@ __global__ void __launch_bounds__(kMostThreads) fusion_backward_kernel(const Fus
       dp[k] *= p[k];
       sum += dp[k];
       share += p[k];
-      if (!kHeld || !inside) continue;
-      add(summed, dp[k], u[k]);
-      add(shared, p[k], u[k]);
+      if constexpr (kHeld) {
+#pragma unroll
+        for (int g = 0; g < kPieces; ++g) {
+          if (column_of<V>(g) >= f.channels) continue;
+          add(summed[g], dp[k], u[k][g]);
+          add(shared[g], p[k], u[k][g]);
+        }
+      }
     }
   }
-  for (int a = threadIdx.x; a < f.adapters; a += blockDim.x) ds[a] = f.scale * shares[a] * (ds[a] - mean);
+  for (int a = threadIdx.x; a < f.adapters && threadIdx.x < 32; a += 32) ds[a] = f.scale * shares[a] * (ds[a] - mean);
   if (f.doffset && threadIdx.x == 0) static_cast<T*>(f.doffset)[row] = from_float<T>(f.scale * (sum - mean * share));
   if constexpr (kHeld) {
-    if (f.dquery && inside) {
+    if (f.dquery) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) summed[i] = f.scale * (summed[i] - mean * shared[i]);
-      store_elements<T, V>(dquery, own, summed);
+      for (int g = 0; g < kPieces; ++g) {
+        if (column_of<V>(g) >= f.channels) continue;
+#pragma unroll
+        for (int i = 0; i < V; ++i) summed[g][i] = f.scale * (summed[g][i] - mean * shared[g][i]);
+        store_elements<T, V>(dquery, column_of<V>(g), summed[g]);
+      }
     }
     if (!f.doutputs) return;
   }
   __syncthreads();
-  for (int c = own; c < f.channels; c += kMostThreads * V) {
-    float q[V];
-    if (!kHeld) load_elements<T, V>(d, dout, c, 1, true);
-    if (f.doutputs) load_elements<T, V>(q, query, c, 1, true);
+  for (int c = column_of<V>(0); c < f.channels; c += static_cast<int>(blockDim.x) * V) {
+    float incoming[V], asked[V], dq[V] = {};
+    widen(incoming, load_piece<T, V>(dout + c));
+    widen(asked, load_piece<T, V>(query + c));
 #pragma unroll 1
     for (int a = 0; a < f.adapters; ++a) {
       const float of_score = ds[a];
-      if (!kHeld && f.dquery) add(summed, of_score, load_output<T, V>(f, outputs, a, c));
+      if (!kHeld && f.dquery) add(dq, of_score, load_piece<T, V>(outputs + a * f.outputs.adapter + c));
       if (!f.doutputs) continue;
       const float p = weights[a];
       float du[V];
 #pragma unroll
-      for (int i = 0; i < V; ++i) du[i] = p * d[i] + of_score * q[i];
+      for (int i = 0; i < V; ++i) du[i] = p * incoming[i] + of_score * asked[i];
       store_elements<T, V>(doutputs + static_cast<int64_t>(a) * f.channels, c, du);
     }
-    if (kHeld || !f.dquery) continue;
-    store_elements<T, V>(dquery, c, summed);
-#pragma unroll
-    for (int i = 0; i < V; ++i) summed[i] = 0.0f;
+    if (!kHeld && f.dquery) store_elements<T, V>(dquery, c, dq);
   }
 }
 
 template <class T, int V>
 int start(bool is_forward, const Fusion& f, void* stream) {
-  const int pieces = (f.channels + V - 1) / V;
-  const bool held = pieces <= kMostThreads;
+  const int pieces = (f.channels + V - 1) / V, threads = (pieces + kPieces - 1) / kPieces;
+  const bool held = threads <= kMostThreads;
   const auto kernel = is_forward ? (held ? fusion_forward_kernel<T, V, true> : fusion_forward_kernel<T, V, false>)
                                  : (held ? fusion_backward_kernel<T, V, true> : fusion_backward_kernel<T, V, false>);
-  const int threads = held ? (pieces + 31) / 32 * 32 : kMostThreads;
+  const dim3 block(static_cast<unsigned>(held ? (threads + 31) / 32 * 32 : kMostThreads));
   const size_t bytes = sizeof(float) * (2 * kTurn + (is_forward ? 0 : 2 * f.adapters));
-  return launch(kernel, dim3(static_cast<unsigned>(f.rows)), dim3(static_cast<unsigned>(threads)), bytes, stream, f);
+  return launch(kernel, dim3(static_cast<unsigned>(f.rows)), block, bytes, stream, f);
 }
 
 int start(Dtype dtype, bool is_forward, const Fusion& f, void* stream) {

@@ -208,9 +208,11 @@ def test_one_gradient_alone(backend, generator, tensor_device, name, dropout_p):
         (11, 264, torch.bfloat16),
         (37, 72, torch.float32),
         (3, 2052, torch.float32),
-        (5, 4104, torch.bfloat16),
-        (9, 517, torch.float16),
         (64, 520, torch.bfloat16),
+        (9, 517, torch.float16),
+        (3, 4100, torch.float32),
+        (5, 8200, torch.bfloat16),
+        (4, 1031, torch.float16),
     ],
     ids=str,
 )
