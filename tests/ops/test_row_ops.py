@@ -71,13 +71,14 @@ def bank(x, residual, w_down, w_up, backend):
 
 def fusion_inputs(generator, batch=2, length=9, dtype=torch.float32):
     shapes = {"query": (batch, length, 24), "outputs": (batch, length, 3, 24), "residual": (batch, length, 24)}
-    shapes |= {"w_q": (24, 24), "b_q": (24,), "w_k": (24, 24), "w_v": (24, 24)}
+    shapes |= {"w_q": (24, 24), "b_q": (24,), "w_k": (24, 24), "b_k": (24,), "w_v": (24, 24)}
     scales = {n: 0.2 if n in ("w_q", "w_k", "w_v") else 1.0 for n in shapes}
     return {n: (torch.randn(s, generator=generator) * scales[n]).to(dtype).requires_grad_() for n, s in shapes.items()}
 
 
-def fusion(query, outputs, residual, w_q, b_q, w_k, w_v, backend):
-    return adapter_fusion(query, outputs, w_q, b_q, w_k, None, w_v, residual=residual, backend=backend)
+def fusion(query, outputs, residual, w_q, b_q, w_k, b_k, w_v, backend):
+    dropout = dict(dropout_p=0.3, dropout_seed=torch.zeros(1, dtype=torch.int64, device=query.device))
+    return adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, input_residual=residual, **dropout, backend=backend)
 
 
 OPS = {
