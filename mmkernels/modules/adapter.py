@@ -413,7 +413,7 @@ def make_adapter(channels, config, *, layer=None, shared=None, backend="auto", d
     return Adapter(channels, config, **options)
 
 
-class AdapterBank(nn.ModuleDict):
+class AdapterBank(nn.ModuleDict, WithBackend):
     """N adapters by name and by number, computed together: every row by its own adapter, in one call.
 
     Adapters of one config but for their bottlenecks run as a bank of `ops.adapter`, the smaller ones filled up with zeros.

@@ -189,6 +189,13 @@ def paths(child) -> list:
     return [(child,)] if isinstance(child, str) else child.paths()
 
 
+def fuses(child) -> list:
+    """Every Fuse in a composition."""
+    if isinstance(child, str):
+        return []
+    return ([child] if isinstance(child, Fuse) else []) + [fuse for inner in child.children for fuse in fuses(inner)]
+
+
 def _sizes(name, sizes, count):
     sizes = [sizes] * count if isinstance(sizes, int) else list(sizes)
     if len(sizes) != count or not all(isinstance(size, int) and size >= 0 for size in sizes):
@@ -201,7 +208,7 @@ def _sizes(name, sizes, count):
 
 @dataclasses.dataclass
 class Activation:
-    """What is active in a model; all its places share one. The last two belong to the forward pass that is running.
+    """What is active in a model; all its places share one. The last three belong to the forward pass that is running.
 
     compat: None, or "adapters": as the library `adapters` 1.3.0 computes, which differs where it is wrong: with
         original_ln_before the children of Parallel, BatchSplit, Split, Average, MultiTask and Fuse pass LN(h + r) again when
@@ -209,6 +216,7 @@ class Activation:
         in a Stack replaces what the others gave; of the invertible adapters only that of the very first adapter is used.
     task_ids: numbers (B,), or names, of the children of a MultiTask.
     batch: the number of rows before Parallel repeated them, once it has.
+    running: whether a forward pass of the whole model is running.
     """
 
     setup: Block | None = None
@@ -216,6 +224,7 @@ class Activation:
     compat: str | None = None
     task_ids: object = None
     batch: int | None = None
+    running: bool = False
 
     def begin(self, task_ids=None):
         """A forward pass begins."""
@@ -258,8 +267,8 @@ class Place:
     `owner.adapter_fusion_layer` (a ModuleDict). No module: the owner's parameters are all there is.
     """
 
-    def __init__(self, owner, layer: int, active: Activation):
-        self.owner, self.layer, self.active = owner, layer, active
+    def __init__(self, owner, layer: int, active: Activation, channels: int | None = None):
+        self.owner, self.layer, self.active, self.channels = owner, layer, active, channels
 
     def __call__(self, hidden, residual, norm=None):
         """h, r, LN -> the sub-layer's output, with more rows where a Parallel is reached first."""

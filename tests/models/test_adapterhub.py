@@ -485,9 +485,12 @@ def test_wrong_names_and_setups():
 
 
 def test_models_of_other_layouts_are_refused():
-    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)
-    with pytest.raises(InputError, match="known are the layouts of BERT, ViT and T5"):
-        AdapterHub(transformers.GPT2Model(config))
+    config = transformers.GPTNeoXConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.GPTNeoXModel(config)
+    names = list(model.state_dict())
+    with pytest.raises(InputError, match="model is a GPTNeoXModel; known are the layouts of BERT, ViT, BEiT, T5, BART"):
+        AdapterHub(model)
+    assert list(model.state_dict()) == names
 
 
 def test_broken_folders(tmp_path):

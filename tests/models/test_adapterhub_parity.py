@@ -25,7 +25,12 @@ BERT = dict(
     attn_implementation="eager",  # the library changes masks in place, which others do not survive
 )
 T5 = dict(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
-VIT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4)
+SIZES_OF = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+VIT = dict(**SIZES_OF, image_size=8, patch_size=4)
+EAGER = dict(attn_implementation="eager")
+BART = dict(vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+BART |= dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=24, **EAGER)
+CLIP_TEXT = dict(vocab_size=60, max_position_embeddings=24, eos_token_id=59, **SIZES_OF, **EAGER)
 ROWS, TOKENS = 6, 5
 
 
@@ -39,6 +44,28 @@ def build(kind):
         "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**VIT)),
         "bert_mlm": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
         "electra": lambda: transformers.ElectraModel(transformers.ElectraConfig(**BERT, embedding_size=16)),
+        "xlm_roberta": lambda: transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**{**BERT, "pad_token_id": 0})),
+        "deberta_v2": lambda: transformers.DebertaV2Model(
+            transformers.DebertaV2Config(**BERT, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"])
+        ),
+        "distilbert": lambda: transformers.DistilBertModel(
+            transformers.DistilBertConfig(
+                vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=24, **EAGER
+            )
+        ),
+        "gpt2": lambda: transformers.GPT2Model(
+            transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, pad_token_id=0, **EAGER)
+        ),
+        "bart": lambda: transformers.BartModel(transformers.BartConfig(**BART)),
+        "mbart": lambda: transformers.MBartModel(transformers.MBartConfig(**BART)),
+        "beit": lambda: transformers.BeitModel(
+            transformers.BeitConfig(**VIT, layer_scale_init_value=0.1, use_relative_position_bias=True)
+        ),
+        "clip_text": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_TEXT)),
+        "clip_vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT, **EAGER)),
+        "clip": lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config={**VIT, **EAGER, "hidden_size": 24}, projection_dim=8)
+        ),
     }[kind]
     return randomize(make()).eval()
 
@@ -55,13 +82,15 @@ def randomize(model, names=()):
 
 def batch(kind):
     generator = torch.Generator().manual_seed(4)
-    if kind == "vit":
+    if kind in ("vit", "beit", "clip_vision"):
         return {"pixel_values": torch.randn(ROWS, 3, 8, 8, generator=generator)}
     ids = torch.randint(2, 60, (ROWS, TOKENS), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    return inputs | ({"decoder_input_ids": ids[:, :4]} if kind == "t5" else {})
+    if kind == "clip":
+        inputs["pixel_values"] = torch.randn(ROWS, 3, 8, 8, generator=generator)
+    return inputs | ({"decoder_input_ids": ids[:, :4]} if kind in ("t5", "bart", "mbart") else {})
 
 
 def both(kind, configs, compat="adapters", backend="auto", fusions=(), **options):
@@ -93,7 +122,7 @@ def compare(hub, theirs, kind, ours_setup, their_setup, exact=False, **extra):
         model.zero_grad()
         torch.manual_seed(1)
         out = model(**batch(kind), **extra)
-        out = out.logits if "logits" in out else out.last_hidden_state
+        out = out_of(out)
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
         (out * cotangent).sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if "adapter" in n or "phm" in n}
@@ -108,6 +137,12 @@ def compare(hub, theirs, kind, ours_setup, their_setup, exact=False, **extra):
             continue
         close(gradient, other, name, exact)
     return ours
+
+
+def out_of(output):
+    """The tensor of a model's output that depends on everything."""
+    names = ("logits", "logits_per_text", "last_hidden_state")
+    return next(output[name] for name in names if name in output)
 
 
 def close(actual, expected, what, exact=False):
@@ -158,6 +193,78 @@ OPTIONS = {
 def test_options(options, backend):
     hub, theirs = both("bert", {"a": ("double_seq_bn", options)}, backend=backend)
     compare(hub, theirs, "bert", "a", "a")
+
+
+LAYOUTS = {  # kind of model -> number of places
+    "xlm_roberta": 4,
+    "deberta_v2": 4,
+    "distilbert": 4,
+    "gpt2": 4,
+    "bart": 10,
+    "mbart": 10,
+    "beit": 4,
+    "clip_text": 4,
+    "clip_vision": 4,
+    "clip": 8,
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_other_layouts(kind, tmp_path):
+    """Sequential adapters with cross-attention, invertible ones where the library has them, skipped layers, folders."""
+    inverted = not any(word in kind for word in ("beit", "vision"))
+    changes = {"reduction_factor": 4, "cross_adapter": True}
+    configs = {"a": ("double_seq_bn", changes), "b": ("seq_bn_inv" if inverted else "seq_bn", {}), "c": ("par_bn", {})}
+    hub, theirs = both(kind, configs)
+    assert len(hub.places) == LAYOUTS[kind]
+    for name in configs:
+        compare(hub, theirs, kind, name, name)
+    theirs.set_active_adapters("a", skip_layers=[0, 2])
+    hub.set_active("a", skip_layers=[0, 2])
+    ours, expected = (out_of(m(**batch(kind))) for m in (hub.model, theirs))
+    close(ours.detach(), expected.detach(), "with layers skipped")
+    compare(hub, theirs, kind, BatchSplit("a", "a", batch_sizes=3), compositions.BatchSplit("a", "a", batch_sizes=3))
+    if kind in ("beit", "clip_text", "clip_vision"):  # the library cannot do it there
+        hub.set_active("a")
+        alone = hub.model(**batch(kind)).last_hidden_state
+        hub.set_active(Parallel("a", "a"))
+        close(hub.model(**batch(kind)).last_hidden_state.detach(), alone.detach().repeat(2, 1, 1), "Parallel")
+    elif kind != "clip":
+        compare(hub, theirs, kind, Parallel("a", "a"), compositions.Parallel("a", "a"))
+    name = "b" if inverted else "a"
+    theirs.save_adapter(str(tmp_path / "theirs"), name)
+    hub.save_adapter(name, tmp_path / "ours")
+    assert (tmp_path / "ours/adapter_config.json").read_text() == (tmp_path / "theirs/adapter_config.json").read_text()
+    weights = [torch.load(tmp_path / folder / "pytorch_adapter.bin") for folder in ("ours", "theirs")]
+    assert weights[0].keys() == weights[1].keys()
+    fresh = AdapterHub(build(kind), compat="adapters")
+    fresh.load_adapter(tmp_path / "theirs")
+    for one, other in zip(fresh.parameters_of(name), hub.parameters_of(name), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_attentions_and_caches_go_on_coming_out():
+    """What a layer gives beside its hidden states, and what it keeps for the next token."""
+    for kind in ("bart", "gpt2", "clip_text", "distilbert", "beit", "vit"):
+        plain = build(kind)
+        hub = AdapterHub(copy.deepcopy(plain))
+        options = {"output_hidden_states": True} | ({} if kind == "vit" else {"output_attentions": True})
+        expected, actual = (m(**batch(kind), **options) for m in (plain, hub.model))
+        for name, value in expected.items():
+            values = value if isinstance(value, tuple) else (value,)
+            for one, other in zip(values, actual[name] if isinstance(value, tuple) else (actual[name],), strict=True):
+                assert not isinstance(one, torch.Tensor) or torch.equal(one, other), (kind, name)
+    torch.manual_seed(0)
+    plain = randomize(transformers.BartForConditionalGeneration(transformers.BartConfig(**BART))).eval()
+    hub = AdapterHub(copy.deepcopy(plain))
+    hub.add_adapter("a", "double_seq_bn", cross_adapter=True)
+    options = dict(max_new_tokens=6, num_beams=2, do_sample=False)
+    ids = batch("bart")["input_ids"]
+    assert torch.equal(hub.model.generate(ids, **options), plain.generate(ids, **options))
+    randomize(hub.model, ("adapters",))
+    hub.set_active("a")
+    cached, again = (hub.model.generate(ids, **options, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, again)
 
 
 def test_cross_attention_adapters_of_t5():
