@@ -12,6 +12,7 @@ import dataclasses
 
 import torch
 
+from ..ops._shared.arguments import check_numbers
 from .adapter import fuse_bottlenecks
 
 BLOCKS = {}  # name -> class
@@ -216,7 +217,7 @@ class Activation:
         in a Stack replaces what the others gave; of the invertible adapters only that of the very first adapter is used.
     task_ids: numbers (B,), or names, of the children of a MultiTask.
     batch: the number of rows before Parallel repeated them, once it has.
-    running: whether a forward pass of the whole model is running.
+    depth: how many of the model and its parts are being called, one inside the other.
     """
 
     setup: Block | None = None
@@ -224,7 +225,7 @@ class Activation:
     compat: str | None = None
     task_ids: object = None
     batch: int | None = None
-    running: bool = False
+    depth: int = 0
 
     def begin(self, task_ids=None):
         """A forward pass begins."""
@@ -256,10 +257,11 @@ class Activation:
             if unknown:
                 raise ValueError(f"task_ids has {unknown[0]!r}; {block} has {', '.join(map(str, block.children))}")
             ids = torch.tensor([known[task] for task in ids])
-        ids = ids.to(device=device, dtype=torch.int64)
+        ids = ids.to(torch.int64)
         if ids.dim() != 1 or rows % max(1, ids.shape[0]) or not ids.shape[0]:
             raise ValueError(f"task_ids has shape {tuple(ids.shape)}; it must be ({rows},), a task for each row")
-        return ids.repeat(rows // ids.shape[0])
+        check_numbers("task_ids", ids, len(block.children), ids.device)
+        return ids.to(device).repeat(rows // ids.shape[0])
 
 
 class Place:
@@ -317,10 +319,13 @@ class Place:
             child = self._children(node, hidden)
             for number, names in enumerate(steps):
                 present = [name for name in names if name is not None]
-                places = numbers_of(tuple(-1 if name is None else present.index(name) for name in names), hidden.device)
-                hidden = bank(
-                    hidden, residual, norm, index=places[child], names=present, last=last and number == len(steps) - 1
-                )
+                index = child
+                if len(set(present)) < len(names):
+                    places = numbers_of(tuple(present.index(n) if n in present else -1 for n in names), hidden.device)
+                    inside = child.clamp(0, len(names) - 1)
+                    # a wrong number stays wrong on a GPU, where nobody looks at them: the op makes NaN of it
+                    index = torch.where(child == inside, places[inside], len(names))
+                hidden = bank(hidden, residual, norm, index=index, names=present, last=last and number == len(steps) - 1)
             return hidden, residual
         return self._apart(node, hidden, residual, norm, last), residual
 

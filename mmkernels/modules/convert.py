@@ -26,16 +26,16 @@ class Report(NamedTuple):
 
 
 def convert(model: nn.Module, filter_fn=None) -> Report:
-    """Makes the adapters inside a model of the library `adapters`, or the LoRA layers of PEFT, compute with fused ops.
+    """Makes the adapters and LoRA layers inside a model of the library `adapters` or of PEFT compute with fused ops.
 
     The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
     and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead
     of a loop over the adapters.
 
     Args:
-        model: with bottleneck adapters (`adapters.init(model)`) or LoRA layers (`peft.get_peft_model`). What a call cannot do
-            (gating scores or fusion attentions asked for, DoRA, merged weights, dropout of a LoRA layer in training, ...)
-            the library goes on computing.
+        model: with bottleneck adapters or LoRA layers (`adapters.init(model)`, `peft.get_peft_model`). What a call cannot do
+            (gating scores or fusion attentions asked for, DoRA, merged weights, dropout of a LoRA layer in training, a Stack
+            of several LoRA layers, ...) the library goes on computing; and everything of other methods, (IA)³ and prefixes.
         filter_fn: (name, module) -> whether to convert it; default all.
 
     Returns:
@@ -67,8 +67,13 @@ def _kind_of_module(module):
     if hasattr(module, "bottleneck_layer_forward") and hasattr(module, "adapters_config"):
         hooked = getattr(module, "is_layer_hooked", False)
         return "bottleneck_layer_forward", LibraryPlace, "it is a hook on a layer" if hooked else ""
-    if library == "adapters" and hasattr(module, "loras"):
-        return None if not len(module.loras) else ("forward", None, "it is LoRA of adapters; only its bottleneck adapters are")
+    if library == "adapters" and hasattr(module, "adapter_modules_name"):
+        parts = [part for part in module.adapter_modules.values() if isinstance(part, nn.Module)] or [module]
+        kinds = {type(part).__name__ for part in parts} if len(module.adapter_modules) else ()
+        if "LoRA" in kinds and type(module).__name__ == "LoRALinearTorch":
+            return "forward", LibraryLora, ""
+        other = "one matrix makes queries, keys and values" if "LoRA" in kinds else "ops.adapter does not compute that"
+        return ("forward", None, f"it has {' and '.join(sorted(kinds))}: {other}") if kinds else None
     if library == "peft" and hasattr(module, "lora_A"):
         linear = isinstance(getattr(module, "base_layer", None), nn.Linear)
         return "forward", LoraLinear, "" if linear else "its base is no torch.nn.Linear"
@@ -199,6 +204,52 @@ def _our_block(node):
     return composition.BLOCKS[kind](*children, **options)
 
 
+class LibraryLora:
+    """LoRA layers of `adapters` on ops.adapter"""
+
+    def __init__(self, layer):
+        self.layer, self.original = layer, type(layer).forward
+        self.context = type(layer).forward.__globals__["ForwardContext"]  # the library's, without importing it
+
+    def __call__(self, x):
+        layer = self.layer
+        setup = None if layer.merged else layer.get_active_setup()
+        wanted = None if setup is None else self._wanted(setup, x)
+        if wanted is None or not all(self._can(name, x) for name in wanted[0]):
+            return self.original(layer, x)
+        names, weights, index = wanted
+        loras = [layer.loras[name] for name in names]
+        result = F.linear(x, layer.weight.T if layer.fan_in_fan_out else layer.weight, layer.bias)
+        scales = [lora.scaling * weight for lora, weight in zip(loras, weights, strict=True)]
+        return _added(x, result, [lora.lora_A for lora in loras], [lora.lora_B for lora in loras], scales, index)
+
+    def _wanted(self, setup, x):
+        """(names, factor of each, number of each row's one or None for all of them) of what is active; None if it is more."""
+        names, kind = list(setup.children), type(setup).__name__
+        if x.dim() != 3 or not all(isinstance(name, str) for name in names):
+            return None
+        if kind == "Stack":
+            names = [name for name in names if name in self.layer.loras]
+            return (names, [1.0], None) if len(names) == 1 else None
+        if not all(name in self.layer.loras for name in names):
+            return None
+        if kind == "Average":  # the library's mean of what is weighted already
+            return names, [float(weight) / len(names) for weight in setup.weights], None
+        active = Activation(task_ids=getattr(self.context.get_context(), "task_ids", None))
+        if kind == "MultiTask":
+            return names, [1.0] * len(names), active.tasks(_our_block(setup), x.shape[0], x.device)
+        if kind != "BatchSplit" or sum(setup.batch_sizes) != x.shape[0]:
+            return None
+        rows = tuple(number for number, size in enumerate(setup.batch_sizes) for _ in range(size))
+        return names, [1.0] * len(names), composition.numbers_of(rows, x.device)
+
+    def _can(self, name, x):
+        lora = self.layer.loras[name]
+        drops = lora.training and getattr(getattr(lora, "lora_dropout", None), "p", 0.0) > 0
+        plain = type(lora).__name__ == "LoRA" and not (lora.use_gating or lora.use_dora or drops)
+        return plain and lora.lora_A.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
 class LoraLinear:
     """LoRA layers of PEFT on ops.adapter"""
 
@@ -224,9 +275,7 @@ class LoraLinear:
         if names is not None:
             places = {name: number for number, name in enumerate(known)}
             index = composition.numbers_of(tuple(places.get(name, -1) for name in names), x.device)
-        if x.shape == result.shape and (names is None or len(set(scales)) == 1):
-            return self._fused(x, result, downs, ups, scales, index)
-        return self._wide(x, result, downs, ups, scales, index)
+        return _added(x, result, downs, ups, scales, index)
 
     def _can(self, names, x):
         layer = self.layer
@@ -239,23 +288,32 @@ class LoraLinear:
                 return False
         return True
 
-    def _fused(self, x, result, downs, ups, scales, index):
-        """One call; several active adapters are one of all their ranks, those of a mixed batch are a bank."""
-        if index is None and len(downs) > 1:
-            down, up = torch.cat(downs), torch.cat([u * s for u, s in zip(ups, scales, strict=True)], 1)
-            return ops.adapter(x, down, None, up, None, residual=result, activation=None)
-        if index is None:
-            return ops.adapter(x, downs[0], None, ups[0], None, residual=result, activation=None, scale=scales[0])
-        size = max(down.shape[0] for down in downs)
-        down = torch.stack([F.pad(down, (0, 0, 0, size - down.shape[0])) for down in downs])
-        up = torch.stack([F.pad(up, (0, size - up.shape[1])) for up in ups])
-        return ops.adapter(x, down, None, up, None, residual=result, activation=None, scale=scales[0], index=index)
 
-    def _wide(self, x, result, downs, ups, scales, index):
-        """Layers that are not square: all ranks side by side, those of other rows' adapters set to zero."""
-        inner = F.linear(x, torch.cat(downs))
-        if index is not None:
-            owners = composition.numbers_of(tuple(n for n, d in enumerate(downs) for _ in range(d.shape[0])), x.device)
-            own = index.reshape((-1,) + (1,) * (x.dim() - 1)) == owners
-            inner = torch.where(own, inner, 0.0)
-        return result + F.linear(inner, torch.cat([u * s for u, s in zip(ups, scales, strict=True)], 1))
+def _added(x, result, downs, ups, scales, index):
+    """result + scale B A x of all adapters, or with an index of each row's own one."""
+    if x.shape == result.shape and (index is None or len(set(scales)) == 1):
+        return _fused(x, result, downs, ups, scales, index)
+    return _wide(x, result, downs, ups, scales, index)
+
+
+def _fused(x, result, downs, ups, scales, index):
+    """One call; several active adapters are one of all their ranks, those of a mixed batch are a bank."""
+    if index is None and len(downs) > 1:
+        down, up = torch.cat(downs), torch.cat([u * s for u, s in zip(ups, scales, strict=True)], 1)
+        return ops.adapter(x, down, None, up, None, residual=result, activation=None)
+    if index is None:
+        return ops.adapter(x, downs[0], None, ups[0], None, residual=result, activation=None, scale=scales[0])
+    size = max(down.shape[0] for down in downs)
+    down = torch.stack([F.pad(down, (0, 0, 0, size - down.shape[0])) for down in downs])
+    up = torch.stack([F.pad(up, (0, size - up.shape[1])) for up in ups])
+    return ops.adapter(x, down, None, up, None, residual=result, activation=None, scale=scales[0], index=index)
+
+
+def _wide(x, result, downs, ups, scales, index):
+    """Layers that are not square: all ranks side by side, those of other rows' adapters set to zero."""
+    inner = F.linear(x, torch.cat(downs))
+    if index is not None:
+        owners = composition.numbers_of(tuple(n for n, d in enumerate(downs) for _ in range(d.shape[0])), x.device)
+        own = index.reshape((-1,) + (1,) * (x.dim() - 1)) == owners
+        inner = torch.where(own, inner, 0.0)
+    return result + F.linear(inner, torch.cat([u * s for u, s in zip(ups, scales, strict=True)], 1))

@@ -273,6 +273,23 @@ def test_different_adapters_in_one_batch():
     assert_close(run(hub, Parallel("a", "b", "c")), torch.cat([alone[n] for n in "abc"]))
 
 
+def test_tasks_belong_to_one_forward_pass():
+    hub = hub_of(model=bert(transformers.BertForMaskedLM))
+    run(hub, MultiTask("a", "b", "c"), task_ids=TASKS)
+    base = hub.model.bert
+    for part in (hub.model, base):
+        with pytest.raises(ValueError, match="task_ids is None"):
+            part(input_ids=tokens())
+    expected = base(input_ids=tokens(), task_ids=TASKS)[0]
+    with pytest.raises(ValueError, match="task_ids is None"):
+        base.encoder(expected)
+    run(hub, Parallel("a", "b"))
+    hub.set_active("a")
+    alone = base(input_ids=tokens(3))[0]
+    hub.set_active(Parallel("a", "b"))
+    assert_close(base(input_ids=tokens(3))[0][:3], alone)  # another number of rows than before
+
+
 def test_multi_task_in_training_reaches_each_adapter_by_its_own_rows():
     hub = hub_of()
     hub.train_adapter(MultiTask("a", "b", "c"))
@@ -466,7 +483,7 @@ def test_wrong_names_and_setups():
         (lambda: AdapterHub(bert(), compat="peft"), "compat is 'peft'"),
         (lambda: run(hub, MultiTask("a", "b")), "task_ids is None"),
         (lambda: run(hub, MultiTask("a", "b"), task_ids=["a"] * 5 + ["d"]), "task_ids has 'd'"),
-        (lambda: run(hub, MultiTask("a", "b"), task_ids=torch.zeros(4)), "task_ids has shape"),
+        (lambda: run(hub, MultiTask("a", "b"), task_ids=torch.zeros(4)), "task_ids has shape (4,); it must be (6,)"),
         (lambda: Parallel("a", Fuse("a", "b")), "cannot stand in a Parallel; allowed in it are names of adapters and Stack"),
         (lambda: Stack("a", Stack("b")), "cannot stand in a Stack"),
         (lambda: Split("a", Stack("b", Parallel("a", "b")), splits=2), "must be the outermost one"),
@@ -478,6 +495,10 @@ def test_wrong_names_and_setups():
             wrong()
         assert message in str(error.value), message
         assert (list(hub.model.state_dict()), dict(hub.configs)) == before
+    for numbers in ([0, 1, 2, 0, 0, 0], [0, -1, 0, 0, 0, 0]):
+        for setup in (MultiTask("a", "b"), MultiTask("a", Stack("a", "b")), MultiTask("a", "a")):
+            with pytest.raises(IndexError, match=r"task_ids has numbers from -?\d to \d; they must be in \[0, 2\)"):
+                run(hub, setup, task_ids=torch.tensor(numbers))
     with pytest.raises(IndexError, match="is for 5 rows; the batch has 6"):
         run(hub, BatchSplit("a", "b", batch_sizes=[2, 3]))
     with pytest.raises(IndexError, match="is for 6 tokens; the batch has 5"):
@@ -529,7 +550,7 @@ def test_broken_folders(tmp_path):
         (lambda f: (f / "pytorch_adapter.bin").unlink(), "neither pytorch_adapter.bin nor adapter.safetensors"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "has no 'name'"),
-        (config(config=None), "has no 'config'"),
+        (config(config=None), "has config None"),
         (config(config={"architecture": "lora"}), "holds 'lora'"),
         (config(hidden_size=32), "hidden_size 32; this one has 16"),
         (config(config={"reduction_factor": -1}), "reduction_factor is -1"),
@@ -540,6 +561,23 @@ def test_broken_folders(tmp_path):
             hub.load_adapter(broken(change), load_as="new")
         assert message in str(error.value), message
         assert list(hub.model.state_dict()) == before and "new" not in hub.configs
+
+
+def test_a_broken_head_or_setup_leaves_nothing(tmp_path):
+    hub = hub_of()
+    hub.add_head("a", num_labels=3)
+    hub.save_adapter("a", tmp_path / "a")
+    hub.add_adapter_fusion(["a", "b"])
+    hub.save_setup(Fuse("a", "b"), tmp_path / "setup")
+    (tmp_path / "a/pytorch_model_head.bin").write_bytes(b"no tensors")
+    (tmp_path / "setup/a,b/adapter_fusion_config.json").write_text("{}")
+    fresh = AdapterHub(bert())
+    fresh.add_head("first")
+    before = list(fresh.model.state_dict())
+    for wrong, message in ((fresh.load_adapter, "cannot be read"), (fresh.load_setup, "has no 'name'")):
+        with pytest.raises(InputError, match=message):
+            wrong(tmp_path / ("a" if wrong == fresh.load_adapter else "setup"))
+        assert list(fresh.model.state_dict()) == before and not fresh.configs and fresh.active_head == "first"
 
 
 def test_loading_fewer_layers_and_old_names(tmp_path):

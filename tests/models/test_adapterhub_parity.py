@@ -1,13 +1,16 @@
 """AdapterHub beside the library `adapters` in the same process: the same tiny models, weights and setups."""
 
 import copy
+import json
+import sys
+import types
 
 import pytest
 import torch
 import transformers
 
 from mmkernels.models import InputError
-from mmkernels.models.adapterhub import AdapterHub
+from mmkernels.models.adapterhub import AdapterConfig, AdapterHub
 from mmkernels.modules import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
 
 adapters = pytest.importorskip("adapters")
@@ -166,6 +169,45 @@ def test_presets(kind, preset):
     changes = {"reduction_factor": 4} if "compacter" in preset else {}
     hub, theirs = both(kind, {"a": (preset, changes)})
     compare(hub, theirs, kind, "a", "a")
+
+
+class StochasticDepth(torch.nn.Module):
+    """torchvision's, which the library asks for: whole rows, with the probability p, are zero in training."""
+
+    def __init__(self, p, mode):
+        super().__init__()
+        assert mode == "row"
+        self.kept = 1.0 - p
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(self.kept).div_(self.kept)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "t5"])
+def test_adapter_plus(kind, monkeypatch):
+    modules = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops", "torchvision.ops.stochastic_depth")}
+    modules["torchvision.ops.stochastic_depth"].StochasticDepth = StochasticDepth
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("adapters.methods.modeling.is_torchvision_available", lambda: True)
+    changes = {"reduction_factor": 4, "stochastic_depth": 0.5}
+    model = build(kind)
+    theirs = copy.deepcopy(model)
+    adapters.init(theirs)
+    theirs.add_adapter("a", config=adapters.AdapterPlusConfig(**changes))
+    randomize(theirs, ("adapter",))
+    hub = AdapterHub(model, compat="adapters")
+    hub.add_adapter("a", "AdapterPlus", **changes)
+    model.load_state_dict({n: t for n, t in theirs.state_dict().items() if "prompt_tuning" not in n})
+    for training in (False, True):
+        for one in (theirs, model):
+            one.train(training)
+            for module in one.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        compare(hub, theirs, kind, "a", "a")
 
 
 OPTIONS = {
@@ -494,6 +536,157 @@ def test_heads_both_ways(head_type, tmp_path):
     peer.load_adapter(str(tmp_path / "ours"))
     peer.set_active_adapters("a")
     assert torch.equal(peer(**batch("bert"))[0], expected[0])
+
+
+GPT2 = dict(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, pad_token_id=0, **EAGER)
+DISTIL = dict(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=24, **EAGER)
+OF_T5 = dict(**T5, decoder_start_token_id=0, eos_token_id=1)
+OWN_HEADS = {  # class of a model with a head of its own -> of its config, options, head_type
+    "BertForSequenceClassification": ("Bert", {**BERT, "num_labels": 3}, "classification"),
+    "BertForTokenClassification": ("Bert", BERT, "tagging"),
+    "BertForQuestionAnswering": ("Bert", BERT, "question_answering"),
+    "BertForMaskedLM": ("Bert", BERT, "masked_lm"),
+    "XLMRobertaForSequenceClassification": ("XLMRoberta", {**BERT, "pad_token_id": 0}, "classification"),
+    "RobertaForMaskedLM": ("Roberta", {**BERT, "pad_token_id": 0}, "masked_lm"),
+    "DistilBertForSequenceClassification": ("DistilBert", DISTIL, "classification"),
+    "BartForSequenceClassification": ("Bart", BART, "classification"),
+    "BartForConditionalGeneration": ("Bart", BART, "seq2seq_lm"),
+    "GPT2ForSequenceClassification": ("GPT2", GPT2, "classification"),
+    "GPT2LMHeadModel": ("GPT2", GPT2, "causal_lm"),
+    "T5ForConditionalGeneration": ("T5", OF_T5, "seq2seq_lm"),
+    "ViTForImageClassification": ("ViT", {**VIT, "num_labels": 3}, "image_classification"),
+    "BeitForImageClassification": ("Beit", {**VIT, "layer_scale_init_value": 0.1}, "image_classification"),
+}
+
+
+def ended_batch(name, eos=None):
+    """A batch whose rows end with one end-of-sequence token."""
+    kind = {"ViT": "vit", "Beit": "beit", "Bart": "bart", "T5": "t5"}.get(name, "bert")
+    inputs = batch(kind)
+    if eos is not None:
+        ids = torch.where(inputs["input_ids"] == eos, 7, inputs["input_ids"])
+        ids[:, -1] = eos
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs
+
+
+def base_of(name, config, weights):
+    """A model without a head with the weights of one that has them."""
+    model = getattr(transformers, f"{name}Model")(config)
+    own = model.state_dict()
+    model.load_state_dict({n: weights.get(n, tensor) for n, tensor in own.items()})
+    return model.eval()
+
+
+@pytest.mark.parametrize("class_name", OWN_HEADS)
+def test_own_heads_become_heads(class_name, tmp_path):
+    """A folder of a model with a head of its own, in a model without; and from there to the library's models with heads."""
+    name, options, head_type = OWN_HEADS[class_name]
+    config = getattr(transformers, f"{name}Config")(**options)
+    theirs = randomize(getattr(transformers, class_name)(config)).eval()
+    adapters.init(theirs)
+    theirs.add_adapter("a", config="double_seq_bn", set_active=True)
+    randomize(theirs, ("adapters",))
+    theirs.save_adapter(str(tmp_path / "theirs"), "a")
+    inputs = ended_batch(name, getattr(config, "eos_token_id", None) if name in ("Bart", "T5") else None)
+    if head_type == "seq2seq_lm":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    prefix = f"{theirs.base_model_prefix}."
+    weights = {n.removeprefix(prefix): t for n, t in theirs.state_dict().items()}
+    hub = AdapterHub(base_of(name, config, weights), compat="adapters")
+    hub.load_adapter(tmp_path / "theirs", set_active=True)
+    assert hub.model.eval().heads["a"].config["head_type"] == head_type
+    with torch.no_grad():
+        expected = theirs(**inputs)
+        expected = expected.start_logits if head_type == "question_answering" else expected.logits
+        logits = hub(**inputs)["logits"]
+        close(logits[..., 0] if head_type == "question_answering" else logits, expected, "logits")
+    hub.save_adapter("a", tmp_path / "ours")
+    peer = getattr(adapters, f"{name}AdapterModel")(config).eval()
+    own, base = peer.state_dict(), hub.model.state_dict()
+    peer.load_state_dict({n: base.get(n.removeprefix(f"{peer.base_model_prefix}."), t) for n, t in own.items()})
+    peer.load_adapter(str(tmp_path / "ours"), set_active=True)
+    with torch.no_grad():
+        output = peer(**inputs)
+    close(output.start_logits if head_type == "question_answering" else output.logits, expected, "logits of the library")
+
+
+@pytest.mark.parametrize("setup", ["a", "parallel"])
+@pytest.mark.parametrize("name", ["T5", "Bart", "GPT2"])
+def test_heads_of_rows_that_end(name, setup, tmp_path):
+    """Classification by the end-of-sequence token, or by the last one that is no padding."""
+    config = getattr(transformers, f"{name}Config")(**{"T5": OF_T5, "Bart": BART, "GPT2": GPT2}[name])
+    theirs = getattr(adapters, f"{name}AdapterModel")(config)
+    for adapter in "ab":
+        theirs.add_adapter(adapter, config="double_seq_bn")
+        theirs.add_classification_head(adapter, num_labels=3)
+    randomize(theirs).eval()
+    for adapter in "ab":
+        theirs.save_adapter(str(tmp_path / adapter), adapter)
+    weights = {n.removeprefix(f"{theirs.base_model_prefix}."): t for n, t in theirs.state_dict().items()}
+    hub = AdapterHub(base_of(name, config, weights), compat="adapters")
+    for adapter in "ab":
+        hub.load_adapter(tmp_path / adapter)
+    hub.model.eval()
+    inputs = ended_batch(name, None if name == "GPT2" else config.eos_token_id)
+    if name == "GPT2":
+        inputs["input_ids"][2, 3:] = 0
+    hub.set_active(Parallel("a", "b") if setup == "parallel" else "a")
+    theirs.set_active_adapters(compositions.Parallel("a", "b") if setup == "parallel" else "a")
+    with torch.no_grad():
+        logits, expected = hub(**inputs)["logits"], theirs(**inputs)
+    if setup == "parallel":
+        for adapter, one in zip("ab", expected.head_outputs, strict=True):
+            close(logits[adapter], one.logits, adapter)
+        return
+    close(logits, expected.logits, "logits")
+    if name != "GPT2":
+        with pytest.raises(ValueError, match="rows without the token"):
+            hub(**inputs | {"input_ids": torch.full_like(inputs["input_ids"], 7)})
+
+
+def test_folders_of_old_versions(tmp_path):
+    """What adapter-transformers wrote, as the library reads it today."""
+    hub, theirs = both("bert", {"a": ("seq_bn_inv", {"non_linearity": "gelu_new"})})
+    hub.save_adapter("a", tmp_path / "a")
+    state = torch.load(tmp_path / "a/pytorch_adapter.bin")
+    content = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    fields = ("ln_before", "ln_after", "mh_adapter", "output_adapter", "adapter_residual_before_ln", "original_ln_after")
+    old = {name: content["config"][name] for name in (*fields, "original_ln_before", "reduction_factor", "residual_before_ln")}
+    inverted = {"block_type": "nice", "non_linearity": "relu", "reduction_factor": 2}
+    of_text = {"type": "text_lang", "name": "a", "hidden_size": 16, "model_type": "bert", "model_name": "", "model_class": "X"}
+    first = {**of_text, "config": {**old, "non_linearity": "gelu", "invertible_adapter": inverted, "leave_out": []}}
+    second = {**content, "version": "2.1.3", "config": {**content["config"]}}
+    for option in ("stochastic_depth", "init_weights_seed", "dropout", "use_gating", "scaling", "cross_adapter"):
+        del second["config"][option]
+    legacy = {
+        f"bert.{n}".replace(".adapters.", ".layer_text_lang_adapters.").replace("invertible_a", "invertible_lang_a"): t
+        for n, t in state.items()
+    }
+    for version, config, tensors in ((1, first, legacy), (2, second, state)):
+        folder = tmp_path / str(version)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        torch.save(tensors, folder / "pytorch_adapter.bin")
+        fresh, peer = AdapterHub(build("bert"), compat="adapters"), build("bert")
+        adapters.init(peer)
+        fresh.load_adapter(folder, load_as="new", set_active=True)
+        peer.load_adapter(str(folder), load_as="new", set_active=True)
+        hub.set_active("a")
+        for model, what in ((fresh.model, "ours"), (peer, "theirs")):
+            close(*outputs("bert", model, hub.model), f"{what} of version {version}")
+    named = {**of_text, "config": "pfeiffer", "type": "text_task"}  # relu
+    (tmp_path / "1/adapter_config.json").write_text(json.dumps(named))
+    torch.save({n: t for n, t in legacy.items() if "invertible" not in n}, tmp_path / "1/pytorch_adapter.bin")
+    fresh.load_adapter(tmp_path / "1")
+    assert fresh.configs["a"] == AdapterConfig.of("seq_bn")
+    # a head beside it, of a class that is called otherwise now
+    head = {"head_type": "classification", "num_labels": 3, "layers": 2, "activation_function": "tanh", "label2id": None}
+    (tmp_path / "1/head_config.json").write_text(json.dumps({**of_text, "model_class": "BertModelWithHeads", "config": head}))
+    sizes = {"1.weight": (16, 16), "1.bias": (16,), "4.weight": (3, 16), "4.bias": (3,)}
+    torch.save({f"heads.a.{n}": torch.randn(size) for n, size in sizes.items()}, tmp_path / "1/pytorch_model_head.bin")
+    fresh.load_adapter(tmp_path / "1", load_as="b", set_active=True)
+    assert fresh(**batch("bert"))["logits"].shape == (ROWS, 3)
 
 
 def test_own_head_of_a_model_both_ways(tmp_path):

@@ -134,6 +134,66 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def lora_model(names="abc", config="lora", **options):
+    model = transformers.BertModel(transformers.BertConfig(**BERT))
+    adapters.init(model)
+    for name, rank in zip(names, (4, 2, 8), strict=False):
+        changes = {"r": rank} if config == "lora" else {}
+        everywhere = {"intermediate_lora": True, "output_lora": True, "attn_matrices": ["q", "k", "v"]}
+        model.add_adapter(name, config=adapters.AdapterConfig.load(config, **everywhere, **changes, **options))
+    return randomized(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 3}], ids=str)
+def test_lora_of_adapters(options):
+    plain = lora_model(**options)
+    converted = copy.deepcopy(plain)
+    before = {n: t.clone() for n, t in converted.state_dict().items()}
+    report = mmkernels.convert(converted)
+    assert sum("LoRA" in what for what in report.replaced.values()) == 10 and not report.kept
+    after = converted.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
+    calls = []
+    for name, setup in SETUPS.items():
+        if name not in ("one", "batch_split", "average", "multi_task"):  # the library cannot do the others with LoRA layers
+            continue
+        for model in (plain, converted):
+            model.set_active_adapters(setup)
+        check_same(plain, converted, **({"task_ids": TASKS} if name == "multi_task" else {}))
+        with Count() as plain_count, torch.no_grad():
+            plain(**batch(), **({"task_ids": TASKS} if name == "multi_task" else {}))
+        with Count() as count, torch.no_grad():
+            converted(**batch(), **({"task_ids": TASKS} if name == "multi_task" else {}))
+        calls.append((name, count.others < plain_count.others))
+    assert all(fewer for _, fewer in calls), calls
+    for model in (plain, converted):
+        model.set_active_adapters("a")
+        model.merge_adapter("a")
+    check_same(plain, converted)
+    for model in (plain, converted):
+        model.reset_adapter()
+    check_same(plain, converted)
+
+
+def test_methods_of_adapters_that_stay():
+    for config, options in (("lora", {"use_gating": True}), ("dora", {}), ("lora", {"dropout": 0.5})):
+        plain = lora_model("a", config, **options).train("dropout" in options)
+        converted = copy.deepcopy(plain)
+        assert mmkernels.convert(converted).replaced
+        for model in (plain, converted):
+            model.set_active_adapters("a")
+            torch.manual_seed(0)
+            model.out = model(**batch())[0]
+        assert torch.equal(plain.out, converted.out)
+    model = transformers.BertModel(transformers.BertConfig(**BERT))
+    adapters.init(model)
+    model.add_adapter("i", config="ia3")
+    model.add_adapter("p", config=adapters.PrefixTuningConfig(bottleneck_size=4))
+    report = mmkernels.convert(model)
+    assert not any("LoRA" in what for what in report.replaced.values())
+    assert {why.partition(":")[0] for why in report.kept.values()} == {"it has IA3", "it has PrefixTuningLayer"}
+
+
 def test_filter_and_wrong_model():
     model = library_model("double_seq_bn")
     report = mmkernels.convert(model, lambda name, module: "layer.0" in name)

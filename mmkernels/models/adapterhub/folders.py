@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from ...modules import composition
-from ...modules.adapter import AdapterConfig
+from ...modules.adapter import PRESETS, AdapterConfig
 from ...modules.composition import Block, Fuse, fuses
 from ..official import read_pickle
 from ..registry import InputError, read_json, read_tensors, require, write_files
+from .heads import read_static
 
 FORMAT = "adapters.1.3.0"  # the version in the files: whose layout they have
 FILES = {  # kind -> (config, pickled weights, safetensors)
@@ -59,8 +60,10 @@ class Folders:
         """
         config, tensors, where = self._read("adapter", folder)
         options = config.get("config")
+        if isinstance(options, str) and options in PRESETS:  # so named by old files
+            options = PRESETS[options].to_dict()
         if not isinstance(options, dict):
-            raise InputError(f"{Path(folder) / FILES['adapter'][0]} has no 'config'; it must have an adapter's options")
+            raise InputError(f"{Path(folder) / FILES['adapter'][0]} has config {options!r}; it must have an adapter's options")
         if options.get("architecture") is not None:
             kind = options["architecture"]
             raise InputError(f"{folder} holds {kind!r}; only bottleneck adapters (no architecture) can be loaded")
@@ -83,12 +86,12 @@ class Folders:
             renamed = {_rename(key, old, name): tensor for key, tensor in tensors.items()}
             dropped = [key for key, (_, place) in self.places.items() if place.layer in leave_out]
             self._assign(self._tensors(name), renamed, where, ignored=dropped)
+            if with_head and (Path(folder) / FILES["head"][0]).is_file():
+                self._load_fitting_head(folder, load_as, name)
         except BaseException:
             if not present:
                 self.delete_adapter(name)
             raise
-        if with_head and (Path(folder) / FILES["head"][0]).is_file():
-            self._load_fitting_head(folder, load_as)
         if set_active:
             self.set_active(name)
         return name
@@ -141,6 +144,8 @@ class Folders:
     def load_head(self, folder, *, load_as=None):
         """Reads a head: a new one into `hub(...)`, or the weights of the model's own. Returns its name, or None.
 
+        The own head of a model, as of BertForSequenceClassification, becomes one of `hub(...)` in a model without.
+
         Raises InputError for files that are missing, foreign or do not fit.
         """
         config, tensors, where = self._read("head", folder)
@@ -152,22 +157,33 @@ class Folders:
                 )
             self._assign(self.own_head(), tensors, where)
             return None
+        name = load_as or old
         if options is None:
-            raise InputError(f"{folder} has the head of a {config.get('model_class')}; such a model can load it")
-        options, name = dict(options), load_as or old
+            options, parts = read_static(config.get("model_class"), tensors)
+            if options is None:
+                raise InputError(f"{folder} has the head of a {config.get('model_class')}; such a model can load it")
+            if name is None:
+                raise InputError(f"{folder} has a head without a name; load_as must give one")
+        options = dict(options)
         kind = options.pop("head_type", None)
+        kept, active = getattr(self.model, "heads", {}), self.active_head
+        kept = kept[name] if name in kept else None
         try:
-            kept = getattr(self.model, "heads", {}).get(name) if hasattr(self.model, "heads") else None
             head = self.add_head(name, kind, **options)
         except (ValueError, TypeError) as error:
             raise InputError(f"{folder}: {error}") from error
         own = {f"heads.{name}.{key}": t for key, t in head.state_dict(keep_vars=True).items()}
         try:
-            self._assign(own, {k.replace(f"heads.{old}.", f"heads.{name}."): t for k, t in tensors.items()}, where)
+            if config.get("config") is None:
+                renamed = head.named_as(parts, tensors, f"heads.{name}.")
+            else:
+                renamed = {key.replace(f"heads.{old}.", f"heads.{name}."): t for key, t in tensors.items()}
+            self._assign(own, renamed, where)
         except BaseException:
             self.delete_head(name)
             if kept is not None:
                 self.model.heads[name] = kept
+            self.active_head = active
             raise
         return name
 
@@ -193,10 +209,18 @@ class Folders:
             setup = composition.from_dict(content.get("adapter_setup"))
         except ValueError as error:
             raise InputError(f"{folder / SETUP}: {error}") from error
-        for name in setup.names():
-            self.load_adapter(folder / name, with_head=False)
-        for fuse in fuses(setup):
-            self.load_adapter_fusion(folder / fuse.name)
+        adapters, fusions = set(self.configs), set(self.fusions)
+        try:
+            for name in setup.names():
+                self.load_adapter(folder / name, with_head=False)
+            for fuse in fuses(setup):
+                self.load_adapter_fusion(folder / fuse.name)
+        except BaseException:
+            for name in set(self.fusions) - fusions:
+                self.delete_adapter_fusion(name)
+            for name in set(self.configs) - adapters:
+                self.delete_adapter(name)
+            raise
         if set_active:
             self.set_active(setup)
         return setup
@@ -287,12 +311,12 @@ class Folders:
             for name, tensor in found.items():
                 own[name].copy_(tensor)
 
-    def _load_fitting_head(self, folder, load_as):
+    def _load_fitting_head(self, folder, load_as, adapter):
+        own = read_json(Path(folder) / FILES["head"][0]).get("config") is None
         try:
-            self.load_head(folder, load_as=load_as)
+            self.load_head(folder, load_as=adapter if own else load_as)
         except InputError as error:
-            flexible = read_json(Path(folder) / FILES["head"][0]).get("config") is not None
-            if flexible != self.has_own_head:
+            if own == self.has_own_head:
                 raise
             warnings.warn(f"the head was left out: {error}", stacklevel=3)
 

@@ -72,6 +72,16 @@ class PredictionHead(nn.Sequential):
         logits = self(whole)
         return logits.view(-1, self.config["num_choices"]) if kind == "multiple_choice" else logits
 
+    def named_as(self, parts, tensors, prefix) -> dict:
+        """Tensors of a head that names its layers `parts`, named as those of this one."""
+        own = [name for name, layer in self.named_children() if any(True for _ in layer.parameters())]
+        return {
+            f"{prefix}{number}.{key.removeprefix(part + '.')}": tensor
+            for number, part in zip(own, parts, strict=True)
+            for key, tensor in tensors.items()
+            if key.rpartition(".")[0] == part
+        }
+
     def loss(self, logits, labels):
         """The usual one of the kind: cross-entropy, squared error (one label), or binary cross-entropy (several at once).
 
@@ -120,6 +130,52 @@ HEADS = {  # head_type -> its options
     "masked_lm": {**_LM, "layers": 2, "activation_function": "gelu", "layer_norm": True, "bias": True, "shift_labels": False},
 }
 
+# The own heads of models: end of the class's name -> head_type; names of their layers -> options.
+KINDS = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "tagging",
+    "ForQuestionAnswering": "question_answering",
+    "ForMultipleChoice": "multiple_choice",
+    "ForImageClassification": "image_classification",
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForConditionalGeneration": "seq2seq_lm",
+}
+_DEEP = {"layers": 2, "activation_function": "gelu", "layer_norm": True, "bias": True}
+STATIC = {
+    ("pre_classifier", "classifier"): {"layers": 2, "activation_function": "relu"},
+    ("pooler.dense", "classifier"): {"layers": 2, "activation_function": "gelu"},
+    ("classifier.dense", "classifier.out_proj"): {"layers": 2, "activation_function": "tanh"},
+    ("classification_head.dense", "classification_head.out_proj"): {"layers": 2, "activation_function": "tanh"},
+    ("score",): {"layers": 1, "activation_function": None, "bias": False},
+    ("classifier",): {"layers": 1, "activation_function": None},
+    ("qa_outputs",): {"layers": 1, "activation_function": None},
+    ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"): _DEEP,
+    ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"): _DEEP,
+    ("vocab_transform", "vocab_layer_norm", "vocab_projector"): _DEEP,
+    ("lm_head",): {"layers": 1, "activation_function": None, "layer_norm": False, "bias": False},
+}
+
+
+def read_static(class_name, tensors) -> tuple:
+    """(options of a PredictionHead, names of layers) of a model's own head; (None, ()) where none is like it."""
+    kind = next((kind for end, kind in KINDS.items() if str(class_name).endswith(end)), None)
+    parts = next((parts for parts in STATIC if all(f"{part}.weight" in tensors for part in parts)), None)
+    if kind is None or parts is None:
+        return None, ()
+    options = {"head_type": kind, **STATIC[parts]}
+    count = tensors[f"{parts[-1]}.weight"].shape[0]
+    if "vocab_size" in HEADS[kind]:
+        options["vocab_size"] = count
+    elif kind != "multiple_choice":
+        options["num_labels"] = count
+    if str(class_name).startswith("Electra") and kind == "classification":
+        options["activation_function"] = "gelu"
+    if "use_pooler" in HEADS[kind]:
+        options["use_pooler"] = parts == ("classifier",) and not str(class_name).startswith("ViT")
+    return options, parts
+
 
 def represented(config, output, ids):
     """What heads of a model are given: the hidden states (B, T, C), and the one (B, C) that stands for each row, or None.
@@ -130,20 +186,20 @@ def represented(config, output, ids):
     hidden = output.last_hidden_state
     if config.model_type == "beit":
         return hidden, output.pooler_output
-    decodes = "encoder_last_hidden_state" in output
-    if config.model_type in ("t5", "mt5") and decodes and config.tie_word_embeddings:
+    decodes, whole = "encoder_last_hidden_state" in output, None
+    if (decodes or config.model_type.startswith("gpt")) and ids is not None and ids.shape[1] == hidden.shape[1]:
+        if not decodes:
+            counted = torch.ones_like(ids) if config.pad_token_id is None else ids != config.pad_token_id
+        else:
+            counted = ids == config.eos_token_id
+            if not bool(counted.any(1).all()):
+                raise ValueError(f"input_ids has rows without the token {config.eos_token_id}, which stands for a row")
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = (counted * places).argmax(1).repeat(hidden.shape[0] // max(1, ids.shape[0]))
+        whole = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    if decodes and config.model_type in ("t5", "mt5") and config.tie_word_embeddings:
         hidden = hidden * config.d_model**-0.5
-    if not (decodes or config.model_type.startswith("gpt")) or ids is None or ids.shape[1] != hidden.shape[1]:
-        return hidden, None
-    if decodes:
-        counted = ids == config.eos_token_id
-        if not bool(counted.any(1).all()):
-            raise ValueError(f"input_ids has rows without the token {config.eos_token_id}, which stands for a row in a head")
-    else:
-        counted = torch.ones_like(ids) if config.pad_token_id is None else ids != config.pad_token_id
-    places = torch.arange(ids.shape[1], device=ids.device)
-    last = (counted * places).argmax(1).repeat(hidden.shape[0] // max(1, ids.shape[0]))
-    return hidden, hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    return hidden, whole
 
 
 def shift_right(ids, config):

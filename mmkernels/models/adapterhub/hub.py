@@ -17,7 +17,7 @@ from ...modules.composition import Activation, Fuse, fuses
 from ..registry import InputError
 from .folders import Folders
 from .heads import HEADS, PredictionHead, represented, shift_right
-from .layouts import NAMES, Begin, End, patch, patch_embeddings
+from .layouts import NAMES, patch, patch_calls, patch_embeddings
 
 
 class AdapterHub(Folders):
@@ -54,9 +54,7 @@ class AdapterHub(Folders):
         self.base.shared_parameters = nn.ModuleDict()
         self.inverted_name = patch_embeddings(model, self.base, self.active)
         parts = [getattr(self.base, name, None) for name in ("encoder", "decoder")]  # which `generate` calls alone
-        for module in dict.fromkeys([model, self.base, *(part for part in parts if isinstance(part, nn.Module))]):
-            module.register_forward_pre_hook(Begin(self.active, module is model), with_kwargs=True)
-        model.register_forward_hook(End(self.active))
+        patch_calls(self.active, dict.fromkeys([model, self.base, *(part for part in parts if isinstance(part, nn.Module))]))
 
     # --- Adding and taking away
 

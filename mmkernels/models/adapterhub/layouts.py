@@ -322,32 +322,36 @@ def patch_embeddings(model, base, active) -> str:
 # --- Hooks: objects, not closures, so that a copy of the model gets copies of what they use --------------------------------
 
 
-class Begin:
-    """Before a model or a part of it that may be called alone: a forward pass begins, with the tasks of its rows."""
+def patch_calls(active, modules) -> None:
+    """A model, and parts of it that may be called alone, from outside in: the outermost call is a forward pass."""
+    for module in modules:
+        module.register_forward_pre_hook(_Begin(active), with_kwargs=True)
+        module.register_forward_hook(_End(active), always_call=True)
 
-    def __init__(self, active, outermost):
-        self.active, self.outermost = active, outermost
+
+class _Begin:
+    """A forward pass begins, with the tasks of its rows. What it was about stays for what the backward computes again."""
+
+    def __init__(self, active):
+        self.active = active
 
     def __call__(self, module, args, kwargs):
         tasks = None
         if "task_ids" in kwargs:
             kwargs = dict(kwargs)
             tasks = kwargs.pop("task_ids")
-        if self.outermost or tasks is not None or not self.active.running:
+        if self.active.depth == 0 or tasks is not None:
             self.active.begin(tasks)
-        if self.outermost:
-            self.active.running = True
+        self.active.depth += 1
         return args, kwargs
 
 
-class End:
-    """After a model. What the pass was about stays for activations that are computed again in the backward."""
-
+class _End:
     def __init__(self, active):
         self.active = active
 
     def __call__(self, module, args, output):
-        self.active.running = False
+        self.active.depth -= 1
 
 
 class _Invert:
