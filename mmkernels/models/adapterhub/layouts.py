@@ -268,6 +268,8 @@ def patch(base: nn.Module, active, backend) -> dict:
             if layout is None:
                 continue
             _, _, style, where = layout
+            if hasattr(module, "layernorm_before"):  # in files as in transformers 4
+                name = f"encoder.layer.{number}"
             for norm, (location, path) in zip([style.norms[0], style.norms[2], style.norms[1]], where.items(), strict=False):
                 if not hasattr(module, norm):
                     continue
@@ -302,7 +304,8 @@ def patch_embeddings(model, base, active) -> str:
             module, holder = base.get_submodule(name), base.get_submodule(owner)
         except AttributeError:
             continue
-        embedding = next((m for m in holder.modules() if isinstance(m, nn.Embedding)), None)
+        embeddings = (m for n, m in holder.named_modules() if isinstance(m, nn.Embedding) and "position" not in n)
+        embedding = next(embeddings, None)
         if embedding is None:  # images
             continue
         holder.invertible_adapters = invertible = nn.ModuleDict()
