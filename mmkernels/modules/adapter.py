@@ -86,6 +86,8 @@ class AdapterConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "leave_out", tuple(self.leave_out or ()))
+        if not all(isinstance(layer, int) and layer >= 0 for layer in self.leave_out):
+            raise ValueError(f"leave_out is {self.leave_out}; it must have numbers of layers, from 0 on")
         name = self.non_linearity.lower() if isinstance(self.non_linearity, str) else self.non_linearity
         object.__setattr__(self, "non_linearity", name)
         allowed = {
@@ -426,7 +428,7 @@ class AdapterBank(nn.ModuleDict, WithBackend):
 
     def alike(self, names) -> bool:
         """Whether these adapters can be computed in one call."""
-        kinds = {self[name].kind for name in names}
+        kinds = {(self[name].kind, self[name].channels) for name in names}
         own_norms = self[names[0]].config.ln_before or self[names[0]].config.ln_after
         return len(kinds) == 1 and not (own_norms and len(set(names)) > 1)
 
@@ -447,6 +449,9 @@ class AdapterBank(nn.ModuleDict, WithBackend):
 
     def _alike(self, names):
         names = list(self) if names is None else list(names)
+        unknown = [name for name in names if name not in self]
+        if unknown:
+            raise ValueError(f"adapter {unknown[0]!r} is unknown; known are {', '.join(map(repr, self)) or 'none'}")
         if not names or not self.alike(names):
             raise ValueError(f"adapters {names} differ in more than their bottlenecks; they cannot be one bank")
         return [self[name] for name in names]

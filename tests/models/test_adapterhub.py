@@ -403,6 +403,29 @@ def test_copies_are_independent_and_pickles_compute_the_same():
         assert torch.equal(model(input_ids=tokens())[0], expected)
 
 
+def test_a_text_to_text_head_trains():
+    """In a T5 without a head, by labels alone; a T5 with a head of its own has no place for another one."""
+    sizes = dict(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    hub = AdapterHub(transformers.T5Model(transformers.T5Config(**sizes, dropout_rate=0.0)))
+    hub.add_adapter("a", "seq_bn", reduction_factor=2)
+    head = hub.add_head("a", "seq2seq_lm")
+    assert torch.equal(head[-1].weight, hub.model.get_input_embeddings().weight)  # tied models begin with their own
+    hub.train_adapter("a")
+    optimizer = torch.optim.AdamW([p for p in hub.model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = hub(input_ids=tokens(), labels=tokens())["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0], losses
+    whole = AdapterHub(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)))
+    with pytest.raises(InputError, match="T5ForConditionalGeneration, which has a head"):
+        whole.add_head("a")
+
+
 def test_checkpointed_activations():
     hub = hub_of()
     results = []
@@ -469,6 +492,7 @@ def test_wrong_names_and_setups():
         (lambda: hub.add_adapter("d.e"), "without dots"),
         (lambda: hub.add_adapter("d", "pfeifer"), "config is 'pfeifer'; allowed are 'seq_bn'"),
         (lambda: hub.add_adapter("d", width=3), "unknown option 'width'"),
+        (lambda: hub.add_adapter("d", leave_out=["first"]), "leave_out is ('first',); it must have numbers of layers"),
         (lambda: hub.add_adapter("d", non_linearity="sine"), "non_linearity is 'sine'; allowed are"),
         (lambda: hub.add_adapter("d", reduction_factor={"0": 4}), "it has neither layer 1 nor 'default'"),
         (lambda: hub.add_adapter("d", "compacter"), "phm_dim 4 must divide it"),

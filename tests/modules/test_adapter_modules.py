@@ -105,6 +105,12 @@ def test_bank(preset, backend):
 def test_bank_of_different_adapters_is_refused():
     bank = AdapterBank({"a": Adapter(C, "seq_bn"), "b": Adapter(C, "double_seq_bn")})
     assert not bank.alike(["a", "b"]) and bank.alike(["a", "a"])
+    with pytest.raises(ValueError, match="adapter 'w' is unknown; known are "):
+        bank(rows(), rows(seed=2), nn.LayerNorm(C), index=torch.zeros(B, dtype=torch.int64), names=["w"])
+    wide = AdapterBank({"a": Adapter(C, "seq_bn"), "b": Adapter(2 * C, "seq_bn")})
+    with pytest.raises(ValueError, match="differ in more than their bottlenecks"):
+        wide(rows(), rows(seed=2), nn.LayerNorm(C), index=torch.zeros(B, dtype=torch.int64))
+    assert set_backend(wide, "eager").backend == "eager"
     with pytest.raises(ValueError, match="differ in more than their bottlenecks"):
         bank(rows(), rows(), index=torch.zeros(B, dtype=torch.int64))
 

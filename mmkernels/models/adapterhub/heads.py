@@ -49,6 +49,11 @@ class PredictionHead(nn.Sequential):
         super().__init__(*layers)
         self.config = config
 
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether it has one result for a row, not one for each token."""
+        return "vocab_size" not in self.config and self.config["head_type"] not in ("tagging", "question_answering")
+
     def logits(self, hidden, whole=None, pooled=None, invert=None):
         """Logits (B, labels), (B / choices, choices), or (B, T, labels or vocabulary).
 
@@ -64,7 +69,7 @@ class PredictionHead(nn.Sequential):
             for layer in before:
                 hidden = layer(hidden)
             return last(hidden if invert is None else invert(hidden))
-        if kind in ("tagging", "question_answering"):
+        if not self.is_of_rows:
             return self(hidden)
         if self.config["use_pooler"] and pooled is None:
             raise ValueError("the head has use_pooler; the model gave no pooler_output")

@@ -270,9 +270,10 @@ class AdapterHub(Folders):
             shifted = labels if self.model.heads[name].config["head_type"] == "seq2seq_lm" and labels is not None else ids
             inputs["decoder_input_ids"] = shift_right(shifted, self.model.config)
         output = self.model(*args, **inputs)
-        hidden, whole = represented(self.model.config, output, ids)
+        rows = None if head else self._rows_of_heads(output.last_hidden_state)
+        of_rows = any(self.model.heads[which].is_of_rows for which in rows or [name])
+        hidden, whole = represented(self.model.config, output, ids if of_rows else None)
         pooled = getattr(output, "pooler_output", None)
-        rows = None if head else self._rows_of_heads(hidden)
 
         def logits_of(which, rows=slice(None)):
             invert = None
