@@ -279,8 +279,11 @@ class Place:
         if setup is None or self.layer in active.skip_layers or not self._has(setup):
             return _ended(hidden, residual, norm)
         if active.compat == "adapters" and not self._is_plain_stack(setup):
-            return self._as_library(setup, hidden, residual, norm)
-        return self._run(setup, hidden, residual, norm, True)[0]
+            out = self._as_library(setup, hidden, residual, norm)
+        else:
+            out = self._run(setup, hidden, residual, norm, True)[0]
+        # under autocast h has its dtype and r has not: the sum is r's, as in the model without adapters
+        return out.to(torch.promote_types(hidden.dtype, residual.dtype))
 
     def _is_plain_stack(self, setup):
         """What the library computes as it should, so that it need not be computed its way."""

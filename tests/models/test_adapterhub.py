@@ -462,6 +462,7 @@ def test_bfloat16(setup):
         return float((run(hub, setup).double() - exact).norm())
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run(hub, setup).dtype == run(hub, None).dtype == torch.float32
         assert error("auto") <= 2 * error("eager")
     hub.model.bfloat16()
     assert error("auto") <= 2 * error("eager")

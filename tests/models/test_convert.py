@@ -91,6 +91,8 @@ def test_adapters(preset):
         for model in (plain, converted):
             model.set_active_adapters(setup)
         check_same(plain, converted, **extra)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert plain(**batch())[0].dtype == converted(**batch())[0].dtype == torch.float32
     assert set(mmkernels.convert(converted).kept.values()) == {"it is converted already"}
 
 
