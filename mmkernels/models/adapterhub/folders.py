@@ -273,10 +273,10 @@ class Folders:
         options = dict(options)
         old = options.pop("invertible_adapter", None)
         if old:
-            options["inv_adapter"], options["inv_adapter_reduction_factor"] = old["block_type"], old["reduction_factor"]
-        if "version" not in config:
-            activation = options.get("non_linearity")
-            options["non_linearity"] = LEGACY_ACTIVATIONS.get(activation, activation)
+            options["inv_adapter"] = old.get("block_type", "nice")
+            options["inv_adapter_reduction_factor"] = old.get("reduction_factor", 2)
+        if "version" not in config and options.get("non_linearity") in LEGACY_ACTIVATIONS:
+            options["non_linearity"] = LEGACY_ACTIVATIONS[options["non_linearity"]]
         if config.get("type") == "text_task" and not any("invertible" in key for key in tensors):
             options |= {"inv_adapter": None, "inv_adapter_reduction_factor": None}  # named by old task adapters, never used
         known = AdapterConfig.__dataclass_fields__
