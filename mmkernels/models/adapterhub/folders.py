@@ -39,8 +39,6 @@ LEGACY_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 class Folders:
     """What an AdapterHub saves and loads."""
 
-    # --- Folders
-
     def save_adapter(self, name: str, folder, *, with_head=True, safetensors=False) -> None:
         """Writes adapter_config.json and the weights, as the library does, and the head of that name or the model's own.
 
