@@ -385,6 +385,28 @@ def test_places_of_other_layouts(kind):
         assert_close(out, plain(**inputs)[0])
 
 
+@pytest.mark.parametrize("kind", ["Marian", "Pegasus", "GPTNeo", "SiglipVision", "DeiT"])
+def test_models_of_the_same_layouts(kind):
+    """Norms behind or in front, found by the parts of a model: it computes what it did until an adapter is active."""
+    image = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4)
+    text = dict(vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    text |= dict(encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0, decoder_start_token_id=1)
+    text |= dict(max_position_embeddings=24, bos_token_id=1, eos_token_id=2, forced_eos_token_id=2)
+    neo = dict(vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])
+    sizes = {"Marian": text, "Pegasus": text, "GPTNeo": neo}.get(kind, image)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    plain = randomize(getattr(transformers, f"{kind}Model")(config)).eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8)} if sizes is image else {"input_ids": tokens()}
+    inputs |= {"decoder_input_ids": tokens()} if sizes is text else {}
+    hub = AdapterHub(copy.deepcopy(plain))
+    hub.add_adapter("a", "double_seq_bn", cross_adapter=True)
+    expected = plain(**inputs).last_hidden_state
+    assert torch.equal(hub.model.eval()(**inputs).last_hidden_state, expected)
+    hub.set_active("a")
+    assert not torch.equal(hub.model(**inputs).last_hidden_state, expected)
+    assert len(hub.places) == (10 if sizes is text else 4)
+
+
 class _Add:
     def __init__(self, number):
         self.number = number
