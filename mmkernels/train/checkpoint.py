@@ -5,6 +5,7 @@ read back can execute code.
 """
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -40,8 +41,12 @@ def locked(folder: Path):
 
 
 def save(folder: Path, model, optimizer, state: dict) -> None:
-    """Writes model, optimizer, random number generators and `state` (JSON values) to `folder`/training.safetensors."""
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    """Writes model, optimizer, random number generators and `state` (JSON values) to `folder`/training.safetensors.
+
+    Frozen parameters are left out: whoever goes on has them already.
+    """
+    frozen = frozen_parameters(model)
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items() if name not in frozen}
     optimizer_state = optimizer.state_dict()
     scalars = {}
     for index, entries in optimizer_state["state"].items():
@@ -59,6 +64,21 @@ def save(folder: Path, model, optimizer, state: dict) -> None:
         "optimizer": json.dumps({"scalars": scalars, "param_groups": optimizer_state["param_groups"]}),
     }
     write_atomically(folder / NAME, require("safetensors.torch", "train").save(apart(tensors), header))
+
+
+def frozen_parameters(model) -> dict:
+    """{name: tensor} of the parameters that require no gradient, under all names that the model's state has for them."""
+    state = model.state_dict(keep_vars=True)
+    return {n: t for n, t in state.items() if isinstance(t, torch.nn.Parameter) and not t.requires_grad}
+
+
+def digest(tensors: dict) -> str:
+    """Of names and bits."""
+    found = hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def apart(tensors: dict) -> dict:
@@ -88,7 +108,10 @@ def restore(folder: Path, model, optimizer) -> dict:
                 # A fresh copy: slices of the file are not aligned, and alignment can change the rounding of vectorised sums.
                 group, _, rest = name.partition("/")
                 groups[group][rest] = file.get_tensor(name).clone()
-        model.load_state_dict(groups["model"])
+        absent = model.load_state_dict(groups["model"], strict=False)
+        absent = [*(set(absent.missing_keys) - frozen_parameters(model).keys()), *absent.unexpected_keys]
+        if absent:
+            raise ValueError(f"{absent[0]} is missing or unknown")
         entries = {}
         for name, value in (*groups["optimizer"].items(), *header["scalars"].items()):
             index, _, key = name.partition("/")

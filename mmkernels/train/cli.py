@@ -22,11 +22,12 @@ def add_commands(subparsers) -> None:
     _add_training_options(folder, config="perceiver-small", output="runs/perceiver", epochs=30, batch_size=32, lr=1e-3)
     folder.set_defaults(run=lambda arguments: guarded(_train, arguments, _folder))
 
-    from . import multimodal_cli, multitask_cli, text_cli
+    from . import adapters_cli, multimodal_cli, multitask_cli, text_cli
 
     multimodal_cli.add_systems(systems)
     text_cli.add_systems(systems)
     multitask_cli.add_systems(systems)
+    adapters_cli.add_systems(systems)
 
     predict = subparsers.add_parser("predict", help="classify image files or a clip, or answer a text, with a trained model")
     predict.add_argument("images", nargs="*", metavar="IMAGE")
@@ -190,14 +191,15 @@ def _train(arguments, load_data):
 @contextlib.contextmanager
 def resumable(arguments, folder):
     """Keeps other trainings out of `folder` and does with the one in it what --restart and --resume say."""
-    from ..models import InputError
+    from ..models import InputError, adapterhub
     from . import checkpoint, classification, loop, tokenizer
 
     with checkpoint.locked(folder):
         if arguments.restart:
             # The results as well: a folder with files of two trainings would be taken for a finished one.
             weights = ("config.json", "model.safetensors", loop.BEST, checkpoint.NAME, *tokenizer.FILES)
-            for name in (classification.TASK, classification.CURVE, *weights):
+            adapters = (name for names in adapterhub.FILES.values() for name in names)
+            for name in (classification.TASK, classification.CURVE, *weights, *adapters):
                 (folder / name).unlink(missing_ok=True)
         found = checkpoint.read_state(folder)
         if arguments.resume and found is None:

@@ -107,7 +107,7 @@ def make_optimizer(model, settings):
 
 
 def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", save_every=50, workers=0) -> list:
-    """Trains `model` in place, from the folder's checkpoint if there is one, and returns the history.
+    """Trains what requires a gradient in `model`, in place, from the folder's checkpoint if there is one. Returns the history.
 
     It has a dict for every epoch, or every `evaluate_every` steps. A checkpoint is written every `save_every` steps and with
     every row of the history. With a headline the weights of its highest value are kept in the folder as well, for `load_best`.
@@ -121,6 +121,8 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
         "model": dataclasses.asdict(model.config) if dataclasses.is_dataclass(model.config) else model.config.to_dict(),
         "data": task.fingerprint,
     }
+    if frozen := checkpoint.frozen_parameters(model):
+        identity["frozen"] = checkpoint.digest(frozen)
     identity = json.loads(json.dumps(identity))  # as it will be read: JSON has lists only
     state = {"identity": identity, "step": 0, "loss_sum": 0.0, "history": []}
     if (found := checkpoint.read_state(folder)) is not None:

@@ -6,6 +6,7 @@ train(hub.model, make_task(files, tokenizer.encode, ...), settings, folder)
 hub.save_adapter("qu", folder / "qu")
 """
 
+import copy
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -46,13 +47,8 @@ class TextBlocks(torch.utils.data.Dataset):
 
     def __init__(self, files, encode, length, masking: Masking, *, first=None, last=None, seed=0):
         ids, self.masking, self.seed = [], masking, seed
-        for file in files:
-            try:
-                lines = Path(file).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
-            for line in filter(None, map(str.strip, lines)):
-                ids += encode(line)
+        for line in lines_of(files):
+            ids += encode(line)
         before, after = ([] if one is None else [one] for one in (first, last))
         inner = length - len(before) - len(after)
         if inner < 1 or len(ids) < inner:
@@ -64,6 +60,15 @@ class TextBlocks(torch.utils.data.Dataset):
         self.blocks = torch.cat([edges[0], blocks, edges[1]], 1).long() if before or after else blocks
         self.special = torch.tensor(sorted({*masking.special_ids, *before, *after, masking.mask_id}))
         self.ordinary = torch.tensor(sorted(set(range(masking.vocab_size)) - set(self.special.tolist())))
+
+    def split(self, share: float) -> tuple:
+        """(the first blocks, the last `share` of them, at least one of each); raises InputError for a single block."""
+        count = max(round(len(self) * share), 1)
+        if count >= len(self):
+            raise InputError(f"the texts fill {len(self)} blocks; some to train on and {count} held out need more")
+        parts = copy.copy(self), copy.copy(self)
+        parts[0].blocks, parts[1].blocks = self.blocks[:-count], self.blocks[-count:]
+        return parts
 
     def __len__(self):
         return len(self.blocks)
@@ -77,6 +82,16 @@ class TextBlocks(torch.utils.data.Dataset):
         labels = torch.where(chosen, ids, IGNORED)
         ids = torch.where(chosen & (kind < 0.8), masking.mask_id, ids)
         return {"input_ids": torch.where(chosen & (kind >= 0.9), drawn, ids), "labels": labels}
+
+
+def lines_of(files):
+    """Yields the lines of text files that are not empty; raises InputError for one that cannot be read."""
+    for file in files:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
+        yield from filter(None, map(str.strip, lines))
 
 
 def make_task(training: TextBlocks, held_out: TextBlocks) -> Task:

@@ -94,12 +94,11 @@ def _train(arguments):
 def _build(arguments, tasks):
     """(tokenizer, model, what its weights began with) of the options; says what there is to train on."""
     import dataclasses
-    import hashlib
 
     import torch
 
     from ..models import InputError, ca_mtl, official
-    from . import tokenizer
+    from . import checkpoint, tokenizer
     from .data.pairs import classes_of
 
     if arguments.threads:
@@ -136,10 +135,7 @@ def _build(arguments, tasks):
             f"{path} has {tokens.size} tokens and the padding {tokens.pad_id}; the model of {arguments.init} has "
             f"{model.config.vocab_size} and {model.config.pad_token_id}"
         )
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(state):
-        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy())
-    return tokens, model.float().to(device), f" from {digest.hexdigest()}"
+    return tokens, model.float().to(device), f" from {checkpoint.digest(state)}"
 
 
 def _config(arguments):

@@ -190,16 +190,17 @@ def means(metrics: dict) -> dict:
     return {**found, AVERAGE: sum(found.values()) / len(found)}
 
 
-def comparison_table(rows: dict) -> str:
-    """Models by rows, tasks by columns, from {model: {task: value}}."""
-    tasks = list(next(iter(rows.values())))
+def comparison_table(rows: dict, notes: dict | None = None) -> str:
+    """Models by rows, tasks by columns, from {model: {task: value}}; what `notes` has of a model ends its row."""
+    tasks, notes = list(next(iter(rows.values()))), notes or {}
     lines = [f"{'held out':<22}" + "".join(f"{task:>10}" for task in tasks)]
-    lines += [f"{name:<22}" + "".join(f"{row[task]:>10.1%}" for task in tasks) for name, row in rows.items()]
+    for name, row in rows.items():
+        lines.append(f"{name:<22}" + "".join(f"{row[task]:>10.1%}" for task in tasks) + f"  {notes.get(name, '')}".rstrip())
     return "\n".join(lines)
 
 
-def comparison_picture(rows: dict, histories: dict) -> bytes:
-    """A PNG: bars of every model by task, and the average by step of those with a history."""
+def comparison_picture(rows: dict, histories: dict, by_step="average, held out (%)") -> bytes:
+    """A PNG: bars of every model by task, and the average (or what `by_step` says) by step of those with a history."""
     figure = require("matplotlib.figure", "train").Figure(figsize=(11, 4), layout="constrained")
     bars, curves = figure.subplots(1, 2, width_ratios=[3, 2])
     tasks, width = list(next(iter(rows.values()))), 0.85 / len(rows)
@@ -209,10 +210,10 @@ def comparison_picture(rows: dict, histories: dict) -> bytes:
         bars.bar_label(shown, fmt="%.0f", fontsize="x-small")
     bars.set(ylabel="held out (%)", ylim=(0, 105))
     bars.set_xticks(range(len(tasks)), tasks)
-    bars.legend(fontsize="small", ncols=2)
+    bars.legend(fontsize="small", ncols=min(len(rows), 3), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     for name, history in histories.items():
         curves.plot([row["step"] for row in history], [100 * row[AVERAGE] for row in history], ".-", label=name)
-    curves.set(xlabel="step", ylabel="average, held out (%)")
+    curves.set(xlabel="step", ylabel=by_step)
     curves.legend(fontsize="small")
     curves.grid(alpha=0.3)
     return png(figure)

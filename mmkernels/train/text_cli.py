@@ -155,12 +155,11 @@ def _fit(arguments, tasks, tokens, model, folder, lengths, *, origin="", **optio
 def _build(arguments, tasks):
     """(tokenizer, model, what its weights began with) of the options; says what there is to train on."""
     import dataclasses
-    import hashlib
 
     import torch
 
     from ..models import InputError, hypergrid_t5, official
-    from . import tokenizer
+    from . import checkpoint, tokenizer
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -196,10 +195,7 @@ def _build(arguments, tasks):
             f"{path} has {tokens.size} tokens, padding {tokens.pad_id} and end {tokens.eos_id}; the model of {arguments.init} "
             f"has {known.vocab_size}, {known.pad_token_id} and {known.eos_token_id}"
         )
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(state):
-        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy())
-    return tokens, model, f" from {digest.hexdigest()}"
+    return tokens, model, f" from {checkpoint.digest(state)}"
 
 
 def _config(arguments):

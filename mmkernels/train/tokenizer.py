@@ -127,6 +127,36 @@ class Bert:
     fingerprint = SentencePiece.fingerprint
 
 
+class Pretrained:
+    """The tokenizer of a checkpoint of Hugging Face, through transformers: of a BERT, RoBERTa, XLM-R and the like."""
+
+    def __init__(self, folder):
+        library = require("transformers", "adapters")
+        try:
+            self.model = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of the library, of tokenizers, of sentencepiece
+            raise InputError(f"{folder} has no tokenizer that can be read: {error}") from error
+        self.size, self.pad_id, self.mask_id = len(self.model), self.model.pad_token_id, self.model.mask_token_id
+        self.start, self.end = self.model.cls_token_id, self.model.sep_token_id
+        self.special_ids = tuple(self.model.all_special_ids)
+        for name in ("pad_id", "mask_id", "start", "end"):
+            if getattr(self, name) is None:
+                raise InputError(f"{folder} has a tokenizer without {name}; it must be of a masked language model")
+
+    def encode(self, text: str) -> list:
+        """Ids without special tokens."""
+        return self.model(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def encode_pair(self, first: str, second: str | None, length: int) -> tuple:
+        """As `Bert.encode_pair`; the number is that of all ids where the model makes no difference between the texts."""
+        made = self.model(first, second, truncation=True, max_length=length, return_token_type_ids=True)
+        return made["input_ids"], made["token_type_ids"].count(0)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(repr(sorted(self.model.get_vocab().items())).encode(), digest_size=16).hexdigest()
+
+
 BERT_FILES = ("tokenizer.json", "vocab.txt")
 
 

@@ -93,10 +93,10 @@ def _pair(name, number, record, where, group):
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Examples as [CLS] first [SEP] second [SEP], cut and padded to a length."""
+    """Examples as [CLS] first [SEP] second [SEP], cut to a length; padded to it as well, or as far as the batch needs it."""
 
-    def __init__(self, examples: list, tokenizer, length: int):
-        self.examples, self.tokenizer, self.length = examples, tokenizer, length
+    def __init__(self, examples: list, tokenizer, length: int, *, fixed=True):
+        self.examples, self.tokenizer, self.length, self.fixed = examples, tokenizer, length, fixed
 
     def __len__(self):
         return len(self.examples)
@@ -109,14 +109,15 @@ class Pairs(torch.utils.data.Dataset):
     def collate(self, items):
         """{"number", "task_id", "labels" (B,), "input_ids", "attention_mask", "token_type_ids" (B, L)}."""
         numbers, rows, firsts = zip(*items, strict=True)
-        places = torch.arange(self.length)
+        length = self.length if self.fixed else max(map(len, rows))
+        places = torch.arange(length)
         mask = places < torch.tensor([len(row) for row in rows])[:, None]
         examples = [self.examples[number] for number in numbers]
         return {
             "number": torch.tensor(numbers),
             "task_id": torch.tensor([example.task for example in examples]),
             "labels": torch.tensor([example.label for example in examples]),
-            "input_ids": pad(rows, self.length, self.tokenizer.pad_id),
+            "input_ids": pad(rows, length, self.tokenizer.pad_id),
             "attention_mask": mask,
             "token_type_ids": ((places >= torch.tensor(firsts)[:, None]) & mask).long(),
         }

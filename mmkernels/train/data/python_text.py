@@ -38,8 +38,14 @@ WORDS = 24  # of an input, at most
 MOST = {"kind": 1200, "topic": 600}  # examples of each target, where they would be of very different numbers
 
 
+SENTENCES = "sentences.txt"
+
+
 def write(folder: Path, seed=0, most=8000, held_out=1000) -> dict:
-    """Writes the tasks as `folder`/NAME/{train,dev}.jsonl; returns {name: [examples to train on, held out]}."""
+    """Writes the tasks as `folder`/NAME/{train,dev}.jsonl; returns {name: [examples to train on, held out]}.
+
+    `folder`/sentences.txt has the sentences of the files to train on, a line each, in an order of the seed.
+    """
     examples, seen = {}, set()
     files = sorted(documents(), key=lambda file: is_held_out(file[0]))  # those to train on first
     for name, nodes in files:
@@ -60,6 +66,8 @@ def write(folder: Path, seed=0, most=8000, held_out=1000) -> dict:
             lines = [json.dumps({"input": text, "target": target}) for text, target in rows]
             write_atomically(folder / task / f"{split}.jsonl", "".join(f"{line}\n" for line in lines).encode())
             sizes[task].append(len(rows))
+    lines = sorted(seen, key=lambda sentence: derive_seed(seed, "sentences", sentence))
+    write_atomically(folder / SENTENCES, "".join(f"{line}\n" for line in lines).encode())
     return sizes
 
 

@@ -76,16 +76,32 @@ def load_own(name: str, path: Path) -> TextTask:
             raise InputError(f"{path / 'task.json'} has the prefix {prefix!r}; it must be text")
     splits = {}
     for split in ("train", "dev"):
-        examples = []
-        for where, row in _own_rows(path, split):
-            for column in ("input", "target"):
-                if not isinstance(row.get(column), str) or not row[column].strip():
-                    raise InputError(f"{where} has {column} {row.get(column)!r}; it must be text")
-            examples.append(Example(prefix + row["input"], row["target"], row["target"]))
+        examples = examples_of(_own_rows(path, split), prefix)
         if not examples:
             raise InputError(f"{path} has no example of {name} in its split {split!r}")
         splits[split] = examples
     return TextTask(name, splits["train"], splits["dev"])
+
+
+def examples_of(rows, prefix="") -> list:
+    """Of (where, {"input", "target"}); raises InputError for empty cells."""
+    examples = []
+    for where, row in rows:
+        for column in ("input", "target"):
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                raise InputError(f"{where} has {column} {row.get(column)!r}; it must be text")
+        examples.append(Example(prefix + row["input"], row["target"], row["target"]))
+    return examples
+
+
+def read_file(path) -> list:
+    """The examples of one .tsv or .jsonl file with `input` and `target`; raises InputError."""
+    path = Path(path)
+    rows = glue.read_jsonl(path) if path.suffix == ".jsonl" else glue.read_tsv(path, {"input": "input", "target": "target"})
+    examples = examples_of(rows)
+    if not examples:
+        raise InputError(f"{path} has no example")
+    return examples
 
 
 def _is_task(path):
