@@ -12,7 +12,7 @@ COMMONEST, TASK = "commonest answer", "task"
 def add_systems(systems) -> None:
     """Adds the trainings of adapters to the systems of `train`."""
     demo = systems.add_parser("adapters-demo", help="adapters and their fusion for five tasks of text that comes with Python")
-    _add_options(demo, output="runs/adapters-demo", steps=400, lr=2e-3)
+    _add_options(demo, output="runs/adapters-demo", steps=250, lr=2e-3)
     add = demo.add_argument
     add("--tasks", metavar="A,B", help="of cloze, kind, spell, topic, verb (default all)")
     add("--adapter", default="seq_bn", metavar="PRESET", help="of the adapters (default seq_bn, Pfeiffer's)")
@@ -69,10 +69,10 @@ def _add_options(parser, *, output, steps, lr):
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="a masked language model of Hugging Face; default: a small new one")
     add("--steps", type=cli.positive, default=steps, help=f"of each adapter (default {steps})")
-    add("--pretraining-steps", type=cli.positive, default=2000, metavar="STEPS", help="of a new model (default 2000)")
+    add("--pretraining-steps", type=cli.positive, default=1500, metavar="STEPS", help="of a new model (default 1500)")
     add("--pretraining-lr", type=cli.positive_float, default=2e-3, help="of a new model (default 2e-3)")
     add("--hidden-size", type=cli.positive, default=128, help="of a new model (default 128)")
-    add("--layers", type=cli.positive, default=4, help="of a new model (default 4)")
+    add("--layers", type=cli.positive, default=3, help="of a new model (default 3)")
     add("--vocab-size", type=cli.positive, default=4096, help="of a new model (default 4096)")
     add("--max-length", type=cli.positive, default=64, help="tokens of a text (default 64)")
 

@@ -105,23 +105,33 @@ def make_task(training: TextBlocks, held_out: TextBlocks) -> Task:
 
 def loss(model, batch) -> torch.Tensor:
     """The mean over all masked tokens; zero for a batch without any."""
-    logits = model(input_ids=batch["input_ids"]).logits
-    asked = (batch["labels"] != IGNORED).sum().clamp(min=1)
-    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
-    return total / asked
+    logits, labels = asked_logits(model, batch)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+
+
+def asked_logits(model, batch) -> tuple:
+    """(logits (n, vocabulary), labels (n,)) of the masked tokens; the head of most models is spared all other tokens."""
+    asked = batch["labels"] != IGNORED
+    head = next((getattr(model, name) for name in ("cls", "lm_head") if hasattr(model, name)), None)
+    if head is None:
+        return model(input_ids=batch["input_ids"]).logits[asked], batch["labels"][asked]
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][asked][None], *args[1:]))
+    try:
+        return model(input_ids=batch["input_ids"]).logits[0], batch["labels"][asked]
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
 def accuracy(model, batches) -> dict:
     """{"held_out_loss", "accuracy"} over all masked tokens of the batches."""
-    total, right, asked = 0.0, 0, 0
+    total, right, count = 0.0, 0, 0
     for batch in batches:
-        logits, labels = model(input_ids=batch["input_ids"]).logits, batch["labels"]
-        wanted = labels != IGNORED
-        total += float(torch.nn.functional.cross_entropy(logits[wanted], labels[wanted], reduction="sum"))
-        right += int((logits.argmax(-1)[wanted] == labels[wanted]).sum())
-        asked += int(wanted.sum())
-    return {"held_out_loss": total / max(asked, 1), "accuracy": right / max(asked, 1)}
+        logits, labels = asked_logits(model, batch)
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        right += int((logits.argmax(-1) == labels).sum())
+        count += len(labels)
+    return {"held_out_loss": total / max(count, 1), "accuracy": right / max(count, 1)}
 
 
 def train(model, task: Task, settings: Settings, folder, **options) -> list:
