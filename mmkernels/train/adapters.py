@@ -42,6 +42,9 @@ def new_backbone(lines, folder: Path, *, vocab_size, hidden_size, layers, length
             intermediate_size=4 * hidden_size,
             max_position_embeddings=length,
             pad_token_id=made.pad_id,
+            initializer_range=hidden_size**-0.5,  # BERT's 0.02 is for 768 channels: attention would be flat for long
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
         return library.BertForMaskedLM(config), tokenizer.Pretrained(folder)
     except ValueError as error:
@@ -76,14 +79,12 @@ def classes_of(examples) -> list:
     return sorted({example.target for example in examples})
 
 
-def pairs_of(examples, classes, tokens, length) -> Pairs:
-    """Examples of text to text as a classification; raises InputError for a target that is no class."""
+def pairs_of(examples, classes, tokens, length, what="the data") -> Pairs:
+    """Examples of text to text (`what` names them) as a classification; raises InputError for a target that is no class."""
     found = []
     for example in examples:
         if example.target not in classes:
-            raise InputError(
-                f"the held-out target {example.target!r} is none of the targets to train on: {', '.join(classes)}"
-            )
+            raise InputError(f"{what} has the target {example.target!r}, which training has not: {', '.join(classes)}")
         found.append(Pair(0, example.input, None, float(classes.index(example.target)), example.truth))
     return Pairs(found, tokens, length, fixed=False)
 

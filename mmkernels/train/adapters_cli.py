@@ -181,7 +181,7 @@ def _demo(arguments):
     for task in tasks.values():
         print(f"{task.name}: {len(task.training)} examples to train on, {len(task.dev)} held out")
     backbone, tokens = _backbone(arguments, [output / "data" / python_text.SENTENCES])
-    classes = {name: adapters.classes_of(task.training) for name, task in tasks.items()}
+    classes = {name: adapters.classes_of(task.training + task.dev) for name, task in tasks.items()}
     splits = {
         name: [adapters.pairs_of(part, classes[name], tokens, arguments.max_length) for part in (task.training, task.dev)]
         for name, task in tasks.items()
@@ -330,8 +330,9 @@ def _transfer(arguments, texts, source, tasks):
         histories[language] = history
 
     classes = adapters.classes_of(training)
-    pairs = {name: adapters.pairs_of(task.dev, classes, tokens, arguments.max_length) for name, task in tasks.items()}
-    to_train = adapters.pairs_of(training, classes, tokens, arguments.max_length)
+    length = arguments.max_length
+    pairs = {name: adapters.pairs_of(task.dev, classes, tokens, length, f"--dev {name}") for name, task in tasks.items()}
+    to_train = adapters.pairs_of(training, classes, tokens, length)
     rows = {COMMONEST: {name: values["accuracy"] for name, values in text.majority(tasks).items()}}
     for with_language in (False, True):
         torch.manual_seed(arguments.seed)

@@ -3,8 +3,6 @@
 import ast
 import json
 import random
-import sysconfig
-from pathlib import Path
 
 import pytest
 
@@ -26,17 +24,6 @@ class Base:
     def __len__(self):
         """Returns 3."""
 '''
-
-
-@pytest.fixture
-def few_files(monkeypatch):
-    """Only some packages of the standard library."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    monkeypatch.setattr(
-        python_text,
-        "roots",
-        lambda: {f"{name}/": library / name for name in ("asyncio", "email", "importlib", "unittest", "xml")},
-    )
 
 
 def rows(path):
