@@ -61,7 +61,9 @@ def load(folder, *, device="cpu", language_model=False):
         model = library.AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise InputError(f"--model is {folder}, which is no masked language model: {error}") from error
-    return (model if language_model else model.base_model).to(device)
+    model = (model if language_model else model.base_model).to(device)
+    model.config._name_or_path = Path(folder).resolve().name  # in adapters' files and checkpoints, which may be moved
+    return model
 
 
 def blocks_of(files, tokens, length, *, seed, held_out=0.05):
