@@ -12,7 +12,7 @@ COMMONEST, TASK = "commonest answer", "task"
 def add_systems(systems) -> None:
     """Adds the trainings of adapters to the systems of `train`."""
     demo = systems.add_parser("adapters-demo", help="adapters and their fusion for five tasks of text that comes with Python")
-    _add_options(demo, output="runs/adapters-demo", steps=250, lr=2e-3)
+    _add_options(demo, output="runs/adapters-demo", steps=500, lr=2e-3)
     add = demo.add_argument
     add("--tasks", metavar="A,B", help="of cloze, kind, spell, topic, verb (default all)")
     add("--adapter", default="seq_bn", metavar="PRESET", help="of the adapters (default seq_bn, Pfeiffer's)")
@@ -21,6 +21,7 @@ def add_systems(systems) -> None:
     add("--full-lr", type=cli.positive_float, default=5e-4, help="of full fine-tuning (default 5e-4)")
     add("--examples", type=cli.positive, default=30_000, help="of a task, at most (default 30000)")
     add("--held-out", type=cli.positive, default=500, help="of a task, at most (default 500)")
+    add("--serving-batch", type=cli.positive, default=32, help="requests of a batch that is served (default 32)")
     add("--rounds", type=cli.positive, default=5, help="of the requests that are served and timed (default 5)")
     demo.set_defaults(run=lambda arguments: cli.guarded(_demo, arguments))
 
@@ -65,16 +66,16 @@ def _named(argument):
 
 
 def _add_options(parser, *, output, steps, lr):
-    cli.add_common_options(parser, output=output, epochs=None, batch_size=32, lr=lr, weight_decay=0.01)
+    cli.add_common_options(parser, output=output, epochs=None, batch_size=16, lr=lr, weight_decay=0.01)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="a masked language model of Hugging Face; default: a small new one")
     add("--steps", type=cli.positive, default=steps, help=f"of each adapter (default {steps})")
-    add("--pretraining-steps", type=cli.positive, default=1500, metavar="STEPS", help="of a new model (default 1500)")
-    add("--pretraining-lr", type=cli.positive_float, default=2e-3, help="of a new model (default 2e-3)")
+    add("--pretraining-steps", type=cli.positive, default=4000, metavar="STEPS", help="of a new model (default 4000)")
+    add("--pretraining-lr", type=cli.positive_float, default=1e-3, help="of a new model (default 1e-3)")
     add("--hidden-size", type=cli.positive, default=128, help="of a new model (default 128)")
-    add("--layers", type=cli.positive, default=3, help="of a new model (default 3)")
+    add("--layers", type=cli.positive, default=2, help="of a new model (default 2)")
     add("--vocab-size", type=cli.positive, default=4096, help="of a new model (default 4096)")
-    add("--max-length", type=cli.positive, default=64, help="tokens of a text (default 64)")
+    add("--max-length", type=cli.positive, default=48, help="tokens of a text (default 48)")
 
 
 def _begin(arguments):
@@ -166,21 +167,27 @@ def _demo(arguments):
 
     import torch
 
+    from ..models import InputError
     from ..models.adapterhub import AdapterHub
     from ..models.registry import write_atomically
     from ..modules.composition import Fuse
     from . import adapters, text
     from .data import python_text
-    from .data.text import load_tasks
+    from .data.text import TextTask, read_file
 
     _begin(arguments)
     output, device = arguments.output, cli.device_of(arguments)
-    python_text.write(output / "data", arguments.seed, most=arguments.examples, held_out=arguments.held_out)
-    names = None if arguments.tasks is None else [name.strip() for name in arguments.tasks.split(",")]
-    tasks = load_tasks(output / "data", names)
+    data = output / "data"
+    known = python_text.write(data, arguments.seed, most=arguments.examples, held_out=arguments.held_out)
+    names = list(known) if arguments.tasks is None else [name.strip() for name in arguments.tasks.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"--tasks has {unknown[0]!r}; allowed are {', '.join(known)}")
+    tasks = {
+        name: TextTask(name, read_file(data / name / "train.jsonl"), read_file(data / name / "dev.jsonl")) for name in names
+    }
     for task in tasks.values():
         print(f"{task.name}: {len(task.training)} examples to train on, {len(task.dev)} held out")
-    backbone, tokens = _backbone(arguments, [output / "data" / python_text.SENTENCES])
+    backbone, tokens = _backbone(arguments, [data / python_text.SENTENCES])
     classes = {name: adapters.classes_of(task.training + task.dev) for name, task in tasks.items()}
     splits = {
         name: [adapters.pairs_of(part, classes[name], tokens, arguments.max_length) for part in (task.training, task.dev)]
@@ -237,13 +244,14 @@ def _demo(arguments):
     for name in tasks:
         hub.load_adapter(output / ADAPTER / name)
     hub.model.eval()
-    requests = adapters.Requests(hub, {name: parts[1] for name, parts in splits.items()}, arguments.batch_size, arguments.seed)
+    served_batch, seed = arguments.serving_batch, arguments.seed
+    requests = adapters.Requests(hub, {name: parts[1] for name, parts in splits.items()}, served_batch, seed, device)
     difference, served = requests.check()
     rates = requests.rates(arguments.rounds)
     notes = {m: f"{count:>9,} parameters trained a task, {seconds[m]:.0f} s" for m, count in parameters.items()}
     print(f"\n{text.comparison_table(rows, notes)}")
     print("backbone and adapters that were frozen are the same to the bit")
-    print(f"\n{requests.size} requests of all tasks, batches of {arguments.batch_size}, adapters and heads read from folders")
+    print(f"\n{requests.size} requests of all tasks, batches of {served_batch}, adapters and heads read from folders")
     print(f"accuracy {', '.join(f'{name} {value:.1%}' for name, value in served.items())}")
     print(f"logits of a mixed batch are those of each task alone to {difference:.1e}; rows a second:")
     print("\n".join(f"{way:<28}{rate:>8.0f}" for way, rate in rates.items()))

@@ -253,8 +253,10 @@ def test_messages(languages, change, message, tmp_path, capsys):
     assert message in error and error.count("\n") == 1, error
 
 
-def test_more_messages(languages, demo, tmp_path, capsys):
+def test_more_messages(languages, demo, tmp_path, capsys, few_files):
     folder, _, command = demo
+    assert main([*command, "--tasks", "kind,colour", "--output", str(tmp_path)]) == 2
+    assert "--tasks has 'colour'; allowed are cloze, kind, spell, topic, verb" in capsys.readouterr().err
     model = ["--model", str(folder / "backbone"), "--output", str(tmp_path)]
     assert main([*mad_x(languages, "--max-length", "17"), *model]) == 2
     assert "--max-length is 17" in capsys.readouterr().err
