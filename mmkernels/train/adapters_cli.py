@@ -12,13 +12,13 @@ COMMONEST, TASK = "commonest answer", "task"
 def add_systems(systems) -> None:
     """Adds the trainings of adapters to the systems of `train`."""
     demo = systems.add_parser("adapters-demo", help="adapters and their fusion for five tasks of text that comes with Python")
-    _add_options(demo, output="runs/adapters-demo", steps=500, lr=2e-3)
+    _add_options(demo, output="runs/adapters-demo", steps=500, lr=5e-3)
     add = demo.add_argument
     add("--tasks", metavar="A,B", help="of cloze, kind, spell, topic, verb (default all)")
-    add("--adapter", default="seq_bn", metavar="PRESET", help="of the adapters (default seq_bn, Pfeiffer's)")
-    add("--reduction", type=cli.positive, default=4, help="channels over bottleneck (default 4)")
-    add("--fusion-lr", type=cli.positive_float, default=1e-3, help="of AdapterFusion (default 1e-3)")
-    add("--full-lr", type=cli.positive_float, default=5e-4, help="of full fine-tuning (default 5e-4)")
+    add("--adapter", default="double_seq_bn", metavar="PRESET", help="of the adapters (default double_seq_bn)")
+    add("--reduction", type=cli.positive, default=2, help="channels over bottleneck (default 2)")
+    add("--fusion-lr", type=cli.positive_float, default=2e-3, help="of AdapterFusion (default 2e-3)")
+    add("--full-lr", type=cli.positive_float, default=1e-3, help="of full fine-tuning (default 1e-3)")
     add("--examples", type=cli.positive, default=30_000, help="of a task, at most (default 30000)")
     add("--held-out", type=cli.positive, default=500, help="of a task, at most (default 500)")
     add("--serving-batch", type=cli.positive, default=32, help="requests of a batch that is served (default 32)")

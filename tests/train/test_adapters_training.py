@@ -285,6 +285,19 @@ def test_logits_of_masked_tokens_alone(demo):
     assert masked_lm.loss(model, nothing) == 0.0
 
 
+def test_held_out_blocks(tmp_path):
+    (tmp_path / "text").write_text("1 2 3 4 5 6 7 8 9")
+    masking = masked_lm.Masking(mask_id=0, vocab_size=10)
+
+    def texts(length):
+        return masked_lm.TextBlocks([tmp_path / "text"], lambda line: list(map(int, line.split())), length, masking)
+
+    training, held_out = texts(2).split(0.3)
+    assert training.blocks.tolist() == [[1, 2], [3, 4], [5, 6]] and held_out.blocks.tolist() == [[7, 8]]
+    with pytest.raises(InputError, match="the texts fill 1 blocks"):
+        texts(9).split(0.3)
+
+
 # --- Messages of programs ----------------------------------------------------------------------------------------------------
 
 
