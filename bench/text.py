@@ -181,8 +181,13 @@ def allowed_error(problem: Text, what: str, same: float) -> float:
         # Rounding turns ReLUs on and off: a share of units in the order of eps, so that norms move by its root.
         return max(same, KINKS * torch.finfo(problem.torch_dtype).eps ** 0.5)
     if what.startswith("gradient"):
-        return 8 * allowed_error(problem, "typical gradient", same)  # a weight may meet one that matters much to it
+        return max(same, one_kink(problem.torch_dtype))
     return TIES if problem.beams > 1 else same
+
+
+def one_kink(dtype: torch.dtype) -> float:
+    """What the relative error of a gradient may be that meets a ReLU which rounding has switched, and which matters much."""
+    return 8 * KINKS * torch.finfo(dtype).eps ** 0.5
 
 
 def lost_by_tokens(problem: Text, inputs, tokens: torch.Tensor, exact: torch.Tensor) -> float:
