@@ -1,12 +1,8 @@
 """Tiny models: one thread is faster than several that wait for each other."""
 
-import sysconfig
-from pathlib import Path
-
+import docstring_files
 import pytest
 import torch
-
-from mmkernels.train.data import python_text
 
 
 @pytest.fixture(autouse=True)
@@ -17,16 +13,7 @@ def one_thread():
     torch.set_num_threads(previous)
 
 
-def part_of_the_library(monkeypatch):
-    """Python's docstrings are those of some packages of the standard library."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    monkeypatch.setattr(
-        python_text,
-        "roots",
-        lambda: {f"{name}/": library / name for name in ("asyncio", "email", "importlib", "unittest", "xml")},
-    )
-
-
 @pytest.fixture
 def few_files(monkeypatch):
-    part_of_the_library(monkeypatch)
+    """Python's docstrings are those of some packages."""
+    docstring_files.few(monkeypatch)

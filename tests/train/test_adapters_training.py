@@ -4,6 +4,7 @@ import json
 import random
 import struct
 
+import docstring_files
 import pytest
 import torch
 from test_resume import content
@@ -58,13 +59,11 @@ def demo(tmp_path_factory):
     import contextlib
     import io
 
-    from conftest import part_of_the_library
-
     folder = tmp_path_factory.mktemp("demo")
     command = ["train", "adapters-demo", *SIZES, "--tasks", ",".join(TASKS), "--examples", "300", "--held-out", "30"]
     command += ["--rounds", "1", "--reduction", "4"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        part_of_the_library(patch)
+        docstring_files.few(patch)
         torch.set_num_threads(1)
         assert main([*command, "--output", str(folder)]) == 0
     return folder, printed.getvalue(), command
