@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..models.adapterhub import AdapterHub, set_hub_backend
+from ..models.adapterhub import AdapterHub
 from ..models.registry import InputError, require
+from ..modules.backend import set_backend
 from ..modules.composition import BatchSplit, MultiTask
 from . import masked_lm, text, tokenizer
 from .classification import png
@@ -214,14 +215,14 @@ class Requests:
         times, backend = {way: [] for way in ways}, self.hub.backend
         for turn in range(rounds + 1):
             for way, (serve, batches) in ways.items():
-                set_hub_backend(self.hub, "eager" if way == LOOP else backend)
+                set_backend(self.hub.model, "eager" if way == LOOP else backend)
                 begin = time.perf_counter()
                 for batch in batches:
                     logits = serve(batch)
                 float(next(iter(logits.values())).sum())  # a GPU is done
                 if turn:  # the first one warms up
                     times[way].append(time.perf_counter() - begin)
-        set_hub_backend(self.hub, backend)
+        set_backend(self.hub.model, backend)
         return {way: self.size / statistics.median(seconds) for way, seconds in times.items()}
 
 

@@ -191,14 +191,15 @@ def _train(arguments, load_data):
 @contextlib.contextmanager
 def resumable(arguments, folder):
     """Keeps other trainings out of `folder` and does with the one in it what --restart and --resume say."""
-    from ..models import InputError, adapterhub
+    from ..models import InputError
+    from ..models.adapterhub.folders import FILES
     from . import checkpoint, classification, loop, tokenizer
 
     with checkpoint.locked(folder):
         if arguments.restart:
             # The results as well: a folder with files of two trainings would be taken for a finished one.
             weights = ("config.json", "model.safetensors", loop.BEST, checkpoint.NAME, *tokenizer.FILES)
-            adapters = (name for names in adapterhub.FILES.values() for name in names)
+            adapters = (name for names in FILES.values() for name in names)
             for name in (classification.TASK, classification.CURVE, *weights, *adapters):
                 (folder / name).unlink(missing_ok=True)
         found = checkpoint.read_state(folder)
