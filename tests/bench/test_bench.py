@@ -52,8 +52,8 @@ def test_ids_are_unique_and_passes_known(preset):
     ids = [case.id for case in cases]
     assert len(set(ids)) == len(ids)
     assert {case.pass_ for case in cases} <= set(registry.PASSES)
-    others = {"fusion_layer", "mbt", "hypergrid_t5", "conditional_attention", "ca_mtl_layer"} if preset != "quick" else set()
-    assert {case.problem.op for case in cases} == {*ops.EXPLAINERS, *others}
+    others = {"fusion_layer", "mbt", "hypergrid_t5", "conditional_attention", "ca_mtl_layer", "adapted_layer"}
+    assert {case.problem.op for case in cases} == {*ops.EXPLAINERS, *(others if preset != "quick" else ())}
 
 
 def test_select_names_what_is_wrong():
