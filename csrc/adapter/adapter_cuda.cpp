@@ -259,42 +259,54 @@ Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, Optiona
     call.held.push_back(empty(x, sizes, ScalarType::Float));
     return needed ? floats(call.held.back()) : nullptr;
   };
-  dout = torch::stable::contiguous(dout), statistics = torch::stable::contiguous(statistics);
-  d.by_vector = d.by_vector && aligned(dout.const_data_ptr());
-  d.dout = dout.const_data_ptr(), d.statistics = floats(statistics);
-  call.choose_tile(true, "adapter_bwd");
-  if (index) call.group(x, device.stream, "adapter_bwd");
-  const int64_t tiles = call.pieces(d.tile, d.adapters + 2);
-  const bool want_norm = want(kNorm) || want(kNormBias), want_out = want(kOut) || want(kOutBias);
-  d.norm_sums = numbers(want_norm, {2, tiles, c}), d.out_sums = numbers(want_out, {2, tiles, c});
-  const Tensor hidden = empty(x, {d.rows, r}, call.type), dhidden = empty(x, {d.rows, r}, call.type);
-  d.hidden = hidden.mutable_data_ptr(), d.dhidden = dhidden.mutable_data_ptr();
-  const Tensor dy = out_weight && !want(kResidual) ? empty(x, rows, call.type) : grads[kResidual];
-  if (out_weight) d.dy = dy.mutable_data_ptr();
-  if (want(kResidual) && !out_weight) torch::stable::copy_(grads[kResidual], dout);
-  d.dx = pointer(kX), d.dinput = pointer(kInput);
-  d.dgate = numbers(want(kGate), {call.batch, d.length});
-  const Tensor dgate = call.held.back();
-  check_blocks(tiles, "adapter_bwd");
-  check_launch(mmk_adapter_backward(call.dtype, &d, tiles, device.stream), "adapter_bwd");
-  const auto sum = [&](const float* sums, int i) {
-    if (want(i))
-      check_launch(mmk_sum_rows(sums, floats(grads[i]), 1, tiles, c, nullptr, 1, device.stream), "adapter_bwd");
-  };
-  sum(d.norm_sums, kNorm), sum(d.norm_sums + tiles * c, kNormBias);
-  sum(d.out_sums, kOut), sum(d.out_sums + tiles * c, kOutBias);
   const auto sum_over = [](const Tensor& t, std::vector<int64_t> dims) {
     return torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(dims.data(), dims.size()), true);
   };
-  if (want(kGate)) grads[kGate] = gate->dim() == 2 ? dgate : torch::stable::squeeze(sum_over(dgate, {1}), 1);
-  if (!(want(kDown) || want(kDownBias) || want(kUp) || want(kUpBias) || want(kScale))) return result();
+  dout = torch::stable::contiguous(dout), statistics = torch::stable::contiguous(statistics);
+  d.by_vector = d.by_vector && aligned(dout.const_data_ptr());
+  d.dout = dout.const_data_ptr(), d.statistics = floats(statistics);
+  if (index) call.group(x, device.stream, "adapter_bwd");
+  const bool want_norm = want(kNorm) || want(kNormBias), want_out = want(kOut) || want(kOutBias);
+  const bool want_weights = want(kDown) || want(kDownBias) || want(kUp) || want(kUpBias) || want(kScale);
+  const bool one_pass =
+      (d.tile = !want_norm && !want_out && !want(kInput) && !want(kGate) ? mmk_adapter_cluster_tile(call.dtype, &d)
+                                                                         : 0) != 0;
+  if (!one_pass) call.choose_tile(true, "adapter_bwd");
+  d.dx = pointer(kX), d.dinput = pointer(kInput);
+  if (want(kResidual) && !out_weight) torch::stable::copy_(grads[kResidual], dout);
+  if (out_weight) d.dy = pointer(kResidual);
 
-  if (!out_weight) d.dy = const_cast<void*>(d.dout);
-  // As many parts as occupy the device twice.
-  const int64_t width = call.dtype == Dtype::fp32 ? 32 : 64, weight_tiles = ceil_div(c, width) * ceil_div(r, width);
-  const int64_t wish = std::max<int64_t>(1, ceil_div(2 * std::max(1, mmk_multiprocessors()), weight_tiles));
-  d.part = 64 * std::max<int64_t>(1, ceil_div(d.rows, 64 * wish));
-  d.parts = call.pieces(d.part, d.adapters);
+  if (!one_pass) {
+    const int64_t tiles = call.pieces(d.tile, d.adapters + 2);
+    d.norm_sums = numbers(want_norm, {2, tiles, c}), d.out_sums = numbers(want_out, {2, tiles, c});
+    const auto space = [&](const std::vector<int64_t>& sizes) {
+      call.held.push_back(empty(x, sizes, call.type));
+      return call.held.back().mutable_data_ptr();
+    };
+    d.hidden = space({d.rows, r}), d.dhidden = space({d.rows, r});
+    if (out_weight && !d.dy) d.dy = space(rows);
+    d.dgate = numbers(want(kGate), {call.batch, d.length});
+    const Tensor dgate = call.held.back();
+    check_blocks(tiles, "adapter_bwd");
+    check_launch(mmk_adapter_backward(call.dtype, &d, tiles, device.stream), "adapter_bwd");
+    const auto sum = [&](const float* sums, int i) {
+      if (want(i))
+        check_launch(mmk_sum_rows(sums, floats(grads[i]), 1, tiles, c, nullptr, 1, device.stream), "adapter_bwd");
+    };
+    sum(d.norm_sums, kNorm), sum(d.norm_sums + tiles * c, kNormBias);
+    sum(d.out_sums, kOut), sum(d.out_sums + tiles * c, kOutBias);
+    if (want(kGate)) grads[kGate] = gate->dim() == 2 ? dgate : torch::stable::squeeze(sum_over(dgate, {1}), 1);
+    if (!want_weights) return result();
+    if (!out_weight) d.dy = const_cast<void*>(d.dout);
+  }
+
+  // As many parts as occupy the device twice; in one pass as there are clusters, twice as many where adapters differ.
+  const int64_t processors = std::max(1, mmk_multiprocessors()), width = call.dtype == Dtype::fp32 ? 32 : 64;
+  const int64_t wish = one_pass ? std::max<int64_t>(1, processors / 4) * (index ? 2 : 1)
+                                : ceil_div(2 * processors, ceil_div(c, width) * ceil_div(r, width));
+  const int64_t step = one_pass ? d.tile : 64;
+  d.part = step * ceil_div(d.rows, step * wish);
+  d.parts = call.pieces(d.part, one_pass ? d.adapters + 2 : d.adapters);
   d.down_parts = numbers(want(kDown), {d.parts, r, c}), d.bias_parts = numbers(want(kDownBias), {d.parts, r});
   d.up_parts = numbers(want(kUp) || want(kScale), {d.parts, c, r});
   d.dl_parts = numbers(want(kUpBias) || want(kScale), {d.parts, c});
@@ -302,7 +314,9 @@ Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, Optiona
   d.dw_down = pointer(kDown), d.dw_up = pointer(kUp), d.db_down = made(kDownBias), d.db_up = made(kUpBias);
   d.dscale = numbers(want(kScale), {d.adapters, c});
   Tensor dscale = call.held.back();
-  check_launch(mmk_adapter_weights(call.dtype, &d, device.stream), "adapter_bwd");
+  const auto start = one_pass ? mmk_adapter_cluster_backward : mmk_adapter_weights;
+  check_launch(start(call.dtype, &d, device.stream), "adapter_bwd");
+  check_launch(mmk_adapter_sums(call.dtype, &d, device.stream), "adapter_bwd");
   if (want(kScale)) {
     std::vector<int64_t> shared;
     for (int i = 0; i < 2; ++i)

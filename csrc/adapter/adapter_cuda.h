@@ -60,7 +60,13 @@ int64_t shared_bytes(Dtype dtype, int channels, int bottleneck, int tile, bool r
 extern "C" {
 int mmk_adapter_forward(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, int64_t tiles, void* stream);
 int mmk_adapter_backward(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, int64_t tiles, void* stream);
+// The parts' sums, and the sums of an adapter's parts.
 int mmk_adapter_weights(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, void* stream);
+int mmk_adapter_sums(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, void* stream);
+// Rows of a tile of the backward in one pass, by clusters of multiprocessors; 0 where it does not serve.
+int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter);
+// dx, dy and the parts' sums.
+int mmk_adapter_cluster_backward(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, void* stream);
 // Where groups begin (A + 3) and the items in their order.
 int mmk_adapter_group(const int64_t* index, int64_t count, int adapters, int* begins, int* order, void* stream);
 }

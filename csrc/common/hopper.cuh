@@ -123,6 +123,14 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same place in the shared memory of another block of the cluster, or of this one.
+template <class Type>
+__device__ __forceinline__ Type* of_rank(Type* p, int rank) {
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
+  return reinterpret_cast<Type*>(there);
+}
+
 // What mbarrier_init has written may be used by the cluster and by copies once others know of it.
 __device__ __forceinline__ void mbarrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 

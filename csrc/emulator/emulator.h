@@ -351,6 +351,10 @@ inline void copy_box_to_cluster(void* shared, const TensorMap& map, int i0, int 
   }
 }
 inline int cluster_rank() { return emulator::cluster_rank(); }
+template <class Type>
+Type* of_rank(Type* p, int rank) {
+  return static_cast<Type*>(const_cast<void*>(emulator::of_rank(p, rank)));
+}
 inline void cluster_sync(MMK_WHERE) { emulator::cluster_barrier(where); }
 inline void mbarrier_fence() {}
 inline void mbarrier_arrive_at(uint64_t* barrier, int rank, MMK_WHERE) {

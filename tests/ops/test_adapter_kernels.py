@@ -101,3 +101,52 @@ def test_the_widest_bottlenecks(on, generator):
         tensors = make(generator, (1, 1, 24), bottleneck + 1, dtype)
         with pytest.raises(BackendError, match=f"the bottleneck has {bottleneck + 1} columns, it takes up to {bottleneck}"):
             adapter(**tensors, backend="cuda")
+
+
+# What the backward in one pass serves: places of one norm, of two and of none; channels of one block of the cluster and of
+# four that end anywhere; bottlenecks of one and of four sixteens; rows of one tile, of several, in parts.
+ONE_PASS = {
+    "alone": ((1, 150, 264), 48, dict(terms=("x",))),
+    "no residual": ((1, 9, 8), 3, {}),
+    "Houlsby": ((2, 41, 72), 12, dict(norms="out", terms=("x", "extra"))),
+    "Pfeiffer": ((2, 41, 136), 20, dict(norms="in out", terms=("x", "input_residual"))),
+    "a norm before": ((1, 70, 200), 64, dict(norms="in", terms=("x", "input_residual"), biases=False)),
+    "wide rows": ((1, 33, 1024), 64, dict(norms="in out", terms=("x", "input_residual"))),
+    "bank": ((3, 41, 72), 9, dict(norms="in out", terms=("x", "input_residual"), bank=3, index="rows")),
+}
+
+
+@pytest.mark.parametrize("shared, copies", [(232448, "late"), (120000, "random")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", ONE_PASS)
+def test_backward_in_one_pass(on, generator, monkeypatch, problem, dtype, shared, copies):
+    on("cuda")
+    monkeypatch.setenv("MMKERNELS_EMULATOR_SHARED", str(shared))
+    monkeypatch.setenv("MMKERNELS_EMULATOR_COPIES", copies)
+    shape, bottleneck, made = ONE_PASS[problem]
+    tensors = make(generator, shape, bottleneck, dtype, **made)
+    if "index" in tensors:
+        tensors["index"][0, ::7] = -1
+        tensors["index"][tensors["index"] == 1] = 2
+    frozen = ("norm_weight", "norm_bias", "out_norm_weight", "out_norm_bias")
+    wanted = tuple(n for n in wanted_of(tensors) if n not in frozen)
+    check(generator, tensors, "cuda", wanted, terms=made.get("terms", ()), activation="gelu", scale=0.5)
+
+
+def test_one_pass_repeats_to_the_bit(on, generator, monkeypatch):
+    """Whatever order warps and copies come in; compute capability 8 has the other kernels, which round elsewhere."""
+    on("cuda")
+    made = dict(norms="in out", terms=("x", "input_residual"), bank=2, index="rows")
+    tensors = make(generator, (2, 75, 136), 20, torch.bfloat16, **made)
+    cotangent = torch.randn(2, 75, 136, generator=generator).bfloat16()
+    names = ("x", "input_residual", "w_down", "b_down", "w_up", "b_up")
+
+    def gradients(**environment):
+        with monkeypatch.context() as patched, testing.poisoned_memory():
+            for name, value in environment.items():
+                patched.setenv(f"MMKERNELS_EMULATOR_{name}", str(value))
+            return testing.run(adapter, tensors, names, cotangent, backend="cuda", terms=made["terms"]).gradients
+
+    first, second, other = gradients(), gradients(SEED=7, COPIES="random"), gradients(CAPABILITY=8)
+    assert all(torch.equal(first[name], second[name]) for name in names)
+    assert not all(torch.equal(first[name], other[name]) for name in names)

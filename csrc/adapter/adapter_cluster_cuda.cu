@@ -1,0 +1,664 @@
+// The backward of adapters with a narrow bottleneck in one pass over the rows, for 16-bit rows and compute capability
+// 9.0 and newer. Four blocks are a cluster and share a tile of rows by its channels: each brings its quarter once, and
+// the rows, both weights' quarters and, in registers over all tiles of a part, the quarter of both weights' gradients
+// stay on its multiprocessor. What a row's bottleneck needs of all channels, partial products, passes through the
+// shared memory of the cluster; a block adds them up for a quarter of the tile's rows and tells the others the
+// bottleneck and its gradient. mmkernels/ops/adapter/README.md has the algebra that leaves two such exchanges.
+#include <climits>
+
+#include "adapter/adapter_device.cuh"
+#include "common/hopper.cuh"
+#include "common/tile.cuh"
+
+#if defined(MMK_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#define MMK_CLUSTERS
+#endif
+
+namespace mmk::adapter {
+namespace {
+
+constexpr int kCluster = 4, kThreads = 512, kWarps = kThreads / 32;
+constexpr int kMostRows = 64, kMostHidden = 64, kMostChunks = 4, kChannels = 64;  // channels of a chunk
+
+// Rows of a stage. `kOther` is input_residual or residual, then what y is added.
+enum Slot { kX, kGradient, kOther };
+enum Statistic { kMean, kRstd, kOutMean, kOutRstd, kStatistics };
+// Of a row: what the norms' gradients subtract.
+enum Average { kOutAverage, kOutNormed, kAverage, kAverageNormed, kAverages };
+
+struct Layout {
+  int tile, chunks, wide, slots;  // rows; chunks of a block; the bottleneck in whole sixteens; of Slot
+
+  __host__ __device__ __forceinline__ Layout(const Adapter& d, int tile)
+      : tile(tile),
+        chunks((d.channels + kChannels * kCluster - 1) / (kChannels * kCluster)),
+        wide((d.bottleneck + 15) / 16 * 16),
+        slots(d.out_weight.data || d.input_residual.data ? 3 : 2) {}
+  __host__ __device__ __forceinline__ int pitch() const { return wide + 8; }  // of partial products, in floats
+  __host__ __device__ __forceinline__ int partial_bytes() const { return tile * pitch() * 4; }
+  __host__ __device__ __forceinline__ int rows_bytes() const { return tile * kRowBytes; }
+  __host__ __device__ __forceinline__ int stage_bytes() const { return slots * chunks * rows_bytes(); }
+};
+
+// Shared memory, in bytes. Numbers, offsets and statistics of the rows of this tile and the next two; sums of rows;
+// vectors.
+constexpr int kNumbered = 3;
+constexpr int kNumbers = 0, kStatisticsAt = kNumbers + kNumbered * 3 * kMostRows * 8;
+constexpr int kAveragesAt = kStatisticsAt + kNumbered * kStatistics * kMostRows * 4;
+constexpr int kRowSums = kAveragesAt + kAverages * kMostRows * 4, kHiddenSums = kRowSums + 2 * 2 * kMostRows * 4;
+constexpr int kHiddenVectors = kHiddenSums + 2 * kMostHidden * 4;
+constexpr int kChannelVectors = kHiddenVectors + 3 * kMostHidden * 4;
+constexpr int kPartial = kChannelVectors + 2 * kMostChunks * kChannels * 4;
+
+int64_t bytes_of(const Layout& l) {
+  return kPartial + 2 * l.partial_bytes() + 2 * l.rows_bytes() + int64_t{l.chunks} * (l.wide + kChannels) * kRowBytes +
+         2 * l.stage_bytes();
+}
+
+#ifdef MMK_CLUSTERS
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int bits = 1; bits < 32; bits *= 2) x += __shfl_xor_sync(0xffffffffu, x, bits);
+  return x;
+}
+
+template <class T>
+struct Pass {
+  static constexpr int V = kWide<T>, kSteps = kMostHidden / 16;
+  const Adapter& d;
+  const Layout l;
+  int rank, part, adapter, first_channel, numbered = 0;  // numbered: of the numbers of this tile
+  int64_t begin, end;
+  bool known, normed, out_normed;
+  int lane, warp;
+  int64_t* numbers;
+  float *statistics, *averages, *row_sums, *hidden_sums, *hidden_vectors, *channel_vectors, *partial;
+  unsigned char *hidden, *dhidden, *down, *up, *stages, *here;
+
+  __device__ __forceinline__ Pass(const Adapter& d) : d(d), l(d, d.tile) {
+    unsigned char* shared = shared_memory();
+    rank = ptx::cluster_rank(), part = blockIdx.x / kCluster;
+    lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (d.mode == Mode::grouped) {
+      const Piece piece = find(d.begins, d.adapters + 2, d.group_rows, d.part, part);
+      adapter = piece.group, begin = piece.begin, end = piece.end;
+    } else {
+      adapter = 0, begin = part * d.part, end = min(begin + d.part, d.rows);
+    }
+    known = adapter < d.adapters, normed = d.norm_weight.data, out_normed = d.out_weight.data;
+    first_channel = rank * l.chunks * kChannels;
+    numbers = reinterpret_cast<int64_t*>(shared + kNumbers);
+    statistics = reinterpret_cast<float*>(shared + kStatisticsAt);
+    averages = reinterpret_cast<float*>(shared + kAveragesAt);
+    row_sums = reinterpret_cast<float*>(shared + kRowSums);
+    hidden_sums = reinterpret_cast<float*>(shared + kHiddenSums);
+    hidden_vectors = reinterpret_cast<float*>(shared + kHiddenVectors);
+    channel_vectors = reinterpret_cast<float*>(shared + kChannelVectors);
+    partial = reinterpret_cast<float*>(shared + kPartial);
+    hidden = shared + kPartial + 2 * l.partial_bytes();
+    dhidden = hidden + l.rows_bytes();
+    down = dhidden + l.rows_bytes();
+    up = down + l.chunks * l.wide * kRowBytes;
+    stages = up + l.chunks * kChannels * kRowBytes;
+    here = stages;
+  }
+
+  __device__ __forceinline__ unsigned char* down_chunk(int k) const { return down + k * l.wide * kRowBytes; }
+  __device__ __forceinline__ unsigned char* up_chunk(int k) const { return up + k * kChannels * kRowBytes; }
+  __device__ __forceinline__ unsigned char* chunk(Slot slot, int k) const {
+    return here + (slot * l.chunks + k) * l.rows_bytes();
+  }
+  __device__ __forceinline__ int64_t number(int row) const { return numbers[numbered * 3 * kMostRows + row]; }
+  __device__ __forceinline__ float statistic(Statistic which, int row) const {
+    return statistics[(numbered * kStatistics + which) * kMostRows + row];
+  }
+  __device__ __forceinline__ float& average(Average which, int row) const { return averages[which * kMostRows + row]; }
+
+  // body(k, row, c, piece) for the pieces of a tile that this thread has; c may lie behind the last channel.
+  template <class Body>
+  __device__ __forceinline__ void each_piece(Body body) const {
+    for (int i = threadIdx.x; i < l.chunks * l.tile * kPieces; i += kThreads) {
+      const int k = i / kPieces / l.tile, row = i / kPieces % l.tile, piece = i % kPieces;
+      body(k, row, first_channel + k * kChannels + piece * V, piece);
+    }
+  }
+
+  // --- Weights and vectors, once a part ---
+
+  // The quarter of both weights; W_down times the norm's gain, so that it is a product of normalised rows.
+  __device__ __forceinline__ void load_weights() const {
+    const int64_t own = known ? int64_t{adapter} * d.bottleneck * d.channels : 0;
+    const T *w_down = static_cast<const T*>(d.w_down) + own, *w_up = static_cast<const T*>(d.w_up) + own;
+    for (int i = threadIdx.x; i < l.chunks * l.wide * kPieces; i += kThreads) {
+      const int k = i / kPieces / l.wide, j = i / kPieces % l.wide, piece = i % kPieces;
+      const int c = first_channel + k * kChannels + piece * V;
+      float w[V] = {};
+      if (known && j < d.bottleneck && c < d.channels) {
+        load_piece<T, V>(w, w_down + int64_t{j} * d.channels + c, V, true);
+        if (normed) {
+          float gain[V];
+          load_parameter<T, V>(gain, d.norm_weight, c, V, true);
+#pragma unroll
+          for (int e = 0; e < V; ++e) w[e] *= gain[e];
+        }
+      }
+      store_elements<T, V>(reinterpret_cast<T*>(down_chunk(k) + j * kRowBytes) + piece * V, 0, w);
+    }
+    const bool whole = d.bottleneck % V == 0 && reinterpret_cast<uint64_t>(w_up) % 16 == 0;
+    for (int i = threadIdx.x; i < l.chunks * kChannels * kPieces; i += kThreads) {
+      const int row = i / kPieces, j = i % kPieces * V, c = first_channel + row;
+      float w[V] = {};
+      if (known && c < d.channels && j < d.bottleneck)
+        load_piece<T, V>(w, w_up + int64_t{c} * d.bottleneck + j, d.bottleneck - j >= V ? V : d.bottleneck - j, whole);
+      store_elements<T, V>(reinterpret_cast<T*>(up + row * kRowBytes) + j, 0, w);
+    }
+    for (int i = threadIdx.x; i < l.chunks * kChannels; i += kThreads) {
+      const int c = first_channel + i;
+      const bool inside = c < d.channels;
+      up_bias(i) =
+          known && inside && d.b_up.data ? parameter<T>(d.b_up, int64_t{adapter} * d.channels + c) * d.factor : 0.0f;
+      out_gain(i) = inside && out_normed ? parameter<T>(d.out_weight, c) : 0.0f;
+    }
+    __syncthreads();
+    // Sums over channels, of this quarter: of W_down times the norm's bias, and of W_down as it lies here.
+    for (int j = warp; j < l.wide; j += kWarps) {
+      float of_bias = 0.0f, of_weight = 0.0f;
+      for (int i = lane; normed && i < l.chunks * kChannels; i += 32) {
+        const int c = first_channel + i;
+        if (!known || j >= d.bottleneck || c >= d.channels) continue;
+        const T* row = reinterpret_cast<const T*>(down_chunk(i / kChannels) + j * kRowBytes);
+        of_weight += to_float(row[i % kChannels]);
+        if (d.norm_bias.data) of_bias += to_float(w_down[int64_t{j} * d.channels + c]) * parameter<T>(d.norm_bias, c);
+      }
+      of_bias = sum_of_warp(of_bias), of_weight = sum_of_warp(of_weight);
+      if (lane == 0) hidden_sums[j] = of_bias, hidden_sums[kMostHidden + j] = of_weight;
+    }
+    ptx::cluster_sync();
+    if (const int j = threadIdx.x; j < l.wide) {
+      const bool has_bias = known && d.b_down.data && j < d.bottleneck;
+      float bias = has_bias ? parameter<T>(d.b_down, int64_t{adapter} * d.bottleneck + j) : 0.0f, weight = 0.0f;
+#pragma unroll
+      for (int r = 0; r < kCluster; ++r) {
+        const float* other = ptx::of_rank(hidden_sums, r);
+        bias += other[j], weight += other[kMostHidden + j];
+      }
+      down_bias(j) = bias, down_sum(j) = weight;
+    }
+  }
+  __device__ __forceinline__ float& up_bias(int channel) const { return channel_vectors[channel]; }  // times factor
+  __device__ __forceinline__ float& out_gain(int channel) const {
+    return channel_vectors[kMostChunks * kChannels + channel];
+  }
+  __device__ __forceinline__ float& down_bias(int j) const { return hidden_vectors[j]; }
+  __device__ __forceinline__ float& down_sum(int j) const { return hidden_vectors[kMostHidden + j]; }
+  __device__ __forceinline__ float& dz_total(int j) const { return hidden_vectors[2 * kMostHidden + j]; }
+
+  // --- Rows ---
+
+  __device__ __forceinline__ const RowTensor& other() const {
+    return d.input_residual.data ? d.input_residual : d.residual;
+  }
+
+  // A row of a tile to come, looked up early and noted late: memory is far.
+  struct Row {
+    int64_t m = -1;
+    float found[kStatistics] = {};
+  };
+  __device__ __forceinline__ Row look_up(int64_t first) const {
+    Row row;
+    const int64_t p = first + threadIdx.x;
+    if (threadIdx.x >= l.tile || p >= end) return row;
+    row.m = row_of(d, p);
+    const float* from = d.statistics + row.m;
+    if (normed) row.found[kMean] = from[0], row.found[kRstd] = from[d.rows], from += 2 * d.rows;
+    if (out_normed) row.found[kOutMean] = from[0], row.found[kOutRstd] = from[d.rows];
+    return row;
+  }
+  __device__ __forceinline__ void note(const Row& row, int numbered) const {
+    if (threadIdx.x >= l.tile) return;
+    int64_t* to = numbers + numbered * 3 * kMostRows + threadIdx.x;
+    to[0] = row.m;
+    to[kMostRows] = row.m < 0 ? 0 : offset(d, d.x, row.m);
+    to[2 * kMostRows] = row.m < 0 || !other().data ? 0 : offset(d, other(), row.m);
+#pragma unroll
+    for (int i = 0; i < kStatistics; ++i)
+      statistics[(numbered * kStatistics + i) * kMostRows + threadIdx.x] = row.found[i];
+  }
+
+  // Starts the copies of a stage's rows; zeros where there is nothing.
+  __device__ __forceinline__ void copy_rows(int stage, int numbered) const {
+    unsigned char* to = stages + stage * l.stage_bytes();
+    const int64_t* rows = numbers + numbered * 3 * kMostRows;
+    const bool with_other = l.slots == 3 && other().data;
+    each_piece([&](int k, int row, int c, int piece) {
+      const bool inside = rows[row] >= 0 && c < d.channels;
+      const int bytes = inside ? 16 : 0, at = k * l.rows_bytes() + row * kRowBytes + piece * 16;
+      const T *x = static_cast<const T*>(d.x.data), *dout = static_cast<const T*>(d.dout);
+      ptx::cp_async<16>(to + at, inside ? x + rows[kMostRows + row] + c : x, bytes);
+      ptx::cp_async<16>(to + l.chunks * l.rows_bytes() + at, inside ? dout + rows[row] * d.channels + c : dout, bytes);
+      if (!with_other) return;
+      const T* data = static_cast<const T*>(other().data);
+      ptx::cp_async<16>(to + 2 * l.chunks * l.rows_bytes() + at, inside ? data + rows[2 * kMostRows + row] + c : data,
+                        bytes);
+    });
+    ptx::cp_async_commit();
+  }
+
+  // x becomes s, normalised if there is a norm; the other rows what y is added; dout is multiplied by the second norm's
+  // gain g, and of it come the sums of g dout and of g dout times what of y is known.
+  __device__ __forceinline__ void prepare() const {
+    float of_gradient = 0.0f, of_product = 0.0f;
+    const bool input = d.input_residual.data, added = d.residual.data && !input;
+    each_piece([&](int k, int row, int c, int piece) {
+      if (c >= d.channels || number(row) < 0) return;
+      const int at = row * kRowBytes + piece * 16;
+      T *x = reinterpret_cast<T*>(chunk(kX, k) + at), *gradient = reinterpret_cast<T*>(chunk(kGradient, k) + at);
+      T* beside = reinterpret_cast<T*>(chunk(kOther, k) + at);
+      float s[V], rest[V] = {};
+      load_piece<T, V>(s, x, V, true);
+      if (input || added) load_piece<T, V>(rest, beside, V, true);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (input) s[e] = to_float(from_float<T>(s[e] + rest[e])), rest[e] = 0.0f;
+        if (d.skip & 1) rest[e] += s[e];
+        if (normed) s[e] = (s[e] - statistic(kMean, row)) * statistic(kRstd, row);
+      }
+      if (input || normed) store_elements<T, V>(x, 0, s);
+      if (!out_normed) return;
+      store_elements<T, V>(beside, 0, rest);
+      float g[V];
+      load_piece<T, V>(g, gradient, V, true);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const int channel = c - first_channel + e;
+        g[e] = to_float(from_float<T>(g[e] * out_gain(channel)));
+        of_gradient += g[e], of_product += g[e] * (rest[e] + up_bias(channel));
+      }
+      store_elements<T, V>(gradient, 0, g);
+    });
+    if (!out_normed) return;
+    of_gradient = sum_of_row(of_gradient), of_product = sum_of_row(of_product);
+    // Two groups of threads have the same rows when a tile has 32.
+    const int row = threadIdx.x / kPieces % l.tile, group = threadIdx.x / kPieces / l.tile;
+    if (threadIdx.x % kPieces == 0) {
+      row_sums[group * 2 * kMostRows + row] = of_gradient;
+      row_sums[(group * 2 + 1) * kMostRows + row] = of_product;
+    }
+  }
+
+  // --- Products ---
+
+  // This quarter's part of x W_down^T (matrix 0) and of dl W_up (matrix 1), from `first` on, into `partial`.
+  __device__ __forceinline__ void multiply_partially(int first) const {
+    const int fragments = l.tile / 16, across = kWarps / ((2 - first) * fragments);
+    const int share = warp % across, row = warp / across % fragments * 16, matrix = first + warp / across / fragments;
+    float acc[2][2][4] = {};
+#pragma unroll 1
+    for (int k = 0; k < l.chunks; ++k) {
+      const unsigned char* rows = chunk(matrix == 0 ? kX : kGradient, k) + row * kRowBytes;
+#pragma unroll
+      for (int s = 0; s < kChunkBytes / 32; ++s) {
+        const Operand<T> a = load_left<T>(rows + s * 32);
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          const int column = (share + q * across) * 16;
+          if (column >= l.wide) continue;
+          uint32_t b[4];
+          if (matrix == 0) {
+            load_right<T, true>(b, down_chunk(k), kRowBytes, column, s);
+          } else {
+            load_right<T, false>(b, up_chunk(k), kRowBytes, column, s);
+          }
+          multiply<T>(acc[q][0], a, b[0], b[1]);
+          multiply<T>(acc[q][1], a, b[2], b[3]);
+        }
+      }
+    }
+    float* to = partial + matrix * l.tile * l.pitch() + (row + lane / 4) * l.pitch() + lane % 4 * 2;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const int column = (share + q * across) * 16;
+      if (column >= l.wide) continue;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        *reinterpret_cast<float2*>(to + column + n * 8) = make_float2(acc[q][n][0], acc[q][n][1]);
+        *reinterpret_cast<float2*>(to + 8 * l.pitch() + column + n * 8) = make_float2(acc[q][n][2], acc[q][n][3]);
+      }
+    }
+  }
+
+  // The cluster's sum of a matrix at a row's columns `lane` and 32 further.
+  __device__ __forceinline__ void gather(float (&to)[2], int matrix, int row) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int j = lane + h * 32;
+      to[h] = 0.0f;
+      if (j >= l.wide) continue;
+#pragma unroll
+      for (int r = 0; r < kCluster; ++r) to[h] += ptx::of_rank(partial, r)[(matrix * l.tile + row) * l.pitch() + j];
+    }
+  }
+
+  // Tells the cluster a row of the bottleneck or of its gradient; returns what it was rounded to.
+  __device__ __forceinline__ void tell(unsigned char* tile, int row, float (&values)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int j = lane + h * 32;
+      const T rounded = from_float<T>(values[h]);
+      values[h] = to_float(rounded);
+      if (j >= l.wide) continue;
+#pragma unroll
+      for (int r = 0; r < kCluster; ++r) reinterpret_cast<T*>(ptx::of_rank(tile, r) + row * kRowBytes)[j] = rounded;
+    }
+  }
+  __device__ __forceinline__ void tell(Average which, int row, float value) const {
+    if (lane < kCluster) ptx::of_rank(averages, lane)[which * kMostRows + row] = value;
+  }
+
+  // dz, from da' and the slope, and what the first norm's gradient subtracts.
+  __device__ __forceinline__ void tell_gradient(int row, const float (&da)[2], const float (&slopes)[2],
+                                                const float (&z)[2], float (&dz_sum)[2]) const {
+    float dz[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) dz[h] = known ? da[h] * d.factor * slopes[h] : 0.0f;
+    tell(dhidden, row, dz);
+    float plain = 0.0f, with_normed = 0.0f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int j = lane + h * 32;
+      dz_sum[h] += dz[h];
+      if (j < l.wide) plain += dz[h] * down_sum(j), with_normed += dz[h] * z[h];
+    }
+    if (!normed) return;
+    const float columns = static_cast<float>(d.channels);
+    tell(kAverage, row, sum_of_warp(plain) / columns);
+    tell(kAverageNormed, row, sum_of_warp(with_normed) / columns);
+  }
+
+  // body(channel of the quarter, row, place in a slot's chunks, two sums) for two neighbouring elements after another
+  // of left (rows, bottleneck) times a weight.
+  template <bool Up, class Body>
+  __device__ __forceinline__ void expand(const unsigned char* left, Body body) const {
+    const int fragments = l.tile / 16, across = kWarps / fragments, row = warp / across * 16;
+    Operand<T> a[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+      if (s * 16 < l.wide) a[s] = load_left<T>(left + row * kRowBytes + s * 32);
+#pragma unroll 1
+    for (int block = warp % across; block < l.chunks * 4; block += across) {
+      const int k = block / 4, column = block % 4 * 16;
+      float acc[2][4] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        if (s * 16 >= l.wide) continue;
+        uint32_t b[4];
+        if constexpr (Up) {
+          load_right<T, true>(b, up_chunk(k), kRowBytes, column, s);
+        } else {
+          load_right<T, false>(b, down_chunk(k), kRowBytes, column, s);
+        }
+        multiply<T>(acc[0], a[s], b[0], b[1]);
+        multiply<T>(acc[1], a[s], b[2], b[3]);
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int m = row + lane / 4 + half * 8, c = column + n * 8 + lane % 4 * 2;
+          const float sums[2] = {acc[n][half * 2], acc[n][half * 2 + 1]};
+          body(k * kChannels + c, m, k * l.rows_bytes() + m * kRowBytes + c * static_cast<int>(sizeof(T)), sums);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_pair(float (&to)[2], Slot slot, int at) const {
+    load_elements<T, 2>(to, reinterpret_cast<const T*>(chunk(slot, 0) + at), 0, 1, true);
+  }
+  __device__ __forceinline__ void store_pair(Slot slot, int at, const float (&from)[2]) const {
+    store_elements<T, 2>(reinterpret_cast<T*>(chunk(slot, 0) + at), 0, from);
+  }
+
+  // The result again, and through its norm: dl.
+  __device__ __forceinline__ void through_norm() const {
+    const float without = adapter == d.adapters ? 0.0f : NAN;
+    expand<true>(hidden, [&](int channel, int row, int at, const float (&sums)[2]) {
+      const bool inside = first_channel + channel < d.channels && number(row) >= 0;
+      const float mean = statistic(kOutMean, row), rstd = statistic(kOutRstd, row);
+      float g[2], rest[2];
+      load_pair(g, kGradient, at), load_pair(rest, kOther, at);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float o = known ? sums[e] * d.factor + up_bias(channel + e) : without;
+        const float y = (o + rest[e] - mean) * rstd;
+        g[e] = (g[e] - average(kOutAverage, row) - y * average(kOutNormed, row)) * rstd;
+        if (!inside) g[e] = 0.0f;
+      }
+      store_pair(kGradient, at, g);
+    });
+  }
+
+  // dx, in the place of x.
+  __device__ __forceinline__ void through_down() const {
+    expand<false>(dhidden, [&](int, int row, int at, const float (&sums)[2]) {
+      float ds[2] = {sums[0], sums[1]}, other[2];
+      if (normed) {
+        load_pair(other, kX, at);
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          ds[e] = (ds[e] - average(kAverage, row) - other[e] * average(kAverageNormed, row)) * statistic(kRstd, row);
+      }
+      if (d.skip & 1) {
+        load_pair(other, kGradient, at);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) ds[e] += other[e];
+      }
+      store_pair(kX, at, ds);
+    });
+  }
+
+  __device__ __forceinline__ void store_rows(void* to, Slot slot) const {
+    each_piece([&](int k, int row, int c, int piece) {
+      const int64_t m = number(row);
+      if (m < 0 || c >= d.channels) return;
+      *reinterpret_cast<uint4*>(static_cast<T*>(to) + m * d.channels + c) =
+          *reinterpret_cast<const uint4*>(chunk(slot, k) + row * kRowBytes + piece * 16);
+    });
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void one_pass(const Adapter& d) {
+  Pass<T> pass(d);
+  const Layout& l = pass.l;
+  if (pass.adapter > d.adapters + 1) return;
+  for (int i = 0; i < 2; ++i) pass.note(pass.look_up(pass.begin + i * l.tile), i);
+  __syncthreads();
+  pass.copy_rows(0, 0);
+  pass.load_weights();
+
+  // A warp's sixteen channels of dz^T u and dl^T a, turned, and the sums of dl.
+  constexpr int kBlocks = kMostHidden / 8;
+  float of_down[kBlocks][4] = {}, of_up[kBlocks][4] = {}, of_dl[4] = {}, dz_sum[2] = {};
+  const uint32_t ones = pack<T>(1.0f, 1.0f);
+  const bool want_up = d.up_parts || d.dl_parts, has_block = pass.warp < l.chunks * 4;
+  const int lane = pass.lane, warp = pass.warp;
+  const float columns = static_cast<float>(d.channels);
+  const int own_row = pass.rank * (l.tile / kCluster) + warp;
+  const bool has_row = warp < l.tile / kCluster;
+
+  int stage = 0;
+#pragma unroll 1
+  for (int64_t first = pass.begin; first < pass.end; first += l.tile, stage ^= 1) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    const int next = (pass.numbered + 1) % kNumbered, last = (pass.numbered + 2) % kNumbered;
+    if (first + l.tile < pass.end) pass.copy_rows(stage ^ 1, next);
+    const auto later = pass.look_up(first + 2 * l.tile);
+    pass.here = pass.stages + stage * l.stage_bytes();
+    if (l.slots == 3 || pass.normed) {
+      pass.prepare();
+      __syncthreads();
+    }
+    pass.multiply_partially(0);
+    ptx::cluster_sync();
+    float z[2] = {}, slopes[2] = {};
+    if (has_row) {
+      float a[2], da[2];
+      pass.gather(z, 0, own_row);
+      pass.gather(da, 1, own_row);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int j = lane + h * 32;
+        const bool inside = pass.known && j < d.bottleneck && pass.number(own_row) >= 0;
+        const float rounded = inside ? to_float(from_float<T>(z[h] + pass.down_bias(j))) : 0.0f;
+        a[h] = inside ? activated(rounded, d.activation) : 0.0f;
+        slopes[h] = inside ? slope(rounded, d.activation) : 0.0f;
+      }
+      pass.tell(pass.hidden, own_row, a);
+      if (!pass.out_normed) {
+        pass.tell_gradient(own_row, da, slopes, z, dz_sum);
+      } else {
+        // g dout y summed: of what was known before the bottleneck was, and of the bottleneck.
+        const int groups = kThreads / (l.tile * kPieces);
+        float of_gradient = 0.0f, of_product = a[0] * da[0] * d.factor + a[1] * da[1] * d.factor;
+        if (lane < kCluster * groups) {
+          const float* sums = ptx::of_rank(pass.row_sums, lane % kCluster) + lane / kCluster * 2 * kMostRows + own_row;
+          of_gradient = sums[0], of_product += sums[kMostRows];
+        }
+        of_gradient = sum_of_warp(of_gradient), of_product = sum_of_warp(of_product);
+        const float mean = pass.statistic(kOutMean, own_row), rstd = pass.statistic(kOutRstd, own_row);
+        pass.tell(kOutAverage, own_row, of_gradient / columns);
+        pass.tell(kOutNormed, own_row, (of_product - mean * of_gradient) * rstd / columns);
+      }
+    }
+    ptx::cluster_sync();
+    if (pass.out_normed) {
+      pass.through_norm();
+      __syncthreads();
+      pass.multiply_partially(1);
+      ptx::cluster_sync();
+      if (has_row) {
+        float da[2];
+        pass.gather(da, 1, own_row);
+        pass.tell_gradient(own_row, da, slopes, z, dz_sum);
+      }
+      ptx::cluster_sync();
+    }
+
+    if (has_block && (d.down_parts || want_up)) {
+      const unsigned char* x = pass.chunk(kX, warp / 4);
+      const unsigned char* dl = pass.chunk(kGradient, warp / 4);
+#pragma unroll 1
+      for (int s = 0; s < l.tile / 16; ++s) {
+        if (d.down_parts) {
+          const Operand<T> left = load_left_turned<T>(x, kRowBytes, warp % 4 * 16, s);
+#pragma unroll
+          for (int n = 0; n < kBlocks; n += 2) {
+            if (n * 8 >= l.wide) continue;
+            uint32_t b[4];
+            load_right<T, false>(b, pass.dhidden, kRowBytes, n * 8, s);
+            multiply<T>(of_down[n], left, b[0], b[1]);
+            multiply<T>(of_down[n + 1], left, b[2], b[3]);
+          }
+        }
+        if (want_up) {
+          const Operand<T> left = load_left_turned<T>(dl, kRowBytes, warp % 4 * 16, s);
+          multiply<T>(of_dl, left, ones, ones);
+#pragma unroll
+          for (int n = 0; n < kBlocks; n += 2) {
+            if (n * 8 >= l.wide) continue;
+            uint32_t b[4];
+            load_right<T, false>(b, pass.hidden, kRowBytes, n * 8, s);
+            multiply<T>(of_up[n], left, b[0], b[1]);
+            multiply<T>(of_up[n + 1], left, b[2], b[3]);
+          }
+        }
+      }
+    }
+    if (d.dy) pass.store_rows(d.dy, kGradient);
+    if (d.dx) {
+      __syncthreads();
+      pass.through_down();
+      __syncthreads();
+      pass.store_rows(d.dx, kX);
+    }
+    pass.note(later, last);
+    pass.numbered = next;
+  }
+
+  // Sums of dz, over warps and blocks in their order.
+  __syncthreads();
+  float* sums = pass.partial;
+  if (has_row) sums[warp * kMostHidden + lane] = dz_sum[0], sums[warp * kMostHidden + 32 + lane] = dz_sum[1];
+  ptx::cluster_sync();
+  if (const int j = threadIdx.x; j < l.wide) {
+    float total = 0.0f;
+    for (int r = 0; r < kCluster; ++r)
+      for (int w = 0; w < l.tile / kCluster; ++w) total += ptx::of_rank(sums, r)[w * kMostHidden + j];
+    pass.dz_total(j) = total;
+    if (pass.rank == 0 && pass.known && d.bias_parts && j < d.bottleneck)
+      d.bias_parts[int64_t{pass.part} * d.bottleneck + j] = total;
+  }
+  ptx::cluster_sync();  // nobody leaves while its memory is read
+  if (!pass.known || !has_block) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int c = pass.first_channel + warp * 16 + lane / 4 + half * 8;
+    if (c >= d.channels) continue;
+    const int64_t first = int64_t{pass.part} * d.bottleneck * d.channels;
+    const float gain = pass.normed ? parameter<T>(d.norm_weight, c) : 1.0f;
+    const float bias = pass.normed && d.norm_bias.data ? parameter<T>(d.norm_bias, c) : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int j = n * 8 + lane % 4 * 2 + e, i = half * 2 + e;
+        if (j >= d.bottleneck) continue;
+        if (d.down_parts)
+          d.down_parts[first + int64_t{j} * d.channels + c] = gain * of_down[n][i] + bias * pass.dz_total(j);
+        if (d.up_parts) d.up_parts[first + int64_t{c} * d.bottleneck + j] = of_up[n][i] * d.factor;
+      }
+    }
+    if (d.dl_parts && lane % 4 == 0) d.dl_parts[int64_t{pass.part} * d.channels + c] = of_dl[half * 2] * d.factor;
+  }
+}
+
+#endif
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) cluster_backward_kernel(const __grid_constant__ Adapter d) {
+#ifdef MMK_CLUSTERS
+  one_pass<T>(d);
+#endif
+}
+
+template <class T>
+int start(const Adapter& d, void* stream) {
+  if (d.parts * kCluster > INT_MAX) return 1;
+  return launch_clusters(kCluster, cluster_backward_kernel<T>, dim3(static_cast<unsigned>(d.parts * kCluster)),
+                         dim3(kThreads), bytes_of(Layout(d, d.tile)), stream, d);
+}
+
+}  // namespace
+}  // namespace mmk::adapter
+
+int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter) {
+  using namespace mmk::adapter;
+  const Adapter& d = *adapter;
+  const bool input = d.input_residual.data, added = d.residual.data && d.out_weight.data;
+  const bool alike = (d.skip & 4) == 0 && (d.skip & 1) == (d.skip >> 1 & 1);
+  if (mmk_capability() < 9 || dtype == mmk::Dtype::fp32 || !d.by_vector || d.bottleneck > kMostHidden ||
+      d.channels > kChannels * kCluster * kMostChunks || d.seed || d.gate.data || d.scale.data || (input && added) ||
+      (input ? !alike : d.skip > 1) || reinterpret_cast<uint64_t>(d.w_down) % 16 != 0)
+    return 0;
+  for (int tile = kMostRows; tile >= 32; tile /= 2)
+    if (bytes_of(Layout(d, tile)) <= mmk_shared_memory()) return tile;
+  return 0;
+}
+
+int mmk_adapter_cluster_backward(mmk::Dtype dtype, const mmk::adapter::Adapter* d, void* stream) {
+  return dtype == mmk::Dtype::bf16 ? mmk::adapter::start<mmk::bf16>(*d, stream)
+                                   : mmk::adapter::start<mmk::fp16>(*d, stream);
+}
