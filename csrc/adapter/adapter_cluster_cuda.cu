@@ -1,9 +1,10 @@
 // The backward of adapters with a narrow bottleneck in one pass over the rows, for 16-bit rows and compute capability
 // 9.0 and newer. Four blocks are a cluster and share a tile of rows by its channels: each brings its quarter once, and
 // the rows, both weights' quarters and, in registers over all tiles of a part, the quarter of both weights' gradients
-// stay on its multiprocessor. What a row's bottleneck needs of all channels, partial products, passes through the
-// shared memory of the cluster; a block adds them up for a quarter of the tile's rows and tells the others the
-// bottleneck and its gradient. mmkernels/ops/adapter/README.md has the algebra that leaves two such exchanges.
+// stay on its multiprocessor. What a row's bottleneck needs of all channels, partial products, goes to the block that
+// adds them up, a quarter of the tile's rows each, and it tells the others the bottleneck and its gradient: st.async
+// brings numbers and counts them at an mbarrier, so nobody waits for stores to memory, as a barrier of the cluster
+// would. mmkernels/ops/adapter/README.md has the algebra that leaves two such exchanges.
 #include <climits>
 
 #include "adapter/adapter_device.cuh"
@@ -23,8 +24,8 @@ constexpr int kMostRows = 64, kMostHidden = 64, kMostChunks = 4, kChannels = 64;
 // Rows of a stage. `kOther` is input_residual or residual, then what y is added.
 enum Slot { kX, kGradient, kOther };
 enum Statistic { kMean, kRstd, kOutMean, kOutRstd, kStatistics };
-// Of a row: what the norms' gradients subtract.
-enum Average { kOutAverage, kOutNormed, kAverage, kAverageNormed, kAverages };
+// Of a row: what a norm's gradient subtracts, by itself and times the normalised row.
+enum Norm { kOfResult, kOfInput };
 
 struct Layout {
   int tile, chunks, wide, slots;  // rows; chunks of a block; the bottleneck in whole sixteens; of Slot
@@ -32,27 +33,23 @@ struct Layout {
   __host__ __device__ __forceinline__ Layout(const Adapter& d, int tile)
       : tile(tile),
         chunks((d.channels + kChannels * kCluster - 1) / (kChannels * kCluster)),
-        wide((d.bottleneck + 15) / 16 * 16),
+        wide(d.bottleneck <= 32 ? 32 : (d.bottleneck + 15) / 16 * 16),
         slots(d.out_weight.data || d.input_residual.data ? 3 : 2) {}
-  __host__ __device__ __forceinline__ int pitch() const { return wide + 8; }  // of partial products, in floats
-  __host__ __device__ __forceinline__ int partial_bytes() const { return tile * pitch() * 4; }
-  __host__ __device__ __forceinline__ int rows_bytes() const { return tile * kRowBytes; }
-  __host__ __device__ __forceinline__ int stage_bytes() const { return slots * chunks * rows_bytes(); }
 };
 
-// Shared memory, in bytes. Numbers, offsets and statistics of the rows of this tile and the next two; sums of rows;
-// vectors.
-constexpr int kNumbered = 3;
-constexpr int kNumbers = 0, kStatisticsAt = kNumbers + kNumbered * 3 * kMostRows * 8;
+// Shared memory, in bytes. Two mbarriers; numbers, offsets and statistics of the rows of this tile and the next two;
+// what was told of rows and gathered of them; vectors.
+constexpr int kNumbered = 3, kMostGroups = 2;
+constexpr int kNumbers = 16, kStatisticsAt = kNumbers + kNumbered * 3 * kMostRows * 8;
 constexpr int kAveragesAt = kStatisticsAt + kNumbered * kStatistics * kMostRows * 4;
-constexpr int kRowSums = kAveragesAt + kAverages * kMostRows * 4, kHiddenSums = kRowSums + 2 * 2 * kMostRows * 4;
+constexpr int kRowSums = kAveragesAt + 2 * kMostRows * 8, kHiddenSums = kRowSums + kMostGroups * kMostRows * 8;
 constexpr int kHiddenVectors = kHiddenSums + 2 * kMostHidden * 4;
 constexpr int kChannelVectors = kHiddenVectors + 3 * kMostHidden * 4;
 constexpr int kPartial = kChannelVectors + 2 * kMostChunks * kChannels * 4;
 
 int64_t bytes_of(const Layout& l) {
-  return kPartial + 2 * l.partial_bytes() + 2 * l.rows_bytes() + int64_t{l.chunks} * (l.wide + kChannels) * kRowBytes +
-         2 * l.stage_bytes();
+  const int64_t rows = int64_t{l.tile} * kRowBytes, weights = int64_t{l.chunks} * (l.wide + kChannels) * kRowBytes;
+  return kPartial + 2 * int64_t{l.tile} * (l.wide + 8) * 4 + 2 * rows + weights + 2 * l.slots * l.chunks * rows;
 }
 
 #ifdef MMK_CLUSTERS
@@ -63,21 +60,24 @@ __device__ __forceinline__ float sum_of_warp(float x) {
   return x;
 }
 
-template <class T>
+template <class T, int Tile, int Wide>
 struct Pass {
-  static constexpr int V = kWide<T>, kSteps = kMostHidden / 16;
+  static constexpr int V = kWide<T>, kSteps = Wide / 16, kFragments = Tile / 16, kPitch = Wide + 8;
+  static constexpr int kOwnRows = Tile / kCluster;             // whose bottleneck this block adds up
+  static constexpr int kGroups = kThreads / (Tile * kPieces);  // of threads that have the same rows
+  static constexpr int kRowsBytes = Tile * kRowBytes, kHidden = kPartial + 2 * Tile * kPitch * 4;
+  static constexpr int kDhidden = kHidden + kRowsBytes, kDown = kDhidden + kRowsBytes;
   const Adapter& d;
-  const Layout l;
-  int rank, part, adapter, first_channel, numbered = 0;  // numbered: of the numbers of this tile
+  const int chunks, slots;
+  int rank, part, adapter, first_channel;
+  int numbered = 0, parity = 0;  // of this tile's numbers; of the next exchange
+  int here;                      // where the stage of this tile begins
   int64_t begin, end;
   bool known, normed, out_normed;
   int lane, warp;
-  int64_t* numbers;
-  float *statistics, *averages, *row_sums, *hidden_sums, *hidden_vectors, *channel_vectors, *partial;
-  unsigned char *hidden, *dhidden, *down, *up, *stages, *here;
 
-  __device__ __forceinline__ Pass(const Adapter& d) : d(d), l(d, d.tile) {
-    unsigned char* shared = shared_memory();
+  __device__ __forceinline__ Pass(const Adapter& d)
+      : d(d), chunks(Layout(d, Tile).chunks), slots(Layout(d, Tile).slots) {
     rank = ptx::cluster_rank(), part = blockIdx.x / kCluster;
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (d.mode == Mode::grouped) {
@@ -87,39 +87,55 @@ struct Pass {
       adapter = 0, begin = part * d.part, end = min(begin + d.part, d.rows);
     }
     known = adapter < d.adapters, normed = d.norm_weight.data, out_normed = d.out_weight.data;
-    first_channel = rank * l.chunks * kChannels;
-    numbers = reinterpret_cast<int64_t*>(shared + kNumbers);
-    statistics = reinterpret_cast<float*>(shared + kStatisticsAt);
-    averages = reinterpret_cast<float*>(shared + kAveragesAt);
-    row_sums = reinterpret_cast<float*>(shared + kRowSums);
-    hidden_sums = reinterpret_cast<float*>(shared + kHiddenSums);
-    hidden_vectors = reinterpret_cast<float*>(shared + kHiddenVectors);
-    channel_vectors = reinterpret_cast<float*>(shared + kChannelVectors);
-    partial = reinterpret_cast<float*>(shared + kPartial);
-    hidden = shared + kPartial + 2 * l.partial_bytes();
-    dhidden = hidden + l.rows_bytes();
-    down = dhidden + l.rows_bytes();
-    up = down + l.chunks * l.wide * kRowBytes;
-    stages = up + l.chunks * kChannels * kRowBytes;
-    here = stages;
+    first_channel = rank * chunks * kChannels;
+    here = stage_at(0);
   }
 
-  __device__ __forceinline__ unsigned char* down_chunk(int k) const { return down + k * l.wide * kRowBytes; }
-  __device__ __forceinline__ unsigned char* up_chunk(int k) const { return up + k * kChannels * kRowBytes; }
+  // Where things lie, always from the beginning of shared memory: pointers in registers would be too many.
+  template <class Type>
+  static __device__ __forceinline__ Type* shared_at(int at) {
+    return reinterpret_cast<Type*>(shared_memory() + at);
+  }
+  static __device__ __forceinline__ uint64_t* gathered() { return shared_at<uint64_t>(0); }
+  static __device__ __forceinline__ uint64_t* told() { return shared_at<uint64_t>(8); }
+  static __device__ __forceinline__ float2* averages(Norm norm) {
+    return shared_at<float2>(kAveragesAt) + norm * kMostRows;
+  }
+  // Sums of g dout and of its product with y, (rank, group of threads, own row).
+  static __device__ __forceinline__ float2* row_sums() { return shared_at<float2>(kRowSums); }
+  static __device__ __forceinline__ float* hidden_sums() { return shared_at<float>(kHiddenSums); }
+  // Partial products for this block's own rows, (matrix, rank, own row, bottleneck).
+  static __device__ __forceinline__ float* partial(int matrix, int rank, int own_row) {
+    return shared_at<float>(kPartial) + ((matrix * kCluster + rank) * kOwnRows + own_row) * kPitch;
+  }
+  static __device__ __forceinline__ unsigned char* hidden() { return shared_memory() + kHidden; }
+  static __device__ __forceinline__ unsigned char* dhidden() { return shared_memory() + kDhidden; }
+  static __device__ __forceinline__ unsigned char* down_chunk(int k) {
+    return shared_memory() + kDown + k * Wide * kRowBytes;
+  }
+  __device__ __forceinline__ unsigned char* up_chunk(int k) const {
+    return shared_memory() + kDown + (chunks * Wide + k * kChannels) * kRowBytes;
+  }
+  __device__ __forceinline__ int stage_at(int stage) const {
+    return kDown + chunks * ((Wide + kChannels) * kRowBytes + stage * slots * kRowsBytes);
+  }
+  __device__ __forceinline__ int chunk_at(Slot slot, int k) const { return here + (slot * chunks + k) * kRowsBytes; }
   __device__ __forceinline__ unsigned char* chunk(Slot slot, int k) const {
-    return here + (slot * l.chunks + k) * l.rows_bytes();
+    return shared_memory() + chunk_at(slot, k);
   }
-  __device__ __forceinline__ int64_t number(int row) const { return numbers[numbered * 3 * kMostRows + row]; }
+  __device__ __forceinline__ int64_t number(int row) const {
+    return shared_at<int64_t>(kNumbers)[numbered * 3 * kMostRows + row];
+  }
   __device__ __forceinline__ float statistic(Statistic which, int row) const {
-    return statistics[(numbered * kStatistics + which) * kMostRows + row];
+    return shared_at<float>(kStatisticsAt)[(numbered * kStatistics + which) * kMostRows + row];
   }
-  __device__ __forceinline__ float& average(Average which, int row) const { return averages[which * kMostRows + row]; }
 
   // body(k, row, c, piece) for the pieces of a tile that this thread has; c may lie behind the last channel.
   template <class Body>
   __device__ __forceinline__ void each_piece(Body body) const {
-    for (int i = threadIdx.x; i < l.chunks * l.tile * kPieces; i += kThreads) {
-      const int k = i / kPieces / l.tile, row = i / kPieces % l.tile, piece = i % kPieces;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < chunks * Tile * kPieces; i += kThreads) {
+      const int k = i / kPieces / Tile, row = i / kPieces % Tile, piece = i % kPieces;
       body(k, row, first_channel + k * kChannels + piece * V, piece);
     }
   }
@@ -130,8 +146,8 @@ struct Pass {
   __device__ __forceinline__ void load_weights() const {
     const int64_t own = known ? int64_t{adapter} * d.bottleneck * d.channels : 0;
     const T *w_down = static_cast<const T*>(d.w_down) + own, *w_up = static_cast<const T*>(d.w_up) + own;
-    for (int i = threadIdx.x; i < l.chunks * l.wide * kPieces; i += kThreads) {
-      const int k = i / kPieces / l.wide, j = i / kPieces % l.wide, piece = i % kPieces;
+    for (int i = threadIdx.x; i < chunks * Wide * kPieces; i += kThreads) {
+      const int k = i / kPieces / Wide, j = i / kPieces % Wide, piece = i % kPieces;
       const int c = first_channel + k * kChannels + piece * V;
       float w[V] = {};
       if (known && j < d.bottleneck && c < d.channels) {
@@ -146,14 +162,14 @@ struct Pass {
       store_elements<T, V>(reinterpret_cast<T*>(down_chunk(k) + j * kRowBytes) + piece * V, 0, w);
     }
     const bool whole = d.bottleneck % V == 0 && reinterpret_cast<uint64_t>(w_up) % 16 == 0;
-    for (int i = threadIdx.x; i < l.chunks * kChannels * kPieces; i += kThreads) {
+    for (int i = threadIdx.x; i < chunks * kChannels * kPieces; i += kThreads) {
       const int row = i / kPieces, j = i % kPieces * V, c = first_channel + row;
       float w[V] = {};
       if (known && c < d.channels && j < d.bottleneck)
         load_piece<T, V>(w, w_up + int64_t{c} * d.bottleneck + j, d.bottleneck - j >= V ? V : d.bottleneck - j, whole);
-      store_elements<T, V>(reinterpret_cast<T*>(up + row * kRowBytes) + j, 0, w);
+      store_elements<T, V>(reinterpret_cast<T*>(up_chunk(0) + row * kRowBytes) + j, 0, w);
     }
-    for (int i = threadIdx.x; i < l.chunks * kChannels; i += kThreads) {
+    for (int i = threadIdx.x; i < chunks * kChannels; i += kThreads) {
       const int c = first_channel + i;
       const bool inside = c < d.channels;
       up_bias(i) =
@@ -162,9 +178,9 @@ struct Pass {
     }
     __syncthreads();
     // Sums over channels, of this quarter: of W_down times the norm's bias, and of W_down as it lies here.
-    for (int j = warp; j < l.wide; j += kWarps) {
+    for (int j = warp; j < Wide; j += kWarps) {
       float of_bias = 0.0f, of_weight = 0.0f;
-      for (int i = lane; normed && i < l.chunks * kChannels; i += 32) {
+      for (int i = lane; normed && i < chunks * kChannels; i += 32) {
         const int c = first_channel + i;
         if (!known || j >= d.bottleneck || c >= d.channels) continue;
         const T* row = reinterpret_cast<const T*>(down_chunk(i / kChannels) + j * kRowBytes);
@@ -172,27 +188,31 @@ struct Pass {
         if (d.norm_bias.data) of_bias += to_float(w_down[int64_t{j} * d.channels + c]) * parameter<T>(d.norm_bias, c);
       }
       of_bias = sum_of_warp(of_bias), of_weight = sum_of_warp(of_weight);
-      if (lane == 0) hidden_sums[j] = of_bias, hidden_sums[kMostHidden + j] = of_weight;
+      if (lane == 0) hidden_sums()[j] = of_bias, hidden_sums()[kMostHidden + j] = of_weight;
     }
     ptx::cluster_sync();
-    if (const int j = threadIdx.x; j < l.wide) {
+    if (const int j = threadIdx.x; j < Wide) {
       const bool has_bias = known && d.b_down.data && j < d.bottleneck;
       float bias = has_bias ? parameter<T>(d.b_down, int64_t{adapter} * d.bottleneck + j) : 0.0f, weight = 0.0f;
 #pragma unroll
       for (int r = 0; r < kCluster; ++r) {
-        const float* other = ptx::of_rank(hidden_sums, r);
+        const float* other = ptx::of_rank(hidden_sums(), r);
         bias += other[j], weight += other[kMostHidden + j];
       }
       down_bias(j) = bias, down_sum(j) = weight;
     }
   }
-  __device__ __forceinline__ float& up_bias(int channel) const { return channel_vectors[channel]; }  // times factor
+  __device__ __forceinline__ float& up_bias(int channel) const {
+    return shared_at<float>(kChannelVectors)[channel];
+  }  // times factor
   __device__ __forceinline__ float& out_gain(int channel) const {
-    return channel_vectors[kMostChunks * kChannels + channel];
+    return shared_at<float>(kChannelVectors)[kMostChunks * kChannels + channel];
   }
-  __device__ __forceinline__ float& down_bias(int j) const { return hidden_vectors[j]; }
-  __device__ __forceinline__ float& down_sum(int j) const { return hidden_vectors[kMostHidden + j]; }
-  __device__ __forceinline__ float& dz_total(int j) const { return hidden_vectors[2 * kMostHidden + j]; }
+  __device__ __forceinline__ float& down_bias(int j) const { return shared_at<float>(kHiddenVectors)[j]; }
+  __device__ __forceinline__ float& down_sum(int j) const { return shared_at<float>(kHiddenVectors)[kMostHidden + j]; }
+  __device__ __forceinline__ float& dz_total(int j) const {
+    return shared_at<float>(kHiddenVectors)[2 * kMostHidden + j];
+  }
 
   // --- Rows ---
 
@@ -208,7 +228,7 @@ struct Pass {
   __device__ __forceinline__ Row look_up(int64_t first) const {
     Row row;
     const int64_t p = first + threadIdx.x;
-    if (threadIdx.x >= l.tile || p >= end) return row;
+    if (threadIdx.x >= Tile || p >= end) return row;
     row.m = row_of(d, p);
     const float* from = d.statistics + row.m;
     if (normed) row.found[kMean] = from[0], row.found[kRstd] = from[d.rows], from += 2 * d.rows;
@@ -216,31 +236,30 @@ struct Pass {
     return row;
   }
   __device__ __forceinline__ void note(const Row& row, int numbered) const {
-    if (threadIdx.x >= l.tile) return;
-    int64_t* to = numbers + numbered * 3 * kMostRows + threadIdx.x;
+    if (threadIdx.x >= Tile) return;
+    int64_t* to = shared_at<int64_t>(kNumbers) + numbered * 3 * kMostRows + threadIdx.x;
     to[0] = row.m;
     to[kMostRows] = row.m < 0 ? 0 : offset(d, d.x, row.m);
     to[2 * kMostRows] = row.m < 0 || !other().data ? 0 : offset(d, other(), row.m);
 #pragma unroll
     for (int i = 0; i < kStatistics; ++i)
-      statistics[(numbered * kStatistics + i) * kMostRows + threadIdx.x] = row.found[i];
+      shared_at<float>(kStatisticsAt)[(numbered * kStatistics + i) * kMostRows + threadIdx.x] = row.found[i];
   }
 
   // Starts the copies of a stage's rows; zeros where there is nothing.
   __device__ __forceinline__ void copy_rows(int stage, int numbered) const {
-    unsigned char* to = stages + stage * l.stage_bytes();
-    const int64_t* rows = numbers + numbered * 3 * kMostRows;
-    const bool with_other = l.slots == 3 && other().data;
+    unsigned char* to = shared_memory() + stage_at(stage);
+    const int64_t* rows = shared_at<int64_t>(kNumbers) + numbered * 3 * kMostRows;
+    const bool with_other = slots == 3 && other().data;
     each_piece([&](int k, int row, int c, int piece) {
       const bool inside = rows[row] >= 0 && c < d.channels;
-      const int bytes = inside ? 16 : 0, at = k * l.rows_bytes() + row * kRowBytes + piece * 16;
+      const int bytes = inside ? 16 : 0, at = k * kRowsBytes + row * kRowBytes + piece * 16;
       const T *x = static_cast<const T*>(d.x.data), *dout = static_cast<const T*>(d.dout);
       ptx::cp_async<16>(to + at, inside ? x + rows[kMostRows + row] + c : x, bytes);
-      ptx::cp_async<16>(to + l.chunks * l.rows_bytes() + at, inside ? dout + rows[row] * d.channels + c : dout, bytes);
+      ptx::cp_async<16>(to + chunks * kRowsBytes + at, inside ? dout + rows[row] * d.channels + c : dout, bytes);
       if (!with_other) return;
       const T* data = static_cast<const T*>(other().data);
-      ptx::cp_async<16>(to + 2 * l.chunks * l.rows_bytes() + at, inside ? data + rows[2 * kMostRows + row] + c : data,
-                        bytes);
+      ptx::cp_async<16>(to + 2 * chunks * kRowsBytes + at, inside ? data + rows[2 * kMostRows + row] + c : data, bytes);
     });
     ptx::cp_async_commit();
   }
@@ -267,43 +286,45 @@ struct Pass {
       if (input || normed) store_elements<T, V>(x, 0, s);
       if (!out_normed) return;
       store_elements<T, V>(beside, 0, rest);
-      float g[V];
+      float g[V], gain[V], bias[V];
       load_piece<T, V>(g, gradient, V, true);
+      load_piece<float, V>(gain, &out_gain(c - first_channel), V, true);
+      load_piece<float, V>(bias, &up_bias(c - first_channel), V, true);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const int channel = c - first_channel + e;
-        g[e] = to_float(from_float<T>(g[e] * out_gain(channel)));
-        of_gradient += g[e], of_product += g[e] * (rest[e] + up_bias(channel));
+        g[e] = to_float(from_float<T>(g[e] * gain[e]));
+        of_gradient += g[e], of_product += g[e] * (rest[e] + bias[e]);
       }
       store_elements<T, V>(gradient, 0, g);
     });
     if (!out_normed) return;
     of_gradient = sum_of_row(of_gradient), of_product = sum_of_row(of_product);
-    // Two groups of threads have the same rows when a tile has 32.
-    const int row = threadIdx.x / kPieces % l.tile, group = threadIdx.x / kPieces / l.tile;
-    if (threadIdx.x % kPieces == 0) {
-      row_sums[group * 2 * kMostRows + row] = of_gradient;
-      row_sums[(group * 2 + 1) * kMostRows + row] = of_product;
-    }
+    const int row = threadIdx.x / kPieces % Tile, group = threadIdx.x / kPieces / Tile;
+    if (threadIdx.x % kPieces == 0)
+      ptx::store_async(row_sums() + (rank * kGroups + group) * kOwnRows + row % kOwnRows,
+                       make_float2(of_gradient, of_product), gathered(), row / kOwnRows);
   }
 
   // --- Products ---
 
-  // This quarter's part of x W_down^T (matrix 0) and of dl W_up (matrix 1), from `first` on, into `partial`.
-  __device__ __forceinline__ void multiply_partially(int first) const {
-    const int fragments = l.tile / 16, across = kWarps / ((2 - first) * fragments);
-    const int share = warp % across, row = warp / across % fragments * 16, matrix = first + warp / across / fragments;
-    float acc[2][2][4] = {};
+  // This quarter's part of x W_down^T (matrix 0) and of dl W_up (matrix 1), from `First` on, to the blocks that add it.
+  template <int First>
+  __device__ __forceinline__ void multiply_partially() const {
+    constexpr int kAcross = kWarps / ((2 - First) * kFragments), kOwn = (kSteps + kAcross - 1) / kAcross;
+    const int share = warp % kAcross, fragment = warp / kAcross % kFragments;
+    const int matrix = First + warp / kAcross / kFragments;
+    if (share >= kSteps) return;
+    float acc[kOwn][2][4] = {};
 #pragma unroll 1
-    for (int k = 0; k < l.chunks; ++k) {
-      const unsigned char* rows = chunk(matrix == 0 ? kX : kGradient, k) + row * kRowBytes;
+    for (int k = 0; k < chunks; ++k) {
+      const unsigned char* rows = chunk(matrix == 0 ? kX : kGradient, k) + fragment * 16 * kRowBytes;
 #pragma unroll
       for (int s = 0; s < kChunkBytes / 32; ++s) {
         const Operand<T> a = load_left<T>(rows + s * 32);
 #pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          const int column = (share + q * across) * 16;
-          if (column >= l.wide) continue;
+        for (int q = 0; q < kOwn; ++q) {
+          const int column = (share + q * kAcross) * 16;
+          if (column >= Wide) continue;
           uint32_t b[4];
           if (matrix == 0) {
             load_right<T, true>(b, down_chunk(k), kRowBytes, column, s);
@@ -315,83 +336,91 @@ struct Pass {
         }
       }
     }
-    float* to = partial + matrix * l.tile * l.pitch() + (row + lane / 4) * l.pitch() + lane % 4 * 2;
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      const int column = (share + q * across) * 16;
-      if (column >= l.wide) continue;
+    for (int q = 0; q < kOwn; ++q) {
+      const int column = (share + q * kAcross) * 16 + lane % 4 * 2;
+      if (column >= Wide) continue;
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        *reinterpret_cast<float2*>(to + column + n * 8) = make_float2(acc[q][n][0], acc[q][n][1]);
-        *reinterpret_cast<float2*>(to + 8 * l.pitch() + column + n * 8) = make_float2(acc[q][n][2], acc[q][n][3]);
+      for (int half = 0; half < 2; ++half) {
+        const int row = fragment * 16 + lane / 4 + half * 8;
+        float* to = partial(matrix, rank, row % kOwnRows) + column;
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+          ptx::store_async(reinterpret_cast<float2*>(to + n * 8),
+                           make_float2(acc[q][n][half * 2], acc[q][n][half * 2 + 1]), gathered(), row / kOwnRows);
       }
     }
   }
 
-  // The cluster's sum of a matrix at a row's columns `lane` and 32 further.
-  __device__ __forceinline__ void gather(float (&to)[2], int matrix, int row) const {
+  // Lanes have two neighbouring columns of the bottleneck, those that there are.
+  __device__ __forceinline__ bool has_columns() const { return lane * 2 < Wide; }
+
+  // The cluster's sum of a matrix in an own row.
+  __device__ __forceinline__ void gather(float (&to)[2], int matrix, int own_row) const {
+    to[0] = to[1] = 0.0f;
+    if (!has_columns()) return;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int j = lane + h * 32;
-      to[h] = 0.0f;
-      if (j >= l.wide) continue;
-#pragma unroll
-      for (int r = 0; r < kCluster; ++r) to[h] += ptx::of_rank(partial, r)[(matrix * l.tile + row) * l.pitch() + j];
+    for (int r = 0; r < kCluster; ++r) {
+      const float2 of_rank = *reinterpret_cast<const float2*>(partial(matrix, r, own_row) + lane * 2);
+      to[0] += of_rank.x, to[1] += of_rank.y;
     }
   }
 
-  // Tells the cluster a row of the bottleneck or of its gradient; returns what it was rounded to.
+  // Tells the cluster a row of the bottleneck or of its gradient; `values` become what they were rounded to.
   __device__ __forceinline__ void tell(unsigned char* tile, int row, float (&values)[2]) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int j = lane + h * 32;
-      const T rounded = from_float<T>(values[h]);
-      values[h] = to_float(rounded);
-      if (j >= l.wide) continue;
+    for (float& value : values) value = to_float(from_float<T>(value));
+    if (!has_columns()) return;
+    const uint32_t both = pack<T>(values[0], values[1]);
 #pragma unroll
-      for (int r = 0; r < kCluster; ++r) reinterpret_cast<T*>(ptx::of_rank(tile, r) + row * kRowBytes)[j] = rounded;
-    }
+    for (int r = 0; r < kCluster; ++r)
+      ptx::store_async(reinterpret_cast<uint32_t*>(tile + row * kRowBytes) + lane, both, told(), r);
   }
-  __device__ __forceinline__ void tell(Average which, int row, float value) const {
-    if (lane < kCluster) ptx::of_rank(averages, lane)[which * kMostRows + row] = value;
+  __device__ __forceinline__ void tell(Norm norm, int row, float plain, float with_normed) const {
+    if (lane < kCluster) ptx::store_async(averages(norm) + row, make_float2(plain, with_normed), told(), lane);
+  }
+
+  // Bytes that come in an exchange: of two matrices or one, and of what of a bottleneck is told.
+  __device__ __forceinline__ void expect(bool first) const {
+    if (threadIdx.x != 0) return;
+    const int of_row = (first ? 2 : 1) * Wide * 4 + (first && out_normed ? kGroups * 8 : 0);
+    const int answers = first && !out_normed ? 2 : 1, averages = (first && out_normed) || normed ? 8 : 0;
+    ptx::mbarrier_expect(gathered(), kCluster * kOwnRows * of_row);
+    ptx::mbarrier_expect(told(), Tile * (answers * Wide * 2 + averages));
   }
 
   // dz, from da' and the slope, and what the first norm's gradient subtracts.
   __device__ __forceinline__ void tell_gradient(int row, const float (&da)[2], const float (&slopes)[2],
                                                 const float (&z)[2], float (&dz_sum)[2]) const {
-    float dz[2];
+    float dz[2], plain = 0.0f, with_normed = 0.0f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) dz[h] = known ? da[h] * d.factor * slopes[h] : 0.0f;
-    tell(dhidden, row, dz);
-    float plain = 0.0f, with_normed = 0.0f;
+    tell(dhidden(), row, dz);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int j = lane + h * 32;
       dz_sum[h] += dz[h];
-      if (j < l.wide) plain += dz[h] * down_sum(j), with_normed += dz[h] * z[h];
+      if (has_columns()) plain += dz[h] * down_sum(lane * 2 + h), with_normed += dz[h] * z[h];
     }
     if (!normed) return;
     const float columns = static_cast<float>(d.channels);
-    tell(kAverage, row, sum_of_warp(plain) / columns);
-    tell(kAverageNormed, row, sum_of_warp(with_normed) / columns);
+    tell(kOfInput, row, sum_of_warp(plain) / columns, sum_of_warp(with_normed) / columns);
   }
 
   // body(channel of the quarter, row, place in a slot's chunks, two sums) for two neighbouring elements after another
   // of left (rows, bottleneck) times a weight.
   template <bool Up, class Body>
   __device__ __forceinline__ void expand(const unsigned char* left, Body body) const {
-    const int fragments = l.tile / 16, across = kWarps / fragments, row = warp / across * 16;
+    constexpr int kAcross = kWarps / kFragments;
+    const int row = warp / kAcross * 16;
     Operand<T> a[kSteps];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s)
-      if (s * 16 < l.wide) a[s] = load_left<T>(left + row * kRowBytes + s * 32);
+    for (int s = 0; s < kSteps; ++s) a[s] = load_left<T>(left + row * kRowBytes + s * 32);
 #pragma unroll 1
-    for (int block = warp % across; block < l.chunks * 4; block += across) {
+    for (int block = warp % kAcross; block < chunks * 4; block += kAcross) {
       const int k = block / 4, column = block % 4 * 16;
       float acc[2][4] = {};
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        if (s * 16 >= l.wide) continue;
         uint32_t b[4];
         if constexpr (Up) {
           load_right<T, true>(b, up_chunk(k), kRowBytes, column, s);
@@ -407,7 +436,7 @@ struct Pass {
         for (int half = 0; half < 2; ++half) {
           const int m = row + lane / 4 + half * 8, c = column + n * 8 + lane % 4 * 2;
           const float sums[2] = {acc[n][half * 2], acc[n][half * 2 + 1]};
-          body(k * kChannels + c, m, k * l.rows_bytes() + m * kRowBytes + c * static_cast<int>(sizeof(T)), sums);
+          body(k * kChannels + c, m, k * kRowsBytes + m * kRowBytes + c * static_cast<int>(sizeof(T)), sums);
         }
       }
     }
@@ -423,16 +452,17 @@ struct Pass {
   // The result again, and through its norm: dl.
   __device__ __forceinline__ void through_norm() const {
     const float without = adapter == d.adapters ? 0.0f : NAN;
-    expand<true>(hidden, [&](int channel, int row, int at, const float (&sums)[2]) {
+    expand<true>(hidden(), [&](int channel, int row, int at, const float (&sums)[2]) {
       const bool inside = first_channel + channel < d.channels && number(row) >= 0;
       const float mean = statistic(kOutMean, row), rstd = statistic(kOutRstd, row);
+      const float2 average = averages(kOfResult)[row];
       float g[2], rest[2];
       load_pair(g, kGradient, at), load_pair(rest, kOther, at);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float o = known ? sums[e] * d.factor + up_bias(channel + e) : without;
         const float y = (o + rest[e] - mean) * rstd;
-        g[e] = (g[e] - average(kOutAverage, row) - y * average(kOutNormed, row)) * rstd;
+        g[e] = (g[e] - average.x - y * average.y) * rstd;
         if (!inside) g[e] = 0.0f;
       }
       store_pair(kGradient, at, g);
@@ -441,13 +471,13 @@ struct Pass {
 
   // dx, in the place of x.
   __device__ __forceinline__ void through_down() const {
-    expand<false>(dhidden, [&](int, int row, int at, const float (&sums)[2]) {
+    expand<false>(dhidden(), [&](int, int row, int at, const float (&sums)[2]) {
       float ds[2] = {sums[0], sums[1]}, other[2];
       if (normed) {
         load_pair(other, kX, at);
+        const float2 average = averages(kOfInput)[row];
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          ds[e] = (ds[e] - average(kAverage, row) - other[e] * average(kAverageNormed, row)) * statistic(kRstd, row);
+        for (int e = 0; e < 2; ++e) ds[e] = (ds[e] - average.x - other[e] * average.y) * statistic(kRstd, row);
       }
       if (d.skip & 1) {
         load_pair(other, kGradient, at);
@@ -468,112 +498,110 @@ struct Pass {
   }
 };
 
-template <class T>
+template <class T, int Tile, int Wide>
 __device__ __forceinline__ void one_pass(const Adapter& d) {
-  Pass<T> pass(d);
-  const Layout& l = pass.l;
+  using Own = Pass<T, Tile, Wide>;
+  Own pass(d);
   if (pass.adapter > d.adapters + 1) return;
-  for (int i = 0; i < 2; ++i) pass.note(pass.look_up(pass.begin + i * l.tile), i);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(pass.gathered(), 1);
+    ptx::mbarrier_init(pass.told(), 1);
+    ptx::mbarrier_fence();
+  }
+  for (int i = 0; i < 2; ++i) pass.note(pass.look_up(pass.begin + i * Tile), i);
   __syncthreads();
   pass.copy_rows(0, 0);
   pass.load_weights();
 
   // A warp's sixteen channels of dz^T u and dl^T a, turned, and the sums of dl.
-  constexpr int kBlocks = kMostHidden / 8;
+  constexpr int kBlocks = Wide / 8;
   float of_down[kBlocks][4] = {}, of_up[kBlocks][4] = {}, of_dl[4] = {}, dz_sum[2] = {};
   const uint32_t ones = pack<T>(1.0f, 1.0f);
-  const bool want_up = d.up_parts || d.dl_parts, has_block = pass.warp < l.chunks * 4;
-  const int lane = pass.lane, warp = pass.warp;
-  const float columns = static_cast<float>(d.channels);
-  const int own_row = pass.rank * (l.tile / kCluster) + warp;
-  const bool has_row = warp < l.tile / kCluster;
+  const bool want_up = d.up_parts || d.dl_parts, has_block = pass.warp < pass.chunks * 4;
+  const int lane = pass.lane, warp = pass.warp, row = pass.rank * Own::kOwnRows + warp;
+  const bool has_row = warp < Own::kOwnRows;
 
   int stage = 0;
 #pragma unroll 1
-  for (int64_t first = pass.begin; first < pass.end; first += l.tile, stage ^= 1) {
+  for (int64_t first = pass.begin; first < pass.end; first += Tile, stage ^= 1) {
     ptx::cp_async_wait<0>();
     __syncthreads();
     const int next = (pass.numbered + 1) % kNumbered, last = (pass.numbered + 2) % kNumbered;
-    if (first + l.tile < pass.end) pass.copy_rows(stage ^ 1, next);
-    const auto later = pass.look_up(first + 2 * l.tile);
-    pass.here = pass.stages + stage * l.stage_bytes();
-    if (l.slots == 3 || pass.normed) {
+    if (first + Tile < pass.end) pass.copy_rows(stage ^ 1, next);
+    pass.here = pass.stage_at(stage);
+    pass.expect(true);
+    if (pass.slots == 3 || pass.normed) {
       pass.prepare();
       __syncthreads();
     }
-    pass.multiply_partially(0);
-    ptx::cluster_sync();
+    pass.template multiply_partially<0>();
     float z[2] = {}, slopes[2] = {};
     if (has_row) {
+      ptx::mbarrier_wait(pass.gathered(), pass.parity);
       float a[2], da[2];
-      pass.gather(z, 0, own_row);
-      pass.gather(da, 1, own_row);
+      pass.gather(z, 0, warp);
+      pass.gather(da, 1, warp);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int j = lane + h * 32;
-        const bool inside = pass.known && j < d.bottleneck && pass.number(own_row) >= 0;
+        const int j = lane * 2 + h;
+        const bool inside = pass.known && j < d.bottleneck && pass.number(row) >= 0;
         const float rounded = inside ? to_float(from_float<T>(z[h] + pass.down_bias(j))) : 0.0f;
         a[h] = inside ? activated(rounded, d.activation) : 0.0f;
         slopes[h] = inside ? slope(rounded, d.activation) : 0.0f;
       }
-      pass.tell(pass.hidden, own_row, a);
+      pass.tell(pass.hidden(), row, a);
       if (!pass.out_normed) {
-        pass.tell_gradient(own_row, da, slopes, z, dz_sum);
+        pass.tell_gradient(row, da, slopes, z, dz_sum);
       } else {
         // g dout y summed: of what was known before the bottleneck was, and of the bottleneck.
-        const int groups = kThreads / (l.tile * kPieces);
         float of_gradient = 0.0f, of_product = a[0] * da[0] * d.factor + a[1] * da[1] * d.factor;
-        if (lane < kCluster * groups) {
-          const float* sums = ptx::of_rank(pass.row_sums, lane % kCluster) + lane / kCluster * 2 * kMostRows + own_row;
-          of_gradient = sums[0], of_product += sums[kMostRows];
+        if (lane < kCluster * Own::kGroups) {
+          const float2 sums = pass.row_sums()[lane * Own::kOwnRows + warp];
+          of_gradient = sums.x, of_product += sums.y;
         }
         of_gradient = sum_of_warp(of_gradient), of_product = sum_of_warp(of_product);
-        const float mean = pass.statistic(kOutMean, own_row), rstd = pass.statistic(kOutRstd, own_row);
-        pass.tell(kOutAverage, own_row, of_gradient / columns);
-        pass.tell(kOutNormed, own_row, (of_product - mean * of_gradient) * rstd / columns);
+        const float mean = pass.statistic(kOutMean, row), rstd = pass.statistic(kOutRstd, row);
+        const float columns = static_cast<float>(d.channels);
+        pass.tell(kOfResult, row, of_gradient / columns, (of_product - mean * of_gradient) * rstd / columns);
       }
     }
-    ptx::cluster_sync();
+    ptx::mbarrier_wait(pass.told(), pass.parity);
+    pass.parity ^= 1;
     if (pass.out_normed) {
+      pass.expect(false);
       pass.through_norm();
       __syncthreads();
-      pass.multiply_partially(1);
-      ptx::cluster_sync();
+      pass.template multiply_partially<1>();
       if (has_row) {
+        ptx::mbarrier_wait(pass.gathered(), pass.parity);
         float da[2];
-        pass.gather(da, 1, own_row);
-        pass.tell_gradient(own_row, da, slopes, z, dz_sum);
+        pass.gather(da, 1, warp);
+        pass.tell_gradient(row, da, slopes, z, dz_sum);
       }
-      ptx::cluster_sync();
+      ptx::mbarrier_wait(pass.told(), pass.parity);
+      pass.parity ^= 1;
     }
 
+    const auto later = pass.look_up(first + 2 * Tile);
     if (has_block && (d.down_parts || want_up)) {
       const unsigned char* x = pass.chunk(kX, warp / 4);
       const unsigned char* dl = pass.chunk(kGradient, warp / 4);
 #pragma unroll 1
-      for (int s = 0; s < l.tile / 16; ++s) {
-        if (d.down_parts) {
-          const Operand<T> left = load_left_turned<T>(x, kRowBytes, warp % 4 * 16, s);
+      for (int s = 0; s < Tile / 16; ++s) {
+        auto add = [&](float (&acc)[kBlocks][4], const Operand<T>& left, const unsigned char* right) {
 #pragma unroll
           for (int n = 0; n < kBlocks; n += 2) {
-            if (n * 8 >= l.wide) continue;
             uint32_t b[4];
-            load_right<T, false>(b, pass.dhidden, kRowBytes, n * 8, s);
-            multiply<T>(of_down[n], left, b[0], b[1]);
-            multiply<T>(of_down[n + 1], left, b[2], b[3]);
+            load_right<T, false>(b, right, kRowBytes, n * 8, s);
+            multiply<T>(acc[n], left, b[0], b[1]);
+            multiply<T>(acc[n + 1], left, b[2], b[3]);
           }
-        }
+        };
+        if (d.down_parts) add(of_down, load_left_turned<T>(x, kRowBytes, warp % 4 * 16, s), pass.dhidden());
         if (want_up) {
           const Operand<T> left = load_left_turned<T>(dl, kRowBytes, warp % 4 * 16, s);
           multiply<T>(of_dl, left, ones, ones);
-#pragma unroll
-          for (int n = 0; n < kBlocks; n += 2) {
-            if (n * 8 >= l.wide) continue;
-            uint32_t b[4];
-            load_right<T, false>(b, pass.hidden, kRowBytes, n * 8, s);
-            multiply<T>(of_up[n], left, b[0], b[1]);
-            multiply<T>(of_up[n + 1], left, b[2], b[3]);
-          }
+          add(of_up, left, pass.hidden());
         }
       }
     }
@@ -590,13 +618,14 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
 
   // Sums of dz, over warps and blocks in their order.
   __syncthreads();
-  float* sums = pass.partial;
-  if (has_row) sums[warp * kMostHidden + lane] = dz_sum[0], sums[warp * kMostHidden + 32 + lane] = dz_sum[1];
+  float* sums = pass.partial(0, 0, 0);
+  if (has_row && pass.has_columns())
+    *reinterpret_cast<float2*>(sums + warp * Wide + lane * 2) = make_float2(dz_sum[0], dz_sum[1]);
   ptx::cluster_sync();
-  if (const int j = threadIdx.x; j < l.wide) {
+  if (const int j = threadIdx.x; j < Wide) {
     float total = 0.0f;
     for (int r = 0; r < kCluster; ++r)
-      for (int w = 0; w < l.tile / kCluster; ++w) total += ptx::of_rank(sums, r)[w * kMostHidden + j];
+      for (int w = 0; w < Own::kOwnRows; ++w) total += ptx::of_rank(sums, r)[w * Wide + j];
     pass.dz_total(j) = total;
     if (pass.rank == 0 && pass.known && d.bias_parts && j < d.bottleneck)
       d.bias_parts[int64_t{pass.part} * d.bottleneck + j] = total;
@@ -627,18 +656,29 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
 
 #endif
 
-template <class T>
+template <class T, int Tile, int Wide>
 __global__ void __launch_bounds__(kThreads, 1) cluster_backward_kernel(const __grid_constant__ Adapter d) {
 #ifdef MMK_CLUSTERS
-  one_pass<T>(d);
+  one_pass<T, Tile, Wide>(d);
 #endif
+}
+
+template <class T, int Tile>
+int start_tile(const Adapter& d, void* stream) {
+  const Layout layout(d, Tile);
+  const auto launch_wide = [&](auto kernel) {
+    return launch_clusters(kCluster, kernel, dim3(static_cast<unsigned>(d.parts * kCluster)), dim3(kThreads),
+                           bytes_of(layout), stream, d);
+  };
+  if (layout.wide == 32) return launch_wide(cluster_backward_kernel<T, Tile, 32>);
+  if (layout.wide == 48) return launch_wide(cluster_backward_kernel<T, Tile, 48>);
+  return launch_wide(cluster_backward_kernel<T, Tile, 64>);
 }
 
 template <class T>
 int start(const Adapter& d, void* stream) {
   if (d.parts * kCluster > INT_MAX) return 1;
-  return launch_clusters(kCluster, cluster_backward_kernel<T>, dim3(static_cast<unsigned>(d.parts * kCluster)),
-                         dim3(kThreads), bytes_of(Layout(d, d.tile)), stream, d);
+  return d.tile == 64 ? start_tile<T, 64>(d, stream) : start_tile<T, 32>(d, stream);
 }
 
 }  // namespace

@@ -131,6 +131,27 @@ __device__ __forceinline__ Type* of_rank(Type* p, int rank) {
   return reinterpret_cast<Type*>(there);
 }
 
+// Stores to the same place of another block of the cluster, or of this one, and counts the bytes at its barrier in the
+// same place. Nothing else that this thread has written is known there then.
+__device__ __forceinline__ void store_async(uint32_t* to, uint32_t value, uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 counter, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [counter];\n}" ::"r"(
+          shared_address(to)),
+      "r"(value), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void store_async(float2* to, float2 value, uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 counter, %3, %4;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%1, %2}, [counter];\n}" ::"r"(
+          shared_address(to)),
+      "f"(value.x), "f"(value.y), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+}
+
 // What mbarrier_init has written may be used by the cluster and by copies once others know of it.
 __device__ __forceinline__ void mbarrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 

@@ -132,10 +132,17 @@ struct BoxCopy {
   ptrdiff_t to;  // in shared memory
 };
 
+struct AsyncStore {
+  ptrdiff_t to;
+  uint64_t value;
+  int bytes;
+};
+
 struct MBarrier {
   int expected, pending, phase = 0;
   int64_t bytes = 0;           // that copies have not brought yet
   std::vector<BoxCopy> boxes;  // under way
+  std::vector<AsyncStore> stores;
 };
 
 struct Failure {};  // ends the fiber that found a fault
@@ -641,7 +648,17 @@ static void deliver(MBarrier& b, ptrdiff_t offset) {
     b.bytes -= copy.map.box[0] * copy.map.box[1] * copy.map.box[2] * 2;
   }
   b.boxes.clear();
+  for (const AsyncStore& store : b.stores) {
+    std::memcpy(worker->shared.get() + store.to, &store.value, store.bytes);
+    b.bytes -= store.bytes;
+  }
+  b.stores.clear();
   settle(b, offset);
+}
+
+static bool is_awaited(ptrdiff_t offset) {
+  return std::any_of(worker->lanes.begin(), worker->lanes.end(),
+                     [&](const Lane& lane) { return lane.state == State::at_mbarrier && lane.waits_for == offset; });
 }
 
 void mbarrier_arrive(const void* barrier, const Where& where) {
@@ -694,10 +711,20 @@ void copy_box(void* shared, const TensorMap& map, const int (&at)[3], const void
   }
   std::memset(shared, kPoison, bytes);
   b.boxes.push_back({map, {at[0], at[1], at[2]}, to});
-  const bool awaited = std::any_of(w.lanes.begin(), w.lanes.end(), [&](const Lane& lane) {
-    return lane.state == State::at_mbarrier && lane.waits_for == offset;
-  });
-  if (awaited || !late()) deliver(b, offset);
+  if (is_awaited(offset) || !late()) deliver(b, offset);
+}
+
+void store_async(void* to, const void* value, int bytes, const void* barrier, const Where& where) {
+  const ptrdiff_t offset = barrier_offset(barrier, "st.async", where);
+  MBarrier& b = mbarrier_at(offset, "st.async", where);
+  AsyncStore store{static_cast<unsigned char*>(to) - worker->shared.get(), 0, bytes};
+  if (store.to < 0 || store.to % bytes != 0 || store.to + bytes > static_cast<ptrdiff_t>(worker->shared_bytes)) {
+    fail("st.async of " + std::to_string(bytes) + " bytes to shared offset " + std::to_string(store.to), where);
+  }
+  std::memcpy(&store.value, value, bytes);
+  std::memset(to, kPoison, bytes);
+  b.stores.push_back(store);
+  if (is_awaited(offset) || !late()) deliver(b, offset);
 }
 
 void mbarrier_wait(const void* barrier, int parity, const Where& where) {
@@ -705,7 +732,7 @@ void mbarrier_wait(const void* barrier, int parity, const Where& where) {
   MBarrier& b = mbarrier_at(offset, "mbarrier.try_wait", where);
   if (parity != 0 && parity != 1) fail("mbarrier.try_wait for parity " + std::to_string(parity), where);
   while (b.phase == parity) {
-    if (!b.boxes.empty()) {  // no later than this
+    if (!b.boxes.empty() || !b.stores.empty()) {  // no later than this
       deliver(b, offset);
       continue;
     }

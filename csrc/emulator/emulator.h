@@ -6,9 +6,9 @@
 // in random bursts, lanes in random order. Shared memory starts as NaN; a cp.async lands at once, as late as its wait
 // allows, or at random, and what it will overwrite is NaN until then. A wgmma reads its operands through descriptors,
 // as the manual lays core matrices out, at once, as late as its wait allows, or at random; its accumulators are NaN
-// until waited for; operands in registers are read when the product is made. A TMA copy lands at once, or as late as
-// the wait for its mbarrier; the blocks of a cluster run side by side, other blocks one after another. Found and
-// explained: a collective that part of a warp never reaches, barriers that not every thread reaches, misaligned or
+// until waited for; operands in registers are read when the product is made. A TMA copy or a st.async lands at once, or
+// as late as the wait for its mbarrier; the blocks of a cluster run side by side, other blocks one after another. Found
+// and explained: a collective that part of a warp never reaches, barriers that not every thread reaches, misaligned or
 // out-of-bounds operands of cp.async, ldmatrix and wgmma, an mbarrier with too many arrivals or none of its own, a
 // wgmma without its fence, operands of a wgmma that were written without a proxy fence (by cp.async or store_shared),
 // writes past the end of shared memory (plain reads past it: AddressSanitizer). Not modelled: timing, other memory
@@ -158,6 +158,7 @@ struct TensorMap {                             // of 16-bit elements; strides in
 };
 void mbarrier_expect(const void* barrier, int bytes, const Where& where);
 void copy_box(void* shared, const TensorMap& map, const int (&at)[3], const void* barrier, const Where& where);
+void store_async(void* to, const void* value, int bytes, const void* barrier, const Where& where);
 struct GroupMultiply {
   Type type;
   float* d;
@@ -354,6 +355,10 @@ inline int cluster_rank() { return emulator::cluster_rank(); }
 template <class Type>
 Type* of_rank(Type* p, int rank) {
   return static_cast<Type*>(const_cast<void*>(emulator::of_rank(p, rank)));
+}
+template <class Value>
+void store_async(Value* to, Value value, uint64_t* barrier, int rank, MMK_WHERE) {
+  emulator::store_async(of_rank(to, rank), &value, sizeof(Value), of_rank(barrier, rank), where);
 }
 inline void cluster_sync(MMK_WHERE) { emulator::cluster_barrier(where); }
 inline void mbarrier_fence() {}
