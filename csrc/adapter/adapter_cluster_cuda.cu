@@ -69,27 +69,32 @@ struct Pass {
   static constexpr int kDhidden = kHidden + kRowsBytes, kDown = kDhidden + kRowsBytes;
   const Adapter& d;
   const int chunks, slots;
-  int rank, part, adapter, first_channel;
+  int rank, adapter, first_channel;
   int numbered = 0, parity = 0;  // of this tile's numbers; of the next exchange
   int here;                      // where the stage of this tile begins
-  int64_t begin, end;
-  bool known, normed, out_normed;
+  int64_t begin;
+  int rows;  // of the part, from `begin` on
+  bool known;
   int lane, warp;
 
   __device__ __forceinline__ Pass(const Adapter& d)
       : d(d), chunks(Layout(d, Tile).chunks), slots(Layout(d, Tile).slots) {
-    rank = ptx::cluster_rank(), part = blockIdx.x / kCluster;
+    rank = ptx::cluster_rank();
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (d.mode == Mode::grouped) {
-      const Piece piece = find(d.begins, d.adapters + 2, d.group_rows, d.part, part);
-      adapter = piece.group, begin = piece.begin, end = piece.end;
+      const Piece piece = find(d.begins, d.adapters + 2, d.group_rows, d.part, part());
+      adapter = piece.group, begin = piece.begin, rows = static_cast<int>(piece.end - begin);
     } else {
-      adapter = 0, begin = part * d.part, end = min(begin + d.part, d.rows);
+      adapter = 0, begin = part() * d.part, rows = static_cast<int>(min(d.part, d.rows - begin));
     }
-    known = adapter < d.adapters, normed = d.norm_weight.data, out_normed = d.out_weight.data;
+    known = adapter < d.adapters;
     first_channel = rank * chunks * kChannels;
     here = stage_at(0);
   }
+
+  static __device__ __forceinline__ int64_t part() { return blockIdx.x / kCluster; }
+  __device__ __forceinline__ bool normed() const { return d.norm_weight.data; }
+  __device__ __forceinline__ bool out_normed() const { return d.out_weight.data; }
 
   // Where things lie, always from the beginning of shared memory: pointers in registers would be too many.
   template <class Type>
@@ -152,7 +157,7 @@ struct Pass {
       float w[V] = {};
       if (known && j < d.bottleneck && c < d.channels) {
         load_piece<T, V>(w, w_down + int64_t{j} * d.channels + c, V, true);
-        if (normed) {
+        if (normed()) {
           float gain[V];
           load_parameter<T, V>(gain, d.norm_weight, c, V, true);
 #pragma unroll
@@ -174,13 +179,13 @@ struct Pass {
       const bool inside = c < d.channels;
       up_bias(i) =
           known && inside && d.b_up.data ? parameter<T>(d.b_up, int64_t{adapter} * d.channels + c) * d.factor : 0.0f;
-      out_gain(i) = inside && out_normed ? parameter<T>(d.out_weight, c) : 0.0f;
+      out_gain(i) = inside && out_normed() ? parameter<T>(d.out_weight, c) : 0.0f;
     }
     __syncthreads();
     // Sums over channels, of this quarter: of W_down times the norm's bias, and of W_down as it lies here.
     for (int j = warp; j < Wide; j += kWarps) {
       float of_bias = 0.0f, of_weight = 0.0f;
-      for (int i = lane; normed && i < chunks * kChannels; i += 32) {
+      for (int i = lane; normed() && i < chunks * kChannels; i += 32) {
         const int c = first_channel + i;
         if (!known || j >= d.bottleneck || c >= d.channels) continue;
         const T* row = reinterpret_cast<const T*>(down_chunk(i / kChannels) + j * kRowBytes);
@@ -225,14 +230,14 @@ struct Pass {
     int64_t m = -1;
     float found[kStatistics] = {};
   };
-  __device__ __forceinline__ Row look_up(int64_t first) const {
+  __device__ __forceinline__ Row look_up(int first) const {
     Row row;
-    const int64_t p = first + threadIdx.x;
-    if (threadIdx.x >= Tile || p >= end) return row;
-    row.m = row_of(d, p);
+    const int place = first + static_cast<int>(threadIdx.x);
+    if (threadIdx.x >= Tile || place >= rows) return row;
+    row.m = row_of(d, begin + place);
     const float* from = d.statistics + row.m;
-    if (normed) row.found[kMean] = from[0], row.found[kRstd] = from[d.rows], from += 2 * d.rows;
-    if (out_normed) row.found[kOutMean] = from[0], row.found[kOutRstd] = from[d.rows];
+    if (normed()) row.found[kMean] = from[0], row.found[kRstd] = from[d.rows], from += 2 * d.rows;
+    if (out_normed()) row.found[kOutMean] = from[0], row.found[kOutRstd] = from[d.rows];
     return row;
   }
   __device__ __forceinline__ void note(const Row& row, int numbered) const {
@@ -281,10 +286,10 @@ struct Pass {
       for (int e = 0; e < V; ++e) {
         if (input) s[e] = to_float(from_float<T>(s[e] + rest[e])), rest[e] = 0.0f;
         if (d.skip & 1) rest[e] += s[e];
-        if (normed) s[e] = (s[e] - statistic(kMean, row)) * statistic(kRstd, row);
+        if (normed()) s[e] = (s[e] - statistic(kMean, row)) * statistic(kRstd, row);
       }
-      if (input || normed) store_elements<T, V>(x, 0, s);
-      if (!out_normed) return;
+      if (input || normed()) store_elements<T, V>(x, 0, s);
+      if (!out_normed()) return;
       store_elements<T, V>(beside, 0, rest);
       float g[V], gain[V], bias[V];
       load_piece<T, V>(g, gradient, V, true);
@@ -297,7 +302,7 @@ struct Pass {
       }
       store_elements<T, V>(gradient, 0, g);
     });
-    if (!out_normed) return;
+    if (!out_normed()) return;
     of_gradient = sum_of_row(of_gradient), of_product = sum_of_row(of_product);
     const int row = threadIdx.x / kPieces % Tile, group = threadIdx.x / kPieces / Tile;
     if (threadIdx.x % kPieces == 0)
@@ -355,6 +360,10 @@ struct Pass {
   // Lanes have two neighbouring columns of the bottleneck, those that there are.
   __device__ __forceinline__ bool has_columns() const { return lane * 2 < Wide; }
 
+  __device__ __forceinline__ float2& own_pair(int rank) const {
+    return reinterpret_cast<float2*>(partial(0, rank, warp))[lane];
+  }
+
   // The cluster's sum of a matrix in an own row.
   __device__ __forceinline__ void gather(float (&to)[2], int matrix, int own_row) const {
     to[0] = to[1] = 0.0f;
@@ -383,8 +392,8 @@ struct Pass {
   // Bytes that come in an exchange: of two matrices or one, and of what of a bottleneck is told.
   __device__ __forceinline__ void expect(bool first) const {
     if (threadIdx.x != 0) return;
-    const int of_row = (first ? 2 : 1) * Wide * 4 + (first && out_normed ? kGroups * 8 : 0);
-    const int answers = first && !out_normed ? 2 : 1, averages = (first && out_normed) || normed ? 8 : 0;
+    const int of_row = (first ? 2 : 1) * Wide * 4 + (first && out_normed() ? kGroups * 8 : 0);
+    const int answers = first && !out_normed() ? 2 : 1, averages = (first && out_normed()) || normed() ? 8 : 0;
     ptx::mbarrier_expect(gathered(), kCluster * kOwnRows * of_row);
     ptx::mbarrier_expect(told(), Tile * (answers * Wide * 2 + averages));
   }
@@ -401,7 +410,7 @@ struct Pass {
       dz_sum[h] += dz[h];
       if (has_columns()) plain += dz[h] * down_sum(lane * 2 + h), with_normed += dz[h] * z[h];
     }
-    if (!normed) return;
+    if (!normed()) return;
     const float columns = static_cast<float>(d.channels);
     tell(kOfInput, row, sum_of_warp(plain) / columns, sum_of_warp(with_normed) / columns);
   }
@@ -473,7 +482,7 @@ struct Pass {
   __device__ __forceinline__ void through_down() const {
     expand<false>(dhidden(), [&](int, int row, int at, const float (&sums)[2]) {
       float ds[2] = {sums[0], sums[1]}, other[2];
-      if (normed) {
+      if (normed()) {
         load_pair(other, kX, at);
         const float2 average = averages(kOfInput)[row];
 #pragma unroll
@@ -508,7 +517,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     ptx::mbarrier_init(pass.told(), 1);
     ptx::mbarrier_fence();
   }
-  for (int i = 0; i < 2; ++i) pass.note(pass.look_up(pass.begin + i * Tile), i);
+  for (int i = 0; i < 2; ++i) pass.note(pass.look_up(i * Tile), i);
   __syncthreads();
   pass.copy_rows(0, 0);
   pass.load_weights();
@@ -521,24 +530,22 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
   const int lane = pass.lane, warp = pass.warp, row = pass.rank * Own::kOwnRows + warp;
   const bool has_row = warp < Own::kOwnRows;
 
-  int stage = 0;
 #pragma unroll 1
-  for (int64_t first = pass.begin; first < pass.end; first += Tile, stage ^= 1) {
+  for (int first = 0; first < pass.rows; first += Tile) {
     ptx::cp_async_wait<0>();
     __syncthreads();
     const int next = (pass.numbered + 1) % kNumbered, last = (pass.numbered + 2) % kNumbered;
-    if (first + Tile < pass.end) pass.copy_rows(stage ^ 1, next);
-    pass.here = pass.stage_at(stage);
+    if (first + Tile < pass.rows) pass.copy_rows(1 - first / Tile % 2, next);
+    pass.here = pass.stage_at(first / Tile % 2);
     pass.expect(true);
-    if (pass.slots == 3 || pass.normed) {
+    if (pass.slots == 3 || pass.normed()) {
       pass.prepare();
       __syncthreads();
     }
     pass.template multiply_partially<0>();
-    float z[2] = {}, slopes[2] = {};
     if (has_row) {
       ptx::mbarrier_wait(pass.gathered(), pass.parity);
-      float a[2], da[2];
+      float z[2], slopes[2], a[2], da[2];
       pass.gather(z, 0, warp);
       pass.gather(da, 1, warp);
 #pragma unroll
@@ -550,9 +557,14 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         slopes[h] = inside ? slope(rounded, d.activation) : 0.0f;
       }
       pass.tell(pass.hidden(), row, a);
-      if (!pass.out_normed) {
+      if (!pass.out_normed()) {
         pass.tell_gradient(row, da, slopes, z, dz_sum);
       } else {
+        // The lane's own part of z has been read and keeps what the second exchange needs.
+        if (pass.has_columns()) {
+          pass.own_pair(0) = make_float2(z[0], z[1]);
+          pass.own_pair(1) = make_float2(slopes[0], slopes[1]);
+        }
         // g dout y summed: of what was known before the bottleneck was, and of the bottleneck.
         float of_gradient = 0.0f, of_product = a[0] * da[0] * d.factor + a[1] * da[1] * d.factor;
         if (lane < kCluster * Own::kGroups) {
@@ -567,15 +579,19 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     }
     ptx::mbarrier_wait(pass.told(), pass.parity);
     pass.parity ^= 1;
-    if (pass.out_normed) {
+    if (pass.out_normed()) {
       pass.expect(false);
       pass.through_norm();
       __syncthreads();
       pass.template multiply_partially<1>();
       if (has_row) {
         ptx::mbarrier_wait(pass.gathered(), pass.parity);
-        float da[2];
+        float da[2], z[2] = {}, slopes[2] = {};
         pass.gather(da, 1, warp);
+        if (pass.has_columns()) {
+          z[0] = pass.own_pair(0).x, z[1] = pass.own_pair(0).y;
+          slopes[0] = pass.own_pair(1).x, slopes[1] = pass.own_pair(1).y;
+        }
         pass.tell_gradient(row, da, slopes, z, dz_sum);
       }
       ptx::mbarrier_wait(pass.told(), pass.parity);
@@ -605,6 +621,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         }
       }
     }
+    pass.note(later, last);
     if (d.dy) pass.store_rows(d.dy, kGradient);
     if (d.dx) {
       __syncthreads();
@@ -612,7 +629,6 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
       __syncthreads();
       pass.store_rows(d.dx, kX);
     }
-    pass.note(later, last);
     pass.numbered = next;
   }
 
@@ -628,7 +644,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
       for (int w = 0; w < Own::kOwnRows; ++w) total += ptx::of_rank(sums, r)[w * Wide + j];
     pass.dz_total(j) = total;
     if (pass.rank == 0 && pass.known && d.bias_parts && j < d.bottleneck)
-      d.bias_parts[int64_t{pass.part} * d.bottleneck + j] = total;
+      d.bias_parts[pass.part() * d.bottleneck + j] = total;
   }
   ptx::cluster_sync();  // nobody leaves while its memory is read
   if (!pass.known || !has_block) return;
@@ -636,9 +652,9 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
   for (int half = 0; half < 2; ++half) {
     const int c = pass.first_channel + warp * 16 + lane / 4 + half * 8;
     if (c >= d.channels) continue;
-    const int64_t first = int64_t{pass.part} * d.bottleneck * d.channels;
-    const float gain = pass.normed ? parameter<T>(d.norm_weight, c) : 1.0f;
-    const float bias = pass.normed && d.norm_bias.data ? parameter<T>(d.norm_bias, c) : 0.0f;
+    const int64_t first = pass.part() * d.bottleneck * d.channels;
+    const float gain = pass.normed() ? parameter<T>(d.norm_weight, c) : 1.0f;
+    const float bias = pass.normed() && d.norm_bias.data ? parameter<T>(d.norm_bias, c) : 0.0f;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -650,7 +666,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         if (d.up_parts) d.up_parts[first + int64_t{c} * d.bottleneck + j] = of_up[n][i] * d.factor;
       }
     }
-    if (d.dl_parts && lane % 4 == 0) d.dl_parts[int64_t{pass.part} * d.channels + c] = of_dl[half * 2] * d.factor;
+    if (d.dl_parts && lane % 4 == 0) d.dl_parts[pass.part() * d.channels + c] = of_dl[half * 2] * d.factor;
   }
 }
 
