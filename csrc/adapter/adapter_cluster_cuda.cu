@@ -19,7 +19,7 @@ namespace mmk::adapter {
 namespace {
 
 constexpr int kCluster = 4, kThreads = 512, kWarps = kThreads / 32;
-constexpr int kMostRows = 64, kMostHidden = 64, kMostChunks = 4, kChannels = 64;  // channels of a chunk
+constexpr int kMostRows = 32, kMostHidden = 64, kMostChunks = 4, kChannels = 64;  // channels of a chunk
 
 // Rows of a stage. `kOther` is input_residual or residual, then what y is added.
 enum Slot { kX, kGradient, kOther };
@@ -37,19 +37,21 @@ struct Layout {
         slots(d.out_weight.data || d.input_residual.data ? 3 : 2) {}
 };
 
-// Shared memory, in bytes. Two mbarriers; numbers, offsets and statistics of the rows of this tile and the next two;
-// what was told of rows and gathered of them; vectors.
-constexpr int kNumbered = 3, kMostGroups = 2;
-constexpr int kNumbers = 16, kStatisticsAt = kNumbers + kNumbered * 3 * kMostRows * 8;
+// While a block finishes a tile it has begun the next one, whose partial products travel meanwhile, and copies a third.
+constexpr int kStages = 3, kTurns = 2;
+// Shared memory, in bytes. Two mbarriers; numbers, offsets and statistics of the rows of these tiles and one more; what
+// was told of rows and gathered of them; vectors.
+constexpr int kNumbered = 4, kNumbers = 16, kStatisticsAt = kNumbers + kNumbered * 3 * kMostRows * 8;
 constexpr int kAveragesAt = kStatisticsAt + kNumbered * kStatistics * kMostRows * 4;
-constexpr int kRowSums = kAveragesAt + 2 * kMostRows * 8, kHiddenSums = kRowSums + kMostGroups * kMostRows * 8;
+constexpr int kRowSums = kAveragesAt + kTurns * 2 * kMostRows * 8, kHiddenSums = kRowSums + kThreads / kPieces * 8;
 constexpr int kHiddenVectors = kHiddenSums + 2 * kMostHidden * 4;
 constexpr int kChannelVectors = kHiddenVectors + 3 * kMostHidden * 4;
 constexpr int kPartial = kChannelVectors + 2 * kMostChunks * kChannels * 4;
 
 int64_t bytes_of(const Layout& l) {
   const int64_t rows = int64_t{l.tile} * kRowBytes, weights = int64_t{l.chunks} * (l.wide + kChannels) * kRowBytes;
-  return kPartial + 2 * int64_t{l.tile} * (l.wide + 8) * 4 + 2 * rows + weights + 2 * l.slots * l.chunks * rows;
+  return kPartial + 2 * int64_t{l.tile} * (l.wide + 8) * 4 + kTurns * 2 * rows + weights +
+         kStages * l.slots * l.chunks * rows;
 }
 
 #ifdef MMK_CLUSTERS
@@ -66,12 +68,12 @@ struct Pass {
   static constexpr int kOwnRows = Tile / kCluster;             // whose bottleneck this block adds up
   static constexpr int kGroups = kThreads / (Tile * kPieces);  // of threads that have the same rows
   static constexpr int kRowsBytes = Tile * kRowBytes, kHidden = kPartial + 2 * Tile * kPitch * 4;
-  static constexpr int kDhidden = kHidden + kRowsBytes, kDown = kDhidden + kRowsBytes;
+  static constexpr int kDown = kHidden + kTurns * 2 * kRowsBytes;
   const Adapter& d;
   const int chunks, slots;
   int rank, adapter, first_channel;
-  int numbered = 0, parity = 0;  // of this tile's numbers; of the next exchange
-  int here;                      // where the stage of this tile begins
+  int numbered = 0, turn = 0, here = 0;  // of the tile at hand: its numbers, what was told of it, where its rows begin
+  int parity = 0;                        // of the next exchange
   int64_t begin;
   int rows;  // of the part, from `begin` on
   bool known;
@@ -89,7 +91,11 @@ struct Pass {
     }
     known = adapter < d.adapters;
     first_channel = rank * chunks * kChannels;
-    here = stage_at(0);
+  }
+
+  // Takes a tile at hand.
+  __device__ __forceinline__ void take(int tile) {
+    numbered = tile % kNumbered, turn = tile % kTurns, here = stage_at(tile % kStages);
   }
 
   static __device__ __forceinline__ int64_t part() { return blockIdx.x / kCluster; }
@@ -103,8 +109,8 @@ struct Pass {
   }
   static __device__ __forceinline__ uint64_t* gathered() { return shared_at<uint64_t>(0); }
   static __device__ __forceinline__ uint64_t* told() { return shared_at<uint64_t>(8); }
-  static __device__ __forceinline__ float2* averages(Norm norm) {
-    return shared_at<float2>(kAveragesAt) + norm * kMostRows;
+  __device__ __forceinline__ float2* averages(Norm norm) const {
+    return shared_at<float2>(kAveragesAt) + (turn * 2 + norm) * kMostRows;
   }
   // Sums of g dout and of its product with y, (rank, group of threads, own row).
   static __device__ __forceinline__ float2* row_sums() { return shared_at<float2>(kRowSums); }
@@ -113,8 +119,8 @@ struct Pass {
   static __device__ __forceinline__ float* partial(int matrix, int rank, int own_row) {
     return shared_at<float>(kPartial) + ((matrix * kCluster + rank) * kOwnRows + own_row) * kPitch;
   }
-  static __device__ __forceinline__ unsigned char* hidden() { return shared_memory() + kHidden; }
-  static __device__ __forceinline__ unsigned char* dhidden() { return shared_memory() + kDhidden; }
+  __device__ __forceinline__ unsigned char* hidden() const { return shared_memory() + kHidden + turn * 2 * kRowsBytes; }
+  __device__ __forceinline__ unsigned char* dhidden() const { return hidden() + kRowsBytes; }
   static __device__ __forceinline__ unsigned char* down_chunk(int k) {
     return shared_memory() + kDown + k * Wide * kRowBytes;
   }
@@ -138,11 +144,10 @@ struct Pass {
   // body(k, row, c, piece) for the pieces of a tile that this thread has; c may lie behind the last channel.
   template <class Body>
   __device__ __forceinline__ void each_piece(Body body) const {
+    const int row = threadIdx.x / kPieces % Tile, piece = threadIdx.x % kPieces;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < chunks * Tile * kPieces; i += kThreads) {
-      const int k = i / kPieces / Tile, row = i / kPieces % Tile, piece = i % kPieces;
+    for (int k = threadIdx.x / kPieces / Tile; k < chunks; k += kGroups)
       body(k, row, first_channel + k * kChannels + piece * V, piece);
-    }
   }
 
   // --- Weights and vectors, once a part ---
@@ -251,20 +256,21 @@ struct Pass {
       shared_at<float>(kStatisticsAt)[(numbered * kStatistics + i) * kMostRows + threadIdx.x] = row.found[i];
   }
 
-  // Starts the copies of a stage's rows; zeros where there is nothing.
-  __device__ __forceinline__ void copy_rows(int stage, int numbered) const {
-    unsigned char* to = shared_memory() + stage_at(stage);
-    const int64_t* rows = shared_at<int64_t>(kNumbers) + numbered * 3 * kMostRows;
-    const bool with_other = slots == 3 && other().data;
-    each_piece([&](int k, int row, int c, int piece) {
-      const bool inside = rows[row] >= 0 && c < d.channels;
-      const int bytes = inside ? 16 : 0, at = k * kRowsBytes + row * kRowBytes + piece * 16;
-      const T *x = static_cast<const T*>(d.x.data), *dout = static_cast<const T*>(d.dout);
-      ptx::cp_async<16>(to + at, inside ? x + rows[kMostRows + row] + c : x, bytes);
-      ptx::cp_async<16>(to + chunks * kRowsBytes + at, inside ? dout + rows[row] * d.channels + c : dout, bytes);
-      if (!with_other) return;
-      const T* data = static_cast<const T*>(other().data);
-      ptx::cp_async<16>(to + 2 * chunks * kRowsBytes + at, inside ? data + rows[2 * kMostRows + row] + c : data, bytes);
+  // Starts the copies of a tile's rows; zeros where there is nothing.
+  __device__ __forceinline__ void copy_rows(int tile) const {
+    const int row = threadIdx.x / kPieces % Tile;
+    const int64_t* rows = shared_at<int64_t>(kNumbers) + tile % kNumbered * 3 * kMostRows + row;
+    const bool inside = rows[0] >= 0;
+    const T* x = static_cast<const T*>(d.x.data) + rows[kMostRows];
+    const T* dout = static_cast<const T*>(d.dout) + (inside ? rows[0] * d.channels : 0);
+    const T* beside = slots == 3 && other().data ? static_cast<const T*>(other().data) + rows[2 * kMostRows] : nullptr;
+    unsigned char* to = shared_memory() + stage_at(tile % kStages) + row * kRowBytes;
+    each_piece([&](int k, int, int c, int piece) {
+      const int bytes = inside && c < d.channels ? 16 : 0, from = bytes ? c : 0;
+      unsigned char* at = to + k * kRowsBytes + piece * 16;
+      ptx::cp_async<16>(at, x + from, bytes);
+      ptx::cp_async<16>(at + chunks * kRowsBytes, dout + from, bytes);
+      if (beside) ptx::cp_async<16>(at + 2 * chunks * kRowsBytes, beside + from, bytes);
     });
     ptx::cp_async_commit();
   }
@@ -313,46 +319,41 @@ struct Pass {
   // --- Products ---
 
   // This quarter's part of x W_down^T (matrix 0) and of dl W_up (matrix 1), from `First` on, to the blocks that add it.
+  // A warp has sixteen columns of a matrix.
   template <int First>
   __device__ __forceinline__ void multiply_partially() const {
-    constexpr int kAcross = kWarps / ((2 - First) * kFragments), kOwn = (kSteps + kAcross - 1) / kAcross;
-    const int share = warp % kAcross, fragment = warp / kAcross % kFragments;
-    const int matrix = First + warp / kAcross / kFragments;
-    if (share >= kSteps) return;
-    float acc[kOwn][2][4] = {};
+    const int matrix = First + warp / kSteps, column = warp % kSteps * 16;
+    if (matrix > 1) return;
+    float acc[kFragments][2][4] = {};
 #pragma unroll 1
     for (int k = 0; k < chunks; ++k) {
-      const unsigned char* rows = chunk(matrix == 0 ? kX : kGradient, k) + fragment * 16 * kRowBytes;
+      const unsigned char* rows = chunk(matrix == 0 ? kX : kGradient, k);
 #pragma unroll
       for (int s = 0; s < kChunkBytes / 32; ++s) {
-        const Operand<T> a = load_left<T>(rows + s * 32);
+        uint32_t b[4];
+        if (matrix == 0) {
+          load_right<T, true>(b, down_chunk(k), kRowBytes, column, s);
+        } else {
+          load_right<T, false>(b, up_chunk(k), kRowBytes, column, s);
+        }
 #pragma unroll
-        for (int q = 0; q < kOwn; ++q) {
-          const int column = (share + q * kAcross) * 16;
-          if (column >= Wide) continue;
-          uint32_t b[4];
-          if (matrix == 0) {
-            load_right<T, true>(b, down_chunk(k), kRowBytes, column, s);
-          } else {
-            load_right<T, false>(b, up_chunk(k), kRowBytes, column, s);
-          }
-          multiply<T>(acc[q][0], a, b[0], b[1]);
-          multiply<T>(acc[q][1], a, b[2], b[3]);
+        for (int f = 0; f < kFragments; ++f) {
+          const Operand<T> a = load_left<T>(rows + f * 16 * kRowBytes + s * 32);
+          multiply<T>(acc[f][0], a, b[0], b[1]);
+          multiply<T>(acc[f][1], a, b[2], b[3]);
         }
       }
     }
 #pragma unroll
-    for (int q = 0; q < kOwn; ++q) {
-      const int column = (share + q * kAcross) * 16 + lane % 4 * 2;
-      if (column >= Wide) continue;
+    for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = fragment * 16 + lane / 4 + half * 8;
-        float* to = partial(matrix, rank, row % kOwnRows) + column;
+        const int row = f * 16 + lane / 4 + half * 8;
+        float* to = partial(matrix, rank, row % kOwnRows) + column + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < 2; ++n)
           ptx::store_async(reinterpret_cast<float2*>(to + n * 8),
-                           make_float2(acc[q][n][half * 2], acc[q][n][half * 2 + 1]), gathered(), row / kOwnRows);
+                           make_float2(acc[f][n][half * 2], acc[f][n][half * 2 + 1]), gathered(), row / kOwnRows);
       }
     }
   }
@@ -413,6 +414,50 @@ struct Pass {
     if (!normed()) return;
     const float columns = static_cast<float>(d.channels);
     tell(kOfInput, row, sum_of_warp(plain) / columns, sum_of_warp(with_normed) / columns);
+  }
+
+  // Of a warp's own row: the bottleneck, and its gradient or, with a norm of the result, what that norm subtracts.
+  __device__ __forceinline__ void answer(float (&dz_sum)[2]) const {
+    const int row = rank * kOwnRows + warp;
+    ptx::mbarrier_wait(gathered(), parity);
+    float z[2], slopes[2], a[2], da[2];
+    gather(z, 0, warp);
+    gather(da, 1, warp);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int j = lane * 2 + h;
+      const bool inside = known && j < d.bottleneck && number(row) >= 0;
+      const float rounded = inside ? to_float(from_float<T>(z[h] + down_bias(j))) : 0.0f;
+      a[h] = inside ? activated(rounded, d.activation) : 0.0f;
+      slopes[h] = inside ? slope(rounded, d.activation) : 0.0f;
+    }
+    tell(hidden(), row, a);
+    if (!out_normed()) {
+      tell_gradient(row, da, slopes, z, dz_sum);
+      return;
+    }
+    // The lane's own part of z has been read and keeps what the second exchange needs.
+    if (has_columns()) own_pair(0) = make_float2(z[0], z[1]), own_pair(1) = make_float2(slopes[0], slopes[1]);
+    // g dout y summed: of what was known before the bottleneck was, and of the bottleneck.
+    float of_gradient = 0.0f, of_product = a[0] * da[0] * d.factor + a[1] * da[1] * d.factor;
+    if (lane < kCluster * kGroups) {
+      const float2 sums = row_sums()[lane * kOwnRows + warp];
+      of_gradient = sums.x, of_product += sums.y;
+    }
+    of_gradient = sum_of_warp(of_gradient), of_product = sum_of_warp(of_product);
+    const float mean = statistic(kOutMean, row), rstd = statistic(kOutRstd, row);
+    const float columns = static_cast<float>(d.channels);
+    tell(kOfResult, row, of_gradient / columns, (of_product - mean * of_gradient) * rstd / columns);
+  }
+  __device__ __forceinline__ void answer_again(float (&dz_sum)[2]) const {
+    ptx::mbarrier_wait(gathered(), parity);
+    float da[2], z[2] = {}, slopes[2] = {};
+    gather(da, 1, warp);
+    if (has_columns()) {
+      z[0] = own_pair(0).x, z[1] = own_pair(0).y;
+      slopes[0] = own_pair(1).x, slopes[1] = own_pair(1).y;
+    }
+    tell_gradient(rank * kOwnRows + warp, da, slopes, z, dz_sum);
   }
 
   // body(channel of the quarter, row, place in a slot's chunks, two sums) for two neighbouring elements after another
@@ -517,9 +562,9 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     ptx::mbarrier_init(pass.told(), 1);
     ptx::mbarrier_fence();
   }
-  for (int i = 0; i < 2; ++i) pass.note(pass.look_up(i * Tile), i);
+  for (int i = 0; i < 3; ++i) pass.note(pass.look_up(i * Tile), i);
   __syncthreads();
-  pass.copy_rows(0, 0);
+  pass.copy_rows(0);
   pass.load_weights();
 
   // A warp's sixteen channels of dz^T u and dl^T a, turned, and the sums of dl.
@@ -527,109 +572,80 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
   float of_down[kBlocks][4] = {}, of_up[kBlocks][4] = {}, of_dl[4] = {}, dz_sum[2] = {};
   const uint32_t ones = pack<T>(1.0f, 1.0f);
   const bool want_up = d.up_parts || d.dl_parts, has_block = pass.warp < pass.chunks * 4;
-  const int lane = pass.lane, warp = pass.warp, row = pass.rank * Own::kOwnRows + warp;
+  const int lane = pass.lane, warp = pass.warp;
   const bool has_row = warp < Own::kOwnRows;
 
+  // Tile i begins while tile i - 1 ends.
 #pragma unroll 1
-  for (int first = 0; first < pass.rows; first += Tile) {
+  for (int i = 0; (i - 1) * Tile < pass.rows; ++i) {
+    const bool begins = i * Tile < pass.rows, ends = i > 0;
     ptx::cp_async_wait<0>();
     __syncthreads();
-    const int next = (pass.numbered + 1) % kNumbered, last = (pass.numbered + 2) % kNumbered;
-    if (first + Tile < pass.rows) pass.copy_rows(1 - first / Tile % 2, next);
-    pass.here = pass.stage_at(first / Tile % 2);
-    pass.expect(true);
-    if (pass.slots == 3 || pass.normed()) {
-      pass.prepare();
-      __syncthreads();
+    if (begins) {
+      if ((i + 1) * Tile < pass.rows) pass.copy_rows(i + 1);
+      pass.take(i);
+      pass.expect(true);
+      if (pass.slots == 3 || pass.normed()) {
+        pass.prepare();
+        __syncthreads();
+      }
+      pass.template multiply_partially<0>();
     }
-    pass.template multiply_partially<0>();
-    if (has_row) {
-      ptx::mbarrier_wait(pass.gathered(), pass.parity);
-      float z[2], slopes[2], a[2], da[2];
-      pass.gather(z, 0, warp);
-      pass.gather(da, 1, warp);
+    if (ends) {
+      pass.take(i - 1);
+      const auto later = pass.look_up((i + 2) * Tile);
+      if (has_block && (d.down_parts || want_up)) {
+        const unsigned char* x = pass.chunk(kX, warp / 4);
+        const unsigned char* dl = pass.chunk(kGradient, warp / 4);
+#pragma unroll 1
+        for (int s = 0; s < Tile / 16; ++s) {
+          auto add = [&](float (&acc)[kBlocks][4], const Operand<T>& left, const unsigned char* right) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int j = lane * 2 + h;
-        const bool inside = pass.known && j < d.bottleneck && pass.number(row) >= 0;
-        const float rounded = inside ? to_float(from_float<T>(z[h] + pass.down_bias(j))) : 0.0f;
-        a[h] = inside ? activated(rounded, d.activation) : 0.0f;
-        slopes[h] = inside ? slope(rounded, d.activation) : 0.0f;
+            for (int n = 0; n < kBlocks; n += 2) {
+              uint32_t b[4];
+              load_right<T, false>(b, right, kRowBytes, n * 8, s);
+              multiply<T>(acc[n], left, b[0], b[1]);
+              multiply<T>(acc[n + 1], left, b[2], b[3]);
+            }
+          };
+          if (d.down_parts) add(of_down, load_left_turned<T>(x, kRowBytes, warp % 4 * 16, s), pass.dhidden());
+          if (want_up) {
+            const Operand<T> left = load_left_turned<T>(dl, kRowBytes, warp % 4 * 16, s);
+            multiply<T>(of_dl, left, ones, ones);
+            add(of_up, left, pass.hidden());
+          }
+        }
       }
-      pass.tell(pass.hidden(), row, a);
-      if (!pass.out_normed()) {
-        pass.tell_gradient(row, da, slopes, z, dz_sum);
-      } else {
-        // The lane's own part of z has been read and keeps what the second exchange needs.
-        if (pass.has_columns()) {
-          pass.own_pair(0) = make_float2(z[0], z[1]);
-          pass.own_pair(1) = make_float2(slopes[0], slopes[1]);
-        }
-        // g dout y summed: of what was known before the bottleneck was, and of the bottleneck.
-        float of_gradient = 0.0f, of_product = a[0] * da[0] * d.factor + a[1] * da[1] * d.factor;
-        if (lane < kCluster * Own::kGroups) {
-          const float2 sums = pass.row_sums()[lane * Own::kOwnRows + warp];
-          of_gradient = sums.x, of_product += sums.y;
-        }
-        of_gradient = sum_of_warp(of_gradient), of_product = sum_of_warp(of_product);
-        const float mean = pass.statistic(kOutMean, row), rstd = pass.statistic(kOutRstd, row);
-        const float columns = static_cast<float>(d.channels);
-        pass.tell(kOfResult, row, of_gradient / columns, (of_product - mean * of_gradient) * rstd / columns);
+      pass.note(later, (i + 2) % kNumbered);
+    }
+    if (begins) {
+      pass.take(i);
+      if (has_row) pass.answer(dz_sum);
+    }
+    if (ends) {
+      pass.take(i - 1);
+      if (d.dy) pass.store_rows(d.dy, kGradient);
+      if (d.dx) {
+        __syncthreads();
+        pass.through_down();
+        __syncthreads();
+        pass.store_rows(d.dx, kX);
       }
     }
-    ptx::mbarrier_wait(pass.told(), pass.parity);
-    pass.parity ^= 1;
-    if (pass.out_normed()) {
-      pass.expect(false);
-      pass.through_norm();
-      __syncthreads();
-      pass.template multiply_partially<1>();
-      if (has_row) {
-        ptx::mbarrier_wait(pass.gathered(), pass.parity);
-        float da[2], z[2] = {}, slopes[2] = {};
-        pass.gather(da, 1, warp);
-        if (pass.has_columns()) {
-          z[0] = pass.own_pair(0).x, z[1] = pass.own_pair(0).y;
-          slopes[0] = pass.own_pair(1).x, slopes[1] = pass.own_pair(1).y;
-        }
-        pass.tell_gradient(row, da, slopes, z, dz_sum);
-      }
+    if (begins) {
+      pass.take(i);
       ptx::mbarrier_wait(pass.told(), pass.parity);
       pass.parity ^= 1;
-    }
-
-    const auto later = pass.look_up(first + 2 * Tile);
-    if (has_block && (d.down_parts || want_up)) {
-      const unsigned char* x = pass.chunk(kX, warp / 4);
-      const unsigned char* dl = pass.chunk(kGradient, warp / 4);
-#pragma unroll 1
-      for (int s = 0; s < Tile / 16; ++s) {
-        auto add = [&](float (&acc)[kBlocks][4], const Operand<T>& left, const unsigned char* right) {
-#pragma unroll
-          for (int n = 0; n < kBlocks; n += 2) {
-            uint32_t b[4];
-            load_right<T, false>(b, right, kRowBytes, n * 8, s);
-            multiply<T>(acc[n], left, b[0], b[1]);
-            multiply<T>(acc[n + 1], left, b[2], b[3]);
-          }
-        };
-        if (d.down_parts) add(of_down, load_left_turned<T>(x, kRowBytes, warp % 4 * 16, s), pass.dhidden());
-        if (want_up) {
-          const Operand<T> left = load_left_turned<T>(dl, kRowBytes, warp % 4 * 16, s);
-          multiply<T>(of_dl, left, ones, ones);
-          add(of_up, left, pass.hidden());
-        }
+      if (pass.out_normed()) {
+        pass.expect(false);
+        pass.through_norm();
+        __syncthreads();
+        pass.template multiply_partially<1>();
+        if (has_row) pass.answer_again(dz_sum);
+        ptx::mbarrier_wait(pass.told(), pass.parity);
+        pass.parity ^= 1;
       }
     }
-    pass.note(later, last);
-    if (d.dy) pass.store_rows(d.dy, kGradient);
-    if (d.dx) {
-      __syncthreads();
-      pass.through_down();
-      __syncthreads();
-      pass.store_rows(d.dx, kX);
-    }
-    pass.numbered = next;
   }
 
   // Sums of dz, over warps and blocks in their order.
@@ -694,7 +710,7 @@ int start_tile(const Adapter& d, void* stream) {
 template <class T>
 int start(const Adapter& d, void* stream) {
   if (d.parts * kCluster > INT_MAX) return 1;
-  return d.tile == 64 ? start_tile<T, 64>(d, stream) : start_tile<T, 32>(d, stream);
+  return d.tile == 32 ? start_tile<T, 32>(d, stream) : start_tile<T, 16>(d, stream);
 }
 
 }  // namespace
@@ -709,7 +725,7 @@ int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adap
       d.channels > kChannels * kCluster * kMostChunks || d.seed || d.gate.data || d.scale.data || (input && added) ||
       (input ? !alike : d.skip > 1) || reinterpret_cast<uint64_t>(d.w_down) % 16 != 0)
     return 0;
-  for (int tile = kMostRows; tile >= 32; tile /= 2)
+  for (int tile = kMostRows; tile >= 16; tile /= 2)
     if (bytes_of(Layout(d, tile)) <= mmk_shared_memory()) return tile;
   return 0;
 }
