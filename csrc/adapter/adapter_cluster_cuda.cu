@@ -145,9 +145,10 @@ struct Pass {
   template <class Body>
   __device__ __forceinline__ void each_piece(Body body) const {
     const int row = threadIdx.x / kPieces % Tile, piece = threadIdx.x % kPieces;
-#pragma unroll 1
-    for (int k = threadIdx.x / kPieces / Tile; k < chunks; k += kGroups)
-      body(k, row, first_channel + k * kChannels + piece * V, piece);
+    const int group = threadIdx.x / kPieces / Tile, c = first_channel + group * kChannels + piece * V;
+#pragma unroll(Wide < 64 ? kMostChunks / kGroups : 1)  // registers
+    for (int i = 0; i < kMostChunks / kGroups; ++i)
+      if (group + i * kGroups < chunks) body(group + i * kGroups, row, c + i * kGroups * kChannels, piece);
   }
 
   // --- Weights and vectors, once a part ---
@@ -261,17 +262,25 @@ struct Pass {
     const int row = threadIdx.x / kPieces % Tile;
     const int64_t* rows = shared_at<int64_t>(kNumbers) + tile % kNumbered * 3 * kMostRows + row;
     const bool inside = rows[0] >= 0;
-    const T* x = static_cast<const T*>(d.x.data) + rows[kMostRows];
-    const T* dout = static_cast<const T*>(d.dout) + (inside ? rows[0] * d.channels : 0);
-    const T* beside = slots == 3 && other().data ? static_cast<const T*>(other().data) + rows[2 * kMostRows] : nullptr;
-    unsigned char* to = shared_memory() + stage_at(tile % kStages) + row * kRowBytes;
-    each_piece([&](int k, int, int c, int piece) {
-      const int bytes = inside && c < d.channels ? 16 : 0, from = bytes ? c : 0;
-      unsigned char* at = to + k * kRowsBytes + piece * 16;
-      ptx::cp_async<16>(at, x + from, bytes);
-      ptx::cp_async<16>(at + chunks * kRowsBytes, dout + from, bytes);
-      if (beside) ptx::cp_async<16>(at + 2 * chunks * kRowsBytes, beside + from, bytes);
-    });
+    const int c =
+        first_channel + static_cast<int>(threadIdx.x) / kPieces / Tile * kChannels + threadIdx.x % kPieces * V;
+    const T* x = static_cast<const T*>(d.x.data) + rows[kMostRows] + c;
+    const T* dout = static_cast<const T*>(d.dout) + (inside ? rows[0] * d.channels : 0) + c;
+    const T* beside =
+        slots == 3 && other().data ? static_cast<const T*>(other().data) + rows[2 * kMostRows] + c : nullptr;
+    unsigned char* to = shared_memory() + stage_at(tile % kStages) + (c - first_channel) / kChannels * kRowsBytes +
+                        row * kRowBytes + threadIdx.x % kPieces * 16;
+    const int slot = chunks * kRowsBytes, left = inside ? d.channels - c : 0;
+#pragma unroll
+    for (int i = 0; i < kMostChunks / kGroups; ++i) {
+      if ((c - first_channel) / kChannels + i * kGroups >= chunks) continue;
+      constexpr int kFurther = kGroups * kChannels;
+      const int bytes = i * kFurther < left ? 16 : 0;  // nothing is read where this is 0
+      unsigned char* at = to + i * kGroups * kRowsBytes;
+      ptx::cp_async<16>(at, x + i * kFurther, bytes);
+      ptx::cp_async<16>(at + slot, dout + i * kFurther, bytes);
+      if (beside) ptx::cp_async<16>(at + 2 * slot, beside + i * kFurther, bytes);
+    }
     ptx::cp_async_commit();
   }
 
@@ -318,24 +327,19 @@ struct Pass {
 
   // --- Products ---
 
-  // This quarter's part of x W_down^T (matrix 0) and of dl W_up (matrix 1), from `First` on, to the blocks that add it.
-  // A warp has sixteen columns of a matrix.
-  template <int First>
-  __device__ __forceinline__ void multiply_partially() const {
-    const int matrix = First + warp / kSteps, column = warp % kSteps * 16;
-    if (matrix > 1) return;
+  // This quarter's part of x W_down^T (matrix 0) or of dl W_up (matrix 1), to the blocks that add it. A warp has the
+  // sixteen columns from `column` on.
+  template <int Matrix>
+  __device__ __forceinline__ void multiply_partially(int column) const {
     float acc[kFragments][2][4] = {};
+    const unsigned char* rows = chunk(Matrix == 0 ? kX : kGradient, 0);
+    const unsigned char* weight = Matrix == 0 ? down_chunk(0) : up_chunk(0);
 #pragma unroll 1
     for (int k = 0; k < chunks; ++k) {
-      const unsigned char* rows = chunk(matrix == 0 ? kX : kGradient, k);
 #pragma unroll
       for (int s = 0; s < kChunkBytes / 32; ++s) {
         uint32_t b[4];
-        if (matrix == 0) {
-          load_right<T, true>(b, down_chunk(k), kRowBytes, column, s);
-        } else {
-          load_right<T, false>(b, up_chunk(k), kRowBytes, column, s);
-        }
+        load_right<T, Matrix == 0>(b, weight, kRowBytes, column, s);
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
           const Operand<T> a = load_left<T>(rows + f * 16 * kRowBytes + s * 32);
@@ -343,17 +347,19 @@ struct Pass {
           multiply<T>(acc[f][1], a, b[2], b[3]);
         }
       }
+      rows += kRowsBytes, weight += (Matrix == 0 ? Wide : kChannels) * kRowBytes;
     }
+    float* to = partial(Matrix, rank, lane / 4 % kOwnRows) + column + lane % 4 * 2;
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = f * 16 + lane / 4 + half * 8;
-        float* to = partial(matrix, rank, row % kOwnRows) + column + lane % 4 * 2;
+        // Eight rows belong to one block, or to two.
+        const int owner = (f * 16 + half * 8 + lane / 4) / kOwnRows;
 #pragma unroll
         for (int n = 0; n < 2; ++n)
           ptx::store_async(reinterpret_cast<float2*>(to + n * 8),
-                           make_float2(acc[f][n][half * 2], acc[f][n][half * 2 + 1]), gathered(), row / kOwnRows);
+                           make_float2(acc[f][n][half * 2], acc[f][n][half * 2 + 1]), gathered(), owner);
       }
     }
   }
@@ -361,8 +367,8 @@ struct Pass {
   // Lanes have two neighbouring columns of the bottleneck, those that there are.
   __device__ __forceinline__ bool has_columns() const { return lane * 2 < Wide; }
 
-  __device__ __forceinline__ float2& own_pair(int rank) const {
-    return reinterpret_cast<float2*>(partial(0, rank, warp))[lane];
+  __device__ __forceinline__ float2& own_pair(int own_row, int rank) const {
+    return reinterpret_cast<float2*>(partial(0, rank, own_row))[lane];
   }
 
   // The cluster's sum of a matrix in an own row.
@@ -416,13 +422,13 @@ struct Pass {
     tell(kOfInput, row, sum_of_warp(plain) / columns, sum_of_warp(with_normed) / columns);
   }
 
-  // Of a warp's own row: the bottleneck, and its gradient or, with a norm of the result, what that norm subtracts.
-  __device__ __forceinline__ void answer(float (&dz_sum)[2]) const {
-    const int row = rank * kOwnRows + warp;
+  // Of an own row, by a warp: the bottleneck, and its gradient or, with a norm of the result, what that norm subtracts.
+  __device__ __forceinline__ void answer(int own_row, float (&dz_sum)[2]) const {
+    const int row = rank * kOwnRows + own_row;
     ptx::mbarrier_wait(gathered(), parity);
     float z[2], slopes[2], a[2], da[2];
-    gather(z, 0, warp);
-    gather(da, 1, warp);
+    gather(z, 0, own_row);
+    gather(da, 1, own_row);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int j = lane * 2 + h;
@@ -437,11 +443,12 @@ struct Pass {
       return;
     }
     // The lane's own part of z has been read and keeps what the second exchange needs.
-    if (has_columns()) own_pair(0) = make_float2(z[0], z[1]), own_pair(1) = make_float2(slopes[0], slopes[1]);
+    if (has_columns())
+      own_pair(own_row, 0) = make_float2(z[0], z[1]), own_pair(own_row, 1) = make_float2(slopes[0], slopes[1]);
     // g dout y summed: of what was known before the bottleneck was, and of the bottleneck.
     float of_gradient = 0.0f, of_product = a[0] * da[0] * d.factor + a[1] * da[1] * d.factor;
     if (lane < kCluster * kGroups) {
-      const float2 sums = row_sums()[lane * kOwnRows + warp];
+      const float2 sums = row_sums()[lane * kOwnRows + own_row];
       of_gradient = sums.x, of_product += sums.y;
     }
     of_gradient = sum_of_warp(of_gradient), of_product = sum_of_warp(of_product);
@@ -449,15 +456,15 @@ struct Pass {
     const float columns = static_cast<float>(d.channels);
     tell(kOfResult, row, of_gradient / columns, (of_product - mean * of_gradient) * rstd / columns);
   }
-  __device__ __forceinline__ void answer_again(float (&dz_sum)[2]) const {
+  __device__ __forceinline__ void answer_again(int own_row, float (&dz_sum)[2]) const {
     ptx::mbarrier_wait(gathered(), parity);
     float da[2], z[2] = {}, slopes[2] = {};
-    gather(da, 1, warp);
+    gather(da, 1, own_row);
     if (has_columns()) {
-      z[0] = own_pair(0).x, z[1] = own_pair(0).y;
-      slopes[0] = own_pair(1).x, slopes[1] = own_pair(1).y;
+      z[0] = own_pair(own_row, 0).x, z[1] = own_pair(own_row, 0).y;
+      slopes[0] = own_pair(own_row, 1).x, slopes[1] = own_pair(own_row, 1).y;
     }
-    tell_gradient(rank * kOwnRows + warp, da, slopes, z, dz_sum);
+    tell_gradient(rank * kOwnRows + own_row, da, slopes, z, dz_sum);
   }
 
   // body(channel of the quarter, row, place in a slot's chunks, two sums) for two neighbouring elements after another
@@ -571,9 +578,11 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
   constexpr int kBlocks = Wide / 8;
   float of_down[kBlocks][4] = {}, of_up[kBlocks][4] = {}, of_dl[4] = {}, dz_sum[2] = {};
   const uint32_t ones = pack<T>(1.0f, 1.0f);
-  const bool want_up = d.up_parts || d.dl_parts, has_block = pass.warp < pass.chunks * 4;
+  const bool want_up = d.up_parts || d.dl_parts, has_block = kWarps - 1 - pass.warp < pass.chunks * 4;
   const int lane = pass.lane, warp = pass.warp;
-  const bool has_row = warp < Own::kOwnRows;
+  // The first warps have the partial products, the last ones the weights' channels and the cluster's rows.
+  const int block = kWarps - 1 - warp, own_row = block;
+  const bool has_row = own_row < Own::kOwnRows;
 
   // Tile i begins while tile i - 1 ends.
 #pragma unroll 1
@@ -589,30 +598,38 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         pass.prepare();
         __syncthreads();
       }
-      pass.template multiply_partially<0>();
+      if (warp < Own::kSteps) {
+        pass.template multiply_partially<0>(warp * 16);
+      } else if (warp < 2 * Own::kSteps) {
+        pass.template multiply_partially<1>((warp - Own::kSteps) * 16);
+      }
     }
     if (ends) {
       pass.take(i - 1);
       const auto later = pass.look_up((i + 2) * Tile);
       if (has_block && (d.down_parts || want_up)) {
-        const unsigned char* x = pass.chunk(kX, warp / 4);
-        const unsigned char* dl = pass.chunk(kGradient, warp / 4);
-#pragma unroll 1
-        for (int s = 0; s < Tile / 16; ++s) {
-          auto add = [&](float (&acc)[kBlocks][4], const Operand<T>& left, const unsigned char* right) {
+        const unsigned char* x = pass.chunk(kX, block / 4);
+        const unsigned char* dl = pass.chunk(kGradient, block / 4);
+        const auto add = [&](float (&acc)[kBlocks][4], const Operand<T>& left, const unsigned char* right, int s) {
 #pragma unroll
-            for (int n = 0; n < kBlocks; n += 2) {
-              uint32_t b[4];
-              load_right<T, false>(b, right, kRowBytes, n * 8, s);
-              multiply<T>(acc[n], left, b[0], b[1]);
-              multiply<T>(acc[n + 1], left, b[2], b[3]);
-            }
-          };
-          if (d.down_parts) add(of_down, load_left_turned<T>(x, kRowBytes, warp % 4 * 16, s), pass.dhidden());
-          if (want_up) {
-            const Operand<T> left = load_left_turned<T>(dl, kRowBytes, warp % 4 * 16, s);
+          for (int n = 0; n < kBlocks; n += 2) {
+            uint32_t b[4];
+            load_right<T, false>(b, right, kRowBytes, n * 8, s);
+            multiply<T>(acc[n], left, b[0], b[1]);
+            multiply<T>(acc[n + 1], left, b[2], b[3]);
+          }
+        };
+        if (d.down_parts) {
+#pragma unroll 1
+          for (int s = 0; s < Tile / 16; ++s)
+            add(of_down, load_left_turned<T>(x, kRowBytes, block % 4 * 16, s), pass.dhidden(), s);
+        }
+        if (want_up) {
+#pragma unroll 1
+          for (int s = 0; s < Tile / 16; ++s) {
+            const Operand<T> left = load_left_turned<T>(dl, kRowBytes, block % 4 * 16, s);
             multiply<T>(of_dl, left, ones, ones);
-            add(of_up, left, pass.hidden());
+            add(of_up, left, pass.hidden(), s);
           }
         }
       }
@@ -620,7 +637,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     }
     if (begins) {
       pass.take(i);
-      if (has_row) pass.answer(dz_sum);
+      if (has_row) pass.answer(own_row, dz_sum);
     }
     if (ends) {
       pass.take(i - 1);
@@ -640,8 +657,8 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         pass.expect(false);
         pass.through_norm();
         __syncthreads();
-        pass.template multiply_partially<1>();
-        if (has_row) pass.answer_again(dz_sum);
+        if (warp < Own::kSteps) pass.template multiply_partially<1>(warp * 16);
+        if (has_row) pass.answer_again(own_row, dz_sum);
         ptx::mbarrier_wait(pass.told(), pass.parity);
         pass.parity ^= 1;
       }
@@ -652,7 +669,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
   __syncthreads();
   float* sums = pass.partial(0, 0, 0);
   if (has_row && pass.has_columns())
-    *reinterpret_cast<float2*>(sums + warp * Wide + lane * 2) = make_float2(dz_sum[0], dz_sum[1]);
+    *reinterpret_cast<float2*>(sums + own_row * Wide + lane * 2) = make_float2(dz_sum[0], dz_sum[1]);
   ptx::cluster_sync();
   if (const int j = threadIdx.x; j < Wide) {
     float total = 0.0f;
@@ -666,7 +683,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
   if (!pass.known || !has_block) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int c = pass.first_channel + warp * 16 + lane / 4 + half * 8;
+    const int c = pass.first_channel + block * 16 + lane / 4 + half * 8;
     if (c >= d.channels) continue;
     const int64_t first = pass.part() * d.bottleneck * d.channels;
     const float gain = pass.normed() ? parameter<T>(d.norm_weight, c) : 1.0f;
@@ -720,6 +737,8 @@ int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adap
   using namespace mmk::adapter;
   const Adapter& d = *adapter;
   const bool input = d.input_residual.data, added = d.residual.data && d.out_weight.data;
+  // By the time model a norm of the result alone is faster in two passes: what is element by element bounds this one.
+  if (d.out_weight.data && !d.norm_weight.data) return 0;
   const bool alike = (d.skip & 4) == 0 && (d.skip & 1) == (d.skip >> 1 & 1);
   if (mmk_capability() < 9 || dtype == mmk::Dtype::fp32 || !d.by_vector || d.bottleneck > kMostHidden ||
       d.channels > kChannels * kCluster * kMostChunks || d.seed || d.gate.data || d.scale.data || (input && added) ||

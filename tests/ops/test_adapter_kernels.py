@@ -103,12 +103,12 @@ def test_the_widest_bottlenecks(on, generator):
             adapter(**tensors, backend="cuda")
 
 
-# What the backward in one pass serves: places of one norm, of two and of none; channels of one block of the cluster and of
+# What the backward in one pass serves: places of a norm before, of two and of none; channels of one block of the cluster and of
 # four that end anywhere; bottlenecks of one and of four sixteens; rows of one tile, of several, in parts.
 ONE_PASS = {
     "alone": ((1, 150, 264), 48, dict(terms=("x",))),
     "no residual": ((1, 9, 8), 3, {}),
-    "Houlsby": ((2, 41, 72), 12, dict(norms="out", terms=("x", "extra"))),
+    "a residual beside": ((2, 41, 72), 12, dict(norms="in out", terms=("x", "extra"))),
     "Pfeiffer": ((2, 41, 136), 20, dict(norms="in out", terms=("x", "input_residual"))),
     "a norm before": ((1, 70, 200), 64, dict(norms="in", terms=("x", "input_residual"), biases=False)),
     "wide rows": ((1, 33, 1024), 64, dict(norms="in out", terms=("x", "input_residual"))),
