@@ -205,6 +205,141 @@ def predict(
     )
 
 
+# --- Adapters in CUDA C++ ---------------------------------------------------------------------------------------------------
+
+# Of a multiprocessor, each clock: bytes from L2, multiply-adds by mma.sync, lanes of instructions.
+CLOCK, L2_BYTES, PRODUCTS, LANES = 1.7e9, 24, 1300, 128
+SHARED = 227 * 1024  # bytes a block may have
+# Instructions an element of the result: counted by hand from the source for tiles of 128 rows, read off the machine code
+# (instructions a warp, of a tile of 32 rows and a quarter of its channels) for the backward in one pass.
+FORWARD_LANES, NORM_LANES, ROWS_LANES, WEIGHT_LANES = 13, 16, 29, 19
+# Tiles of 16 rows, which 1024 channels with two norms have, cost an estimated 1.3 of that.
+ONE_PASS = {"every warp": 410, "two norms": 785, "a product's": 240, "of channels": 165, "of rows": 300}
+
+
+class Work(NamedTuple):
+    """What a launch moves and computes: bytes of device memory and from L2, multiply-adds, lanes of instructions."""
+
+    name: str
+    memory: float
+    l2: float
+    products: float
+    lanes: float
+    multiprocessors: int = 132
+
+    def seconds(self, gpu: Gpu) -> tuple:
+        """(time, what bounds it): resources are used at the same time, nothing is lost to latencies."""
+        clocks = self.multiprocessors * CLOCK
+        times = {"memory": self.memory / (gpu.bandwidth * gpu.copy_share), "L2": self.l2 / (clocks * L2_BYTES)}
+        times |= {"products": self.products / (clocks * PRODUCTS), "instructions": self.lanes / (clocks * LANES)}
+        bound = max(times, key=times.get)
+        return times[bound], bound
+
+
+@functools.cache
+def _resident(kernel: str) -> int:
+    """Blocks that the registers of the committed kernel report let a multiprocessor of sm_90 have."""
+    from mmkernels.kernel_report import REPORT
+
+    rows = json.loads(REPORT.read_text())["kernels"]
+    return next(row["blocks"] for row in rows if row["name"] == f"cuda/adapter/{kernel}" and row["arch"] == 90)
+
+
+def _adapter_tile(c: int, r: int, copies: int, resident: bool) -> int:
+    """Rows of a tile as csrc/adapter/adapter_cuda.cpp chooses them for many rows; 0: they do not fit."""
+    blocks = _resident(("backward" if copies == 2 else "forward") + "_kernel<bf16>")
+    room = (SHARED + 1024) // blocks - 1024
+    kept = -(-c // 64) if resident else 0
+    for tile in (128, 64, 32):
+        if 2048 + tile * 64 + 2 * (64 + tile) * 144 + (-(-r // 64) * copies + kept) * tile * 144 <= room:
+            return tile
+    return 0
+
+
+def adapter_launches(problem, pass_: str) -> list:
+    """The launches of `forward` or `backward` of a 16-bit adapter with frozen norms, inputs in L2 once for each pass over
+    them and both weights once a tile."""
+    m, c, r = problem.batch * problem.length, problem.channels, problem.bottleneck
+    alone, normed = problem.place == "alone", problem.place == "pfeiffer"
+    array, weight, product = 2 * m * c, 2 * r * c, m * c * r
+    inputs, norms = (1 if alone else 2), (0 if alone else 2 if normed else 1)
+    if pass_ == "forward":
+        tile = _adapter_tile(c, r, 1, True) if normed else 0
+        # With a norm in front a tile stays; else x comes for the product and for the sum, and y once more to its norm.
+        reads = inputs if tile else (3 if normed else 1) * inputs + (not normed) + (not alone)
+        tile = tile or _adapter_tile(c, r, 1, False)
+        l2 = reads * array + -(-m // tile) * 2 * weight
+        lanes = m * c * (FORWARD_LANES + NORM_LANES * norms)
+        return [Work("forward", (inputs + 1) * array + 2 * weight * max(problem.adapters, 1), l2, 2 * product, lanes)]
+    if r <= 64 and c <= 1024 and norms != 1:
+        wide = max(32, -(-r // 16) * 16)
+        warps = 16 * (ONE_PASS["every warp"] + ONE_PASS["two norms"] * (norms == 2))
+        warps += (wide // 16) * (3 if norms else 2) * ONE_PASS["a product's"] + 12 * ONE_PASS["of channels"]
+        warps += 8 * ONE_PASS["of rows"] * (1.5 if norms else 1)
+        if norms and c > 768:
+            warps *= 1.3
+        parts = 33 + (33 + problem.adapters if problem.adapters else 0)
+        sums = 8 * r * c * parts  # float32, of both weights
+        moved = (inputs + 2) * array
+        # Clusters of four leave up to four multiprocessors of a chip without work.
+        work = Work(
+            "one pass", moved + sums, moved + sums, (5 + 2 * bool(norms)) * product, m / 32 * 4 * 32 * warps * c / 768, 128
+        )
+        return [work, Work("sums of parts", 0, sums, 0, 0)]
+    tile = _adapter_tile(c, r, 2, False)
+    reads = 3 if alone else 4 * inputs + 5 if normed else 7
+    lanes = m * c * (ROWS_LANES + 2 * NORM_LANES * norms)
+    small = 2 * 2 * m * r  # the bottleneck and its gradient
+    rows = Work(
+        "rows",
+        (inputs + 2 + (not alone)) * array + small,
+        reads * array + -(-m // tile) * (3 if alone else 4) * weight,
+        (3 + (not alone)) * product,
+        lanes,
+    )
+    reads = (2 if normed else 1) + 1
+    chunks = -(-c // 64)
+    weights = Work(
+        "weights", reads * array + small, reads * -(-r // 64) * array + small * chunks, 2 * product, m * c * WEIGHT_LANES
+    )
+    return [rows, weights, Work("sums of parts", 0, 8 * r * c * 22, 0, 0)]
+
+
+def predict_adapter(problem, pass_: str, gpu: Gpu = H200) -> Prediction:
+    """Time of a pass of a 16-bit adapter with all its rows' and weights' gradients: the launches, one after another."""
+    if pass_ == "step":
+        forward, backward = (predict_adapter(problem, name, gpu) for name in ("forward", "backward"))
+        return Prediction(forward.seconds + backward.seconds, forward.floor + backward.floor, backward.bound, 1, 1.0)
+    launches = adapter_launches(problem, pass_)
+    times = [work.seconds(gpu) for work in launches]
+    seconds = sum(time for time, _ in times) + gpu.launch * len(times)
+    ceilings = Ceilings(gpu.flops[problem.dtype] * gpu.product_share, gpu.bandwidth * gpu.copy_share)
+    filled = launches[0].multiprocessors / gpu.multiprocessors
+    return Prediction(seconds, ceilings.floor(counts(problem, pass_)), max(times)[1], 1, filled)
+
+
+def adapter_report(gpu: Gpu = H200) -> list:
+    """Lines of Markdown: shares of the floor, of 65536 rows."""
+    lines = [
+        f"## Adapters in CUDA C++, predicted on an {gpu.name}",
+        "",
+        "65536 rows, bfloat16; microseconds, and the floor's share of them (each input read once, each output written once).",
+        "Launches cost what device memory, L2, tensor cores or instructions need longest, and 4 us; latencies cost nothing.",
+        "",
+        "| place, channels, bottleneck | forward | share | bound | backward | share | bound |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for c, r in ((768, 48), (768, 64), (1024, 64)):
+        for place in ("alone", "houlsby", "pfeiffer"):
+            problem = adapters.Adapters("adapter", "", 128, 512, c, r, place, dtype="bfloat16")
+            cells = []
+            for pass_ in ("forward", "backward"):
+                found = predict_adapter(problem, pass_, gpu)
+                cells.append(f"{found.seconds * 1e6:.0f} | {found.floor / found.seconds:.0%} | {found.bound}")
+            lines.append(f"| {place}, {c}, {r} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def report(gpu: Gpu = H200) -> list:
     """Lines of Markdown: predicted times of the `gpu` preset, beside the newest measured ones on such a GPU."""
     from .registry import PRESETS
@@ -241,4 +376,4 @@ def report(gpu: Gpu = H200) -> list:
             f"| {case.id} | {counted.operations / 1e9:.3g} | {counted.bytes / 1e6:.3g} | {triton.floor * 1e3:.3f} | "
             f"{triton.splits} | {triton.filled:.0%} | {times[0]} | {times[1]} | {', '.join(told)} |"
         )
-    return [*lines, ""]
+    return [*lines, "", *adapter_report(gpu)]
