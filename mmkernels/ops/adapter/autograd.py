@@ -16,66 +16,27 @@ X, INPUT_RESIDUAL, RESIDUAL, OUT_WEIGHT = 0, 1, 2, 9
 
 
 @fake("adapter_fwd")
-def _forward_fake(
-    x,
-    input_residual,
-    residual,
-    w_down,
-    b_down,
-    w_up,
-    b_up,
-    norm_weight,
-    norm_bias,
-    out_weight,
-    out_bias,
-    scale,
-    gate,
-    index,
-    seed,
-    skip,
-    activation,
-    eps,
-    out_eps,
-    factor,
-    dropout_p,
-):
-    norms = 2 * (norm_weight is not None) + 2 * (out_weight is not None)
+def _forward_fake(*arguments):
+    given = dict(zip(NAMES, arguments, strict=False))
+    x = given["x"]
+    norms = 2 * (given["norm_weight"] is not None) + 2 * (given["out_weight"] is not None)
     return x.new_empty(x.shape), x.new_empty((norms, *x.shape[:-1]), dtype=torch.float32)
 
 
 @fake("adapter_bwd")
-def _backward_fake(
-    dout,
-    x,
-    input_residual,
-    residual,
-    w_down,
-    b_down,
-    w_up,
-    b_up,
-    norm_weight,
-    norm_bias,
-    out_weight,
-    out_bias,
-    scale,
-    gate,
-    index,
-    seed,
-    statistics,
-    skip,
-    activation,
-    eps,
-    out_eps,
-    factor,
-    dropout_p,
-    wanted,
-):
+def _backward_fake(dout, *arguments):
+    return empty_gradients(arguments[: len(NAMES)], arguments[-1])
+
+
+def empty_gradients(given, wanted):
+    """Of the tensors of NAMES: what backward passes return, with no elements where bit i of `wanted` is not set."""
+    x, w_down, w_up, scale, gate = (given[NAMES.index(name)] for name in ("x", "w_down", "w_up", "scale", "gate"))
     channels, bottleneck = x.shape[-1], w_down.shape[-2]
     bank = w_down.shape[:-2]  # () or (A,)
     shapes = [x.shape] * 3
     shapes += [w_down.shape, (*bank, bottleneck), w_up.shape, (*bank, channels), *((channels,),) * 4]
     shapes += [(0,) if scale is None else scale.shape, (0,) if gate is None else gate.shape]
-    narrow = (X, INPUT_RESIDUAL, RESIDUAL, 3, 5)
+    narrow = (X, INPUT_RESIDUAL, RESIDUAL, NAMES.index("w_down"), NAMES.index("w_up"))
     return tuple(
         x.new_empty(shape if wanted & 1 << i else (0,), dtype=x.dtype if i in narrow else torch.float32)
         for i, shape in enumerate(shapes)

@@ -32,6 +32,7 @@ from .._shared.kernels import (
 )
 from .._shared.registration import attach_fakes
 from . import fusion_kernels
+from .autograd import NAMES, empty_gradients
 
 RELU, GELU, GELU_TANH, SWISH, LEAKY_RELU, TANH = (tl.constexpr(i) for i in range(1, 7))
 # How rows are found: all have the one adapter, an index for each example, groups of rows in the order of their adapters.
@@ -909,11 +910,15 @@ def _strides(t) -> tuple:
 class _Call:
     """What both directions need, made ready for the kernels."""
 
-    def __init__(self, x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, scale, gate, index):
-        self.x, self.input_residual, self.residual = map(_dense_rows, (x, input_residual, residual))
-        self.w_down, self.b_down, self.w_up, self.b_up = map(_dense, (w_down, b_down, w_up, b_up))
-        self.norm_weight, self.norm_bias, self.gate = map(_dense, (norm_weight, norm_bias, gate))
-        self.scale, self.index = scale, _dense(index)
+    def __init__(self, given, index, skip, activation):
+        for name, t in zip(NAMES, given, strict=True):
+            if name in ("x", "input_residual", "residual"):
+                t = _dense_rows(t)
+            elif name != "scale":
+                t = _dense(t)
+            setattr(self, name, t)
+        self.index = _dense(index)
+        x, w_down, scale, gate = self.x, self.w_down, self.scale, self.gate
         self.length, self.channels = x.shape[1:]
         self.rows, self.bottleneck = x.shape[0] * self.length, w_down.shape[-2]
         self.adapters = w_down.shape[0] if w_down.dim() == 3 else 1
@@ -923,7 +928,18 @@ class _Call:
         if scale is not None:
             self.scale_strides = tuple(0 if n == 1 else step for n, step in zip(scale.shape, scale.stride(), strict=True))
         self.shared = dict(C=self.channels, R=self.bottleneck, PRECISION=input_precision(x.dtype))
+        self.passes = dict(SKIP=skip, ACTIVATION=activation, **self.shared)
         self.begins = self.order = None
+
+    def inputs(self) -> tuple:
+        """Those that the kernels of rows begin with."""
+        return tuple(getattr(self, name) for name in NAMES[: NAMES.index("out_weight")])
+
+    def strides(self) -> tuple:
+        return _strides(self.x), _strides(self.input_residual), _strides(self.residual), self.scale_strides
+
+    def sizes(self) -> tuple:
+        return self.rows, self.length, self.group_rows, self.gate_rows
 
     def group(self):
         """Finds the order of rows by adapters."""
@@ -946,36 +962,16 @@ class _Call:
         return dict(ADAPTERS=self.adapters, MODE=mode, BLOCK_G=triton.next_power_of_2(self.adapters + 2))
 
 
-def adapter_fwd(
-    x,
-    input_residual,
-    residual,
-    w_down,
-    b_down,
-    w_up,
-    b_up,
-    norm_weight,
-    norm_bias,
-    out_weight,
-    out_bias,
-    scale,
-    gate,
-    index,
-    seed,
-    skip,
-    activation,
-    eps,
-    out_eps,
-    factor,
-    dropout_p,
-):
+def adapter_fwd(*arguments):
     """`mmkernels_triton::adapter_fwd`; csrc/schemas.h has the contract."""
+    given, (index, seed, skip, activation, eps, out_eps, factor, dropout_p) = arguments[: len(NAMES)], arguments[len(NAMES) :]
+    call = _Call(given, index, skip, activation)
+    x = call.x
     out = x.new_empty(x.shape)
-    norms = 2 * (norm_weight is not None) + 2 * (out_weight is not None)
+    norms = 2 * (call.norm_weight is not None) + 2 * (call.out_weight is not None)
     statistics = x.new_empty((norms, *x.shape[:-1]), dtype=torch.float32)
     if out.numel() == 0:
         return out, statistics
-    call = _Call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, scale, gate, index)
     tile = _row_tile(call.channels, call.bottleneck, x.dtype)
     wide = call.bottleneck > tile["BLOCK_R"]
     with torch.cuda.device_of(x):
@@ -987,17 +983,9 @@ def adapter_fwd(
             if mode == GROUPED.value:
                 call.group()
         forward_kernel[(call.tiles(mode, tile["BLOCK_M"]),)](
-            call.x,
-            call.input_residual,
-            call.residual,
-            call.w_down,
-            call.b_down,
-            call.w_up,
-            call.b_up,
-            call.norm_weight,
-            call.norm_bias,
-            _dense(out_weight),
-            _dense(out_bias),
+            *call.inputs(),
+            call.out_weight,
+            call.out_bias,
             call.scale,
             call.gate,
             call.index if mode == BY_EXAMPLE.value else None,
@@ -1007,69 +995,32 @@ def adapter_fwd(
             out,
             statistics,
             x.new_empty(call.rows, call.bottleneck) if wide else None,
-            _strides(call.x),
-            _strides(call.input_residual),
-            _strides(call.residual),
-            call.scale_strides,
-            call.rows,
-            call.length,
-            call.group_rows,
-            call.gate_rows,
+            *call.strides(),
+            *call.sizes(),
             eps,
             out_eps,
             factor,
             threshold(dropout_p),
             1.0 / (1.0 - dropout_p),
-            SKIP=skip,
-            ACTIVATION=activation,
-            **call.shared,
+            **call.passes,
             **call.mode(mode),
             **tile,
         )
     return out, statistics
 
 
-X, INPUT, RESIDUAL, W_DOWN, B_DOWN, W_UP, B_UP, NORM_WEIGHT, NORM_BIAS, OUT_WEIGHT, OUT_BIAS, SCALE, GATE = range(13)
+X, INPUT, RESIDUAL, W_DOWN, B_DOWN, W_UP, B_UP, NORM_WEIGHT, NORM_BIAS, OUT_WEIGHT, OUT_BIAS, SCALE, GATE = range(len(NAMES))
 
 
-def adapter_bwd(
-    dout,
-    x,
-    input_residual,
-    residual,
-    w_down,
-    b_down,
-    w_up,
-    b_up,
-    norm_weight,
-    norm_bias,
-    out_weight,
-    out_bias,
-    scale,
-    gate,
-    index,
-    seed,
-    statistics,
-    skip,
-    activation,
-    eps,
-    out_eps,
-    factor,
-    dropout_p,
-    wanted,
-):
+def adapter_bwd(dout, *arguments):
     """`mmkernels_triton::adapter_bwd`; csrc/schemas.h has the contract."""
-    call = _Call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, scale, gate, index)
-    want = [bool(wanted & 1 << i) for i in range(13)]
+    given, (index, seed, statistics, skip, activation, *_) = arguments[: len(NAMES)], arguments[len(NAMES) :]
+    factor, dropout_p, wanted = arguments[-3:]
+    call = _Call(given, index, skip, activation)
+    x, gate, out_weight = call.x, call.gate, call.out_weight
+    want = [bool(wanted & 1 << i) for i in range(len(NAMES))]
     rows, c, r = call.rows, call.channels, call.bottleneck
-    bank = w_down.shape[:-2]
-    shapes = [x.shape] * 3 + [w_down.shape, (*bank, r), w_up.shape, (*bank, c), *((c,),) * 4]
-    shapes += [(0,) if scale is None else scale.shape, (0,) if gate is None else gate.shape]
-    narrow = (X, INPUT, RESIDUAL, W_DOWN, W_UP)
-    grads = [
-        x.new_empty(shape if want[i] else (0,), dtype=x.dtype if i in narrow else torch.float32)
-        for i, shape in enumerate(shapes)
-    ]
+    grads = list(empty_gradients(given, wanted))
     if rows == 0:
         return tuple(g.zero_() for g in grads)
     dout, statistics = dout.contiguous(), statistics.contiguous()
@@ -1094,20 +1045,11 @@ def adapter_bwd(
         elif want[RESIDUAL]:
             grads[RESIDUAL].copy_(dout)
         dgate = x.new_empty(x.shape[:-1], dtype=torch.float32) if want[GATE] else None
-        common = (call.rows, call.length, call.group_rows, call.gate_rows, factor)
-        common += (threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+        common = (*call.sizes(), factor, threshold(dropout_p), 1.0 / (1.0 - dropout_p))
         backward_kernel[(tiles,)](
             dout,
-            call.x,
-            call.input_residual,
-            call.residual,
-            call.w_down,
-            call.b_down,
-            call.w_up,
-            call.b_up,
-            call.norm_weight,
-            call.norm_bias,
-            _dense(out_weight),
+            *call.inputs(),
+            call.out_weight,
             call.scale,
             call.gate,
             call.begins,
@@ -1122,14 +1064,9 @@ def adapter_bwd(
             dhidden,
             norm_sums,
             out_sums,
-            _strides(call.x),
-            _strides(call.input_residual),
-            _strides(call.residual),
-            call.scale_strides,
+            *call.strides(),
             *common,
-            SKIP=skip,
-            ACTIVATION=activation,
-            **call.shared,
+            **call.passes,
             **call.mode(mode),
             **tile,
         )
