@@ -251,7 +251,7 @@ def _adapter_tile(c: int, r: int, copies: int, resident: bool) -> int:
     room = (SHARED + 1024) // blocks - 1024
     kept = -(-c // 64) if resident else 0
     for tile in (128, 64, 32):
-        if 2048 + tile * 64 + 2 * (64 + tile) * 144 + (-(-r // 64) * copies + kept) * tile * 144 <= room:
+        if 8192 + (copies - 1) * 2048 + 2 * (64 + tile) * 144 + (-(-r // 64) * copies + kept) * tile * 144 <= room:
             return tile
     return 0
 
