@@ -103,8 +103,8 @@ def test_the_widest_bottlenecks(on, generator):
             adapter(**tensors, backend="cuda")
 
 
-# What the backward in one pass serves: places of a norm before, of two and of none; channels of one block of the cluster and of
-# four that end anywhere; bottlenecks of one and of four sixteens; rows of one tile, of several, in parts.
+# What the backward in one pass serves: places of a norm before, of two and of none; channels of one block of the cluster
+# and of four that end anywhere; bottlenecks of one and of four sixteens; rows of one tile, of several, in parts.
 ONE_PASS = {
     "alone": ((1, 150, 264), 48, dict(terms=("x",))),
     "no residual": ((1, 9, 8), 3, {}),
