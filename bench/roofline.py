@@ -159,6 +159,8 @@ def predict(
     A thread block owns `rows` queries and walks the keys `block` at a time; `resident` of them share a multiprocessor.
     Seconds = max(operations / (rate * LOOP_SHARE * INSTRUCTION_SHARE * filled), bytes / bandwidth) + launches.
     """
+    if isinstance(problem, adapters.Adapters):
+        return _predict_adapter(problem, pass_, gpu)
     if pass_.startswith("step"):
         forward = predict(problem, "forward", gpu, instruction, rows, block, resident)
         backward = predict(problem, "backward" + pass_.removeprefix("step"), gpu, instruction, rows, block, resident)
@@ -305,10 +307,10 @@ def adapter_launches(problem, pass_: str) -> list:
     return [rows, weights, Work("sums of parts", 0, 8 * r * c * 22, 0, 0)]
 
 
-def predict_adapter(problem, pass_: str, gpu: Gpu = H200) -> Prediction:
+def _predict_adapter(problem, pass_: str, gpu: Gpu = H200) -> Prediction:
     """Time of a pass of a 16-bit adapter with all its rows' and weights' gradients: the launches, one after another."""
     if pass_ == "step":
-        forward, backward = (predict_adapter(problem, name, gpu) for name in ("forward", "backward"))
+        forward, backward = (_predict_adapter(problem, name, gpu) for name in ("forward", "backward"))
         return Prediction(forward.seconds + backward.seconds, forward.floor + backward.floor, backward.bound, 1, 1.0)
     launches = adapter_launches(problem, pass_)
     times = [work.seconds(gpu) for work in launches]
@@ -334,7 +336,7 @@ def adapter_report(gpu: Gpu = H200) -> list:
             problem = adapters.Adapters("adapter", "", 128, 512, c, r, place, dtype="bfloat16")
             cells = []
             for pass_ in ("forward", "backward"):
-                found = predict_adapter(problem, pass_, gpu)
+                found = predict(problem, pass_, gpu)
                 cells.append(f"{found.seconds * 1e6:.0f} | {found.floor / found.seconds:.0%} | {found.bound}")
             lines.append(f"| {place}, {c}, {r} | {' | '.join(cells)} |")
     return [*lines, ""]

