@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..ops._shared.arguments import autocast_dtype, check_number
+from ..ops._shared.arguments import autocast_dtype, check_key_mask, check_number
 from .backend import WithBackend, eager_attention, split_heads
 
 
@@ -71,56 +71,68 @@ class LatentCrossAttention(WithBackend):
         self.value = nn.Linear(input_channels, v_channels, **factory)
         self.output = nn.Linear(v_channels, output_channels, **factory)
 
-    def forward(self, latents, inputs, *, position=None, key_mask=None):
-        """Reads `inputs` into the latents.
+    def forward(self, queries, inputs, *, position=None, key_mask=None, query_position=None, query_mask=None):
+        """Reads `inputs` into the queries: an encoder's latents, or a decoder's outputs, which read the latents.
 
         Args:
-            latents: (B, N, Dq), or (1, N, Dq) shared by the batch.
+            queries: (B, N, Cq), or (1, N, Cq) shared by the batch.
             inputs: (B, M, Cx).
             position: (M, Cp) with Cx + Cp = C, shared by the batch and never copied per example.
             key_mask: bool (B, M), True where an input may be attended. An example without any yields the bias of `output`.
+            query_position: (N, Dp) with Cq + Dp = Dq, the last channels of the queries, shared by the batch.
+            query_mask: bool (B, N), True for queries that count. Others yield the bias of `output`, as in DeepMind's code.
 
         Returns:
             (B, N, output_channels).
         """
-        self._check(latents, inputs, position)
-        q = self.query(self.query_norm(latents))
+        self._check(queries, inputs, position, query_position, query_mask)
+        if query_position is not None:
+            queries = torch.cat([queries, query_position.to(queries.dtype).expand(queries.shape[0], -1, -1)], -1)
+        q = self.query(self.query_norm(queries))
         if self.backend == "eager":
-            return self.output(self._eager(q, inputs, position, key_mask))
-        out = ops.latent_attention(
-            q,
-            inputs,
-            self.key.weight,
-            self.value.weight,
-            num_heads=self.num_heads,
-            norm_weight=self.input_norm.weight,
-            norm_bias=self.input_norm.bias,
-            eps=self.input_norm.eps,
-            b_k=self.key.bias,
-            b_v=self.value.bias,
-            position=position,
-            key_mask=key_mask,
-            backend=self.backend,
-        )
+            out = self._eager(q, inputs, position, key_mask)
+        else:
+            out = ops.latent_attention(
+                q,
+                inputs,
+                self.key.weight,
+                self.value.weight,
+                num_heads=self.num_heads,
+                norm_weight=self.input_norm.weight,
+                norm_bias=self.input_norm.bias,
+                eps=self.input_norm.eps,
+                b_k=self.key.bias,
+                b_v=self.value.bias,
+                position=position,
+                key_mask=key_mask,
+                backend=self.backend,
+            )
+        if query_mask is not None:
+            out = torch.where(query_mask[..., None], out, 0.0)
         return self.output(out)
 
-    def _check(self, latents, inputs, position):
-        _check_tokens("latents", latents, "N", self.query.in_features, self.query.weight)
-        channels = self.key.in_features
-        if position is not None:
-            if not isinstance(position, torch.Tensor) or position.dim() != 2:
-                what = f"has shape {tuple(position.shape)}" if isinstance(position, torch.Tensor) else f"is {position!r}"
-                raise ValueError(f"position {what}; it must be a tensor (M, Cp) or None")
-            channels -= position.shape[1]
-        _check_tokens("inputs", inputs, "M", channels, self.key.weight)
-        if position is not None and position.shape[0] != inputs.shape[1]:
+    def _check(self, queries, inputs, position, query_position, query_mask):
+        for name, tokens, rows, channels, weight, table in (
+            ("queries", queries, "N", self.query.in_features, self.query.weight, ("query_position", query_position, "Dp")),
+            ("inputs", inputs, "M", self.key.in_features, self.key.weight, ("position", position, "Cp")),
+        ):
+            what, position, width = table
+            if position is not None:
+                if not isinstance(position, torch.Tensor) or position.dim() != 2:
+                    was = f"has shape {tuple(position.shape)}" if isinstance(position, torch.Tensor) else f"is {position!r}"
+                    raise ValueError(f"{what} {was}; it must be a tensor ({rows}, {width}) or None")
+                channels -= position.shape[1]
+            _check_tokens(name, tokens, rows, channels, weight)
+            if position is not None and position.shape[0] != tokens.shape[1]:
+                raise ValueError(
+                    f"{what} has shape {tuple(position.shape)}; with {name} {tuple(tokens.shape)} it must have {rows} rows"
+                )
+        if queries.shape[0] != 1 and queries.shape[0] != inputs.shape[0]:
             raise ValueError(
-                f"position has shape {tuple(position.shape)}; with inputs {tuple(inputs.shape)} it must have M rows"
+                f"queries has shape {tuple(queries.shape)}; its batch must be 1 or that of inputs, {inputs.shape[0]}"
             )
-        if latents.shape[0] != 1 and latents.shape[0] != inputs.shape[0]:
-            raise ValueError(
-                f"latents has shape {tuple(latents.shape)}; its batch must be 1 or that of inputs, {inputs.shape[0]}"
-            )
+        if query_mask is not None:
+            check_key_mask(query_mask, inputs.shape[0], queries.shape[1], inputs.device, "query_mask")
 
     def _eager(self, q, inputs, position, key_mask):
         batch = inputs.shape[0]

@@ -309,28 +309,47 @@ def test_wrong_arguments(make, message):
         make()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_with_positions_and_a_mask(backend):
+    """A decoder's query is content and a shared position; masked queries yield the bias of `output`."""
+    torch.manual_seed(0)
+    plain = PlainCross(7, 12, 8, 4, 7, 2).double()
+    module = LatentCrossAttention(7, 12, num_heads=2, qk_channels=8, v_channels=4, backend=backend)
+    module.load_state_dict(plain.state_dict())
+    queries, position, inputs = torch.randn(3, 9, 4), torch.randn(9, 3), torch.randn(3, 20, 12)
+    mask = torch.rand(3, 9) < 0.6
+    out = module(queries, inputs, query_position=position, query_mask=mask)
+    joined = torch.cat([queries, position.expand(3, -1, -1)], -1)
+    expected = torch.where(mask[..., None], plain(joined.double(), inputs.double()), plain.output.bias)
+    assert max_error(out, expected) < 1e-5
+    shared = module(queries[:1], inputs, query_position=position, query_mask=mask)
+    assert torch.equal(shared[0], out[0]) and shared.shape == (3, 9, 7)
+
+
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        (dict(latents=[1.0]), TypeError, "latents is a list; it must be a tensor"),
-        (dict(latents=torch.zeros(6, 16)), ValueError, r"latents has shape \(6, 16\); it must be \(B, N, 16\)"),
-        (dict(latents=torch.zeros(3, 6, 16)), ValueError, r"latents has shape .*; its batch must be 1 or that of inputs, 2"),
-        (dict(latents=torch.zeros(2, 6, 16).double()), TypeError, "latents has dtype torch.float64; it must be the module's"),
+        (dict(queries=[1.0]), TypeError, "queries is a list; it must be a tensor"),
+        (dict(queries=torch.zeros(6, 16)), ValueError, r"queries has shape \(6, 16\); it must be \(B, N, 16\)"),
+        (dict(queries=torch.zeros(3, 6, 16)), ValueError, r"queries has shape .*; its batch must be 1 or that of inputs, 2"),
+        (dict(queries=torch.zeros(2, 6, 16).double()), TypeError, "queries has dtype torch.float64; it must be the module's"),
         (dict(inputs=torch.zeros(2, 7, 6)), ValueError, r"inputs has shape \(2, 7, 6\); it must be \(B, M, 5\)"),
         (dict(inputs=torch.zeros(2, 7, 5).half()), TypeError, "inputs has dtype torch.float16"),
         (dict(inputs=torch.zeros(2, 7, 5, device="meta")), ValueError, "inputs is on meta; it must be on the module's"),
         (dict(position=torch.zeros(1, 7, 3)), ValueError, r"position has shape \(1, 7, 3\); it must be a tensor \(M, Cp\)"),
         (dict(position=torch.zeros(6, 3)), ValueError, r"position has shape \(6, 3\); with inputs \(2, 7, 5\)"),
         (dict(key_mask=torch.ones(2, 6, dtype=torch.bool)), ValueError, r"key_mask has shape \(2, 6\); it must be"),
+        (dict(query_position=torch.zeros(6)), ValueError, r"query_position has shape \(6,\); it must be a tensor \(N, Dp\)"),
+        (dict(query_mask=torch.ones(2, 7, dtype=torch.bool)), ValueError, r"query_mask has shape \(2, 7\); it must be"),
     ],
 )
 def test_wrong_inputs(changes, error, message, backend):
     module = LatentCrossAttention(16, 8, backend=backend)
-    arguments = dict(latents=torch.zeros(2, 6, 16), inputs=torch.zeros(2, 7, 5), position=torch.zeros(7, 3), key_mask=None)
+    arguments = dict(queries=torch.zeros(2, 6, 16), inputs=torch.zeros(2, 7, 5), position=torch.zeros(7, 3), key_mask=None)
     arguments |= changes
     with pytest.raises(error, match=message):
-        module(arguments.pop("latents"), arguments.pop("inputs"), **arguments)
+        module(arguments.pop("queries"), arguments.pop("inputs"), **arguments)
     own = LatentSelfAttention(16, backend=backend)
     with pytest.raises(ValueError, match=r"latents has shape \(6, 16\); it must be \(B, N, 16\)"):
         own(torch.zeros(6, 16))
