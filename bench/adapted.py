@@ -13,7 +13,7 @@ from mmkernels import testing
 from .problem import lacking, problem_dtype, problem_id
 
 # Parts of the names of the weights that the plain model has not.
-OWN = (".adapters.", ".adapter_fusion_layer.", ".lora_")
+OWN = (".adapters.", ".adapter_fusion_layer.", ".lora_", "invertible_adapters.", "shared_parameters.")
 
 
 class Adapted(NamedTuple):
@@ -87,8 +87,9 @@ class Adapted(NamedTuple):
         The backward has one product of each frozen weight, and two of each that trains.
         """
         rows, c = self.batch * self.length, self.channels
-        reduction = {"seq_bn": 16, "double_seq_bn": 8, "par_bn": 2}.get(self.preset)
+        reduction = {"seq_bn": 16, "double_seq_bn": 8, "par_bn": 2, "seq_bn_inv": 16, "compacter": 16}.get(self.preset)
         own = 2 * c * c // reduction if reduction else 4 * 8 * c if self.preset == "lora" else 0
+        own += c * c // 2 if self.preset.endswith("_inv") else 0  # two networks of halves and quarters of the channels
         own = 3 * c * c + self.adapters * own if self.setup == "fuse" else own
         frozen, scores = 12 * c * c, rows * self.length * c
         forward, backward = 2 * rows * (frozen + own) + 4 * scores, 2 * rows * (frozen + 2 * own) + 10 * scores
@@ -111,6 +112,8 @@ def _adapted(name, batch, preset, **options):
 
 
 ONE = [_adapted(preset, n, preset) for n in (1, 8) for preset in ("seq_bn", "double_seq_bn", "par_bn")]
+# MAD-X's language adapter, whose embeddings pass through NICE, and Compacter's, whose matrices are made of Kronecker products.
+OTHER = [_adapted(preset, n, preset) for n in (1, 8) for preset in ("seq_bn_inv", "compacter")]
 SPLIT = [_adapted(f"8-{preset}", 8, preset, setup="split", adapters=8) for preset in ("seq_bn", "double_seq_bn")]
 SPLIT_64 = _adapted("64-seq_bn", 64, "seq_bn", setup="split", adapters=64)
 FUSE = [_adapted(f"fuse-{n}", 8, "seq_bn", setup="fuse", adapters=n) for n in (3, 8)]

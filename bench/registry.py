@@ -179,7 +179,16 @@ PRESETS = {
     + _cases(("forward",), *(p._replace(batch=b) for p in _DECODE for b in (1, 16, 64)))
     + _cases(("forward", "step", "backward"), *adapters.ALONE, *adapters.PFEIFFER, *adapters.HOULSBY, *adapters.PARALLEL)
     + _cases(("forward", "step", "backward"), *adapters.MIXED, adapters.LARGE, *adapters.FUSED[:2])
-    + _cases(("forward", "step"), *adapted.ONE, *adapted.SPLIT, adapted.SPLIT_64, *adapted.FUSE, adapted.LORA, adapted.LORA_8)
+    + _cases(
+        ("forward", "step"),
+        *adapted.ONE,
+        *adapted.OTHER,
+        *adapted.SPLIT,
+        adapted.SPLIT_64,
+        *adapted.FUSE,
+        adapted.LORA,
+        adapted.LORA_8,
+    )
     + _cases(("step",), text.SMALL, text.SMALL_PLAIN)
     + _cases(("forward",), *text.GENERATE)
     # Time and memory against M.

@@ -891,21 +891,21 @@ class InvertibleAdapter(WithBackend):
             b = self._add(b, a, self.G, -1.0)
             a = self._add(a, b, self.F, -1.0)
         elif not inverse:
-            s, t = self._apply(self.s2, b).chunk(2, -1)
+            s, t = self._run(self.s2, b).chunk(2, -1)
             a = self._factor(s) * a + t
-            s, t = self._apply(self.s1, a).chunk(2, -1)
+            s, t = self._run(self.s1, a).chunk(2, -1)
             b = self._factor(s) * b + t
         else:
-            s, t = self._apply(self.s1, a).chunk(2, -1)
+            s, t = self._run(self.s1, a).chunk(2, -1)
             b = (b - t) / self._factor(s)
-            s, t = self._apply(self.s2, b).chunk(2, -1)
+            s, t = self._run(self.s2, b).chunk(2, -1)
             a = (a - t) / self._factor(s)
         return torch.cat((a, b), -1)
 
     def _add(self, x, y, network, sign):
         """x + sign network(y)."""
         if self.backend == "eager" or self.halves[0] != self.halves[1]:
-            change = self._apply(network, y)
+            change = self._run(network, y)
             return x + change if sign > 0 else x - change
         down, up = network[0], network[2]
         return ops.adapter(
@@ -920,7 +920,7 @@ class InvertibleAdapter(WithBackend):
             backend=self.backend,
         )
 
-    def _apply(self, network, x):
+    def _run(self, network, x):
         return network[2](ACTIVATIONS[self.activation][1](network[0](x)))
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Adapters, banks, fusion, Kronecker layers and invertible adapters alone, against formulas written once more."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -220,6 +222,8 @@ def test_invertible_adapters(kind, channels, backend):
         s, t = network(adapter.s1, a).chunk(2, -1)
         b = torch.exp(3.18 * torch.atan(s / 5)) * b + t
     torch.testing.assert_close(y, torch.cat((a, b), -1), atol=1e-5, rtol=1e-4)
+    moved = copy.deepcopy(adapter).to(torch.float64)  # it has functions of its own, none of which may be nn.Module's
+    assert {p.dtype for p in moved.parameters()} == {torch.float64}
     # an inverse has the inverse Jacobian
     jacobian = torch.autograd.functional.jacobian(lambda v: adapter(v[None, None])[0, 0], x[0, 0].detach())
     back = torch.autograd.functional.jacobian(lambda v: adapter(v[None, None], inverse=True)[0, 0], y[0, 0].detach())
