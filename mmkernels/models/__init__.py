@@ -4,7 +4,7 @@ import importlib
 
 from .registry import MODULES, InputError, load, names
 
-__all__ = ["InputError", "adapterhub", "ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver"]
+__all__ = ["InputError", "adapterhub", "ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver", "perceiver_io"]
 
 
 def __getattr__(name):

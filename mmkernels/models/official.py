@@ -58,11 +58,21 @@ def read_pickle(path):
 
 
 def haiku_linear(state: dict, source: str, target: str) -> dict:
-    """`source`/w (in, out) and `source`/b -> `target`.weight (out, in) and `target`.bias."""
+    """`source`/w (in, out), or (1, 1, in, out), and `source`/b -> `target`.weight (out, in) and `target`.bias."""
     weight = _take(state, f"{source}/w")
+    if weight.dim() == 4 and weight.shape[:2] == (1, 1):
+        weight = weight[0, 0]
     if weight.dim() != 2:
         raise ValueError(f"state_dict has {source + '/w'!r} of shape {tuple(weight.shape)}; it must be (in, out)")
     return {f"{target}.weight": weight.T, f"{target}.bias": _take(state, f"{source}/b")}
+
+
+def haiku_conv(state: dict, source: str, target: str) -> dict:
+    """`source`/w (height, width, in, out), without a bias -> `target`.weight (out, in, height, width)."""
+    weight = _take(state, f"{source}/w")
+    if weight.dim() != 4:
+        raise ValueError(f"state_dict has {source + '/w'!r} of shape {tuple(weight.shape)}; it must be (h, w, in, out)")
+    return {f"{target}.weight": weight.permute(3, 2, 0, 1)}
 
 
 def haiku_norm(state: dict, source: str, target: str) -> dict:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import nn
 
-from ..modules import FourierPositions, LatentCrossAttention, LatentSelfAttention
+from ..modules import FourierPositions, PerceiverEncoder
 from ..modules.backend import check_backend
 from ..modules.positions import check_grid, position_channels
 from ..ops._shared.arguments import check_integer, check_number
@@ -139,66 +139,7 @@ CONFIGS = {
 }
 
 
-class Mlp(nn.Sequential):
-    """Linear, GELU (tanh form), Linear; the hidden layer is `widening` times as wide."""
-
-    def __init__(self, channels, widening, **factory):
-        super().__init__(
-            nn.Linear(channels, widening * channels, **factory),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(widening * channels, channels, **factory),
-        )
-
-
-class CrossBlock(nn.Module):
-    """y = z + CrossAttention(z, x);  y + Mlp(LN(y))."""
-
-    def __init__(self, config, position_channels, **factory):
-        super().__init__()
-        channels = config.latent_channels
-        self.attention = LatentCrossAttention(
-            channels,
-            config.input_channels + position_channels,
-            num_heads=config.cross_heads,
-            qk_channels=config.cross_qk_channels,
-            v_channels=config.cross_v_channels,
-            eps=config.eps,
-            backend=config.backend,
-            **factory,
-        )
-        self.norm = nn.LayerNorm(channels, eps=config.eps, **factory)
-        self.mlp = Mlp(channels, config.cross_widening, **factory)
-
-    def forward(self, latents, inputs, position, key_mask):
-        latents = latents + self.attention(latents, inputs, position=position, key_mask=key_mask)
-        return latents + self.mlp(self.norm(latents))
-
-
-class SelfBlock(nn.Module):
-    """y = z + SelfAttention(z);  y + Mlp(LN(y))."""
-
-    def __init__(self, config, **factory):
-        super().__init__()
-        channels = config.latent_channels
-        self.attention = LatentSelfAttention(
-            channels,
-            num_heads=config.self_heads,
-            qk_channels=config.self_qk_channels,
-            v_channels=config.self_v_channels,
-            output_channels=channels,
-            eps=config.eps,
-            backend=config.backend,
-            **factory,
-        )
-        self.norm = nn.LayerNorm(channels, eps=config.eps, **factory)
-        self.mlp = Mlp(channels, config.self_widening, **factory)
-
-    def forward(self, latents):
-        latents = latents + self.attention(latents)
-        return latents + self.mlp(self.norm(latents))
-
-
-class Perceiver(nn.Module):
+class Perceiver(PerceiverEncoder):
     """Classifier over arrays of any shape.
 
     Input (B, *input_shape, input_channels), or (B, M, input_channels) with M the product; output (B, num_classes).
@@ -206,34 +147,37 @@ class Perceiver(nn.Module):
     """
 
     def __init__(self, config: PerceiverConfig, *, device=None, dtype=None):
-        super().__init__()
         factory = {"device": device, "dtype": dtype}
+        super().__init__(
+            config.input_channels + position_channels(config.input_shape, config.num_bands),
+            num_latents=config.num_latents,
+            latent_channels=config.latent_channels,
+            num_cross_attends=config.num_cross_attends,
+            num_blocks=config.block_count,
+            layers_per_block=config.layers_per_block,
+            share_cross=config.share_cross,
+            share_blocks=config.share_blocks,
+            cross_heads=config.cross_heads,
+            self_heads=config.self_heads,
+            cross_qk_channels=config.cross_qk_channels,
+            cross_v_channels=config.cross_v_channels,
+            self_qk_channels=config.self_qk_channels,
+            self_v_channels=config.self_v_channels,
+            cross_widening=config.cross_widening,
+            self_widening=config.self_widening,
+            eps=config.eps,
+            backend=config.backend,
+            **factory,
+        )
         self.config = config
         self.positions = FourierPositions(config.input_shape, config.num_bands, config.max_resolution, **factory)
-        distinct_cross = {"all": 1, "after_first": min(2, config.num_cross_attends), "none": config.num_cross_attends}
-        self.latents = nn.Parameter(torch.empty(config.num_latents, config.latent_channels, **factory))
-        self.cross = nn.ModuleList(
-            CrossBlock(config, self.positions.channels, **factory) for _ in range(distinct_cross[config.share_cross])
-        )
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(SelfBlock(config, **factory) for _ in range(config.layers_per_block))
-            for _ in range(1 if config.share_blocks else config.block_count)
-        )
         self.head = nn.Linear(config.latent_channels, config.num_classes, **factory)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self):
-        """Weights truncated normal of variance 1 / fan_in, latents of 0.02, biases and the head zero, norms one."""
-        nn.init.trunc_normal_(self.latents, std=0.02, a=-0.04, b=0.04)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                # Cutting a normal at two deviations leaves 0.8796 of its deviation.
-                std = 1 / math.sqrt(module.in_features) / 0.87962566103423978
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, FourierPositions)):
-                module.reset_parameters()
+        """As an encoder's, and the head zero."""
+        super().reset_parameters()
+        self.positions.reset_parameters()
         nn.init.zeros_(self.head.weight)
 
     def forward(self, inputs, *, key_mask=None):
@@ -248,14 +192,7 @@ class Perceiver(nn.Module):
                 f"inputs has shape {tuple(inputs.shape)}; it must be (B, {grid}, {channels}) or (B, {size}, {channels})"
             )
         inputs = inputs.reshape(inputs.shape[0], size, channels)
-        position = self.positions()
-        z = self.latents[None]  # the first queries are the same for every example
-        every = config.block_count // config.num_cross_attends
-        for b in range(config.block_count):
-            if b % every == 0:
-                z = self.cross[min(b // every, len(self.cross) - 1)](z, inputs, position, key_mask)
-            for layer in self.blocks[b % len(self.blocks)]:
-                z = layer(z)
+        z = super().forward(inputs, position=self.positions(), key_mask=key_mask)
         return self.head(z.mean(1))
 
     def save_pretrained(self, path):

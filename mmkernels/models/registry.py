@@ -14,6 +14,7 @@ SYSTEMS = (
     "hypergrid_t5",
     "mbt",
     "perceiver",
+    "perceiver_io",
 )  # modules of this package with CONFIGS (name -> config), CONFIG (class) and MODEL (class)
 MODULES = ("adapterhub", *SYSTEMS)  # and those that work on models of others
 

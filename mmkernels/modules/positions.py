@@ -1,9 +1,11 @@
-"""Fourier features of the positions on a grid (Perceiver, Jaegle et al. 2021, section 3.2)."""
+"""Positions on a grid: Fourier features (Perceiver, Jaegle et al. 2021, section 3.2) and learned ones."""
 
 import math
 
 import torch
 from torch import nn
+
+from ..ops._shared.arguments import check_integer
 
 
 class FourierPositions(nn.Module):
@@ -21,13 +23,16 @@ class FourierPositions(nn.Module):
         index_shape: the grid, e.g. (224, 224); M is its product.
         num_bands: K, 0 or more.
         max_resolution: mu, one per axis; default `index_shape`.
+        released_rounding: coordinates as DeepMind's code computes them in float32 on a CPU, whose compiler fuses a product and
+            a sum: some are one unit in the last place beside the rounded ones. Checkpoints of that code are compared so.
 
     Raises ValueError for an empty or non-positive shape, negative bands, or resolutions of another length.
     """
 
-    def __init__(self, index_shape, num_bands, max_resolution=None, *, device=None, dtype=None):
+    def __init__(self, index_shape, num_bands, max_resolution=None, *, released_rounding=False, device=None, dtype=None):
         super().__init__()
         check_grid(index_shape, num_bands, max_resolution)
+        self.released_rounding = released_rounding
         max_resolution = index_shape if max_resolution is None else max_resolution
         self.index_shape, self.num_bands, self.max_resolution = tuple(index_shape), num_bands, tuple(max_resolution)
         self.channels = position_channels(index_shape, num_bands)
@@ -40,11 +45,8 @@ class FourierPositions(nn.Module):
         """Fills the buffer; call it after `to_empty()` where the module was made on the meta device."""
         if self.features.is_meta:
             return
-        axes = [torch.linspace(-1, 1, n, dtype=torch.float64).float().double() for n in self.index_shape]
-        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)  # (M, d)
-        bands = [torch.linspace(1, mu / 2, self.num_bands, dtype=torch.float64) for mu in self.max_resolution]
-        angles = math.pi * coordinates[:, :, None] * torch.stack(bands)
-        self.features.copy_(torch.cat([coordinates, angles.sin().flatten(1), angles.cos().flatten(1)], -1))
+        coordinates = grid_coordinates(self.index_shape, released_rounding=self.released_rounding)
+        self.features.copy_(fourier_features(coordinates, self.num_bands, self.max_resolution))
 
     def forward(self):
         """(M, Cp), row-major over the grid."""
@@ -52,6 +54,96 @@ class FourierPositions(nn.Module):
 
     def extra_repr(self):
         return f"{self.index_shape}, num_bands={self.num_bands}, max_resolution={self.max_resolution}"
+
+
+@torch.no_grad()
+def reset_linear_(weight, bias=None):
+    """Truncated normal of variance 1 / fan_in for a weight (out, in, ...), zero for a bias."""
+    # Cutting a normal at two deviations leaves 0.8796 of its deviation.
+    std = 1 / math.sqrt(math.prod(weight.shape[1:])) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+@torch.no_grad()
+def reset_table_(table):
+    """Truncated normal of deviation 0.02, cut at two: latents, learned positions and queries."""
+    nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for every position, `table` (M, c), through a linear layer `projection` if there is one.
+
+    Args:
+        count: M.
+        channels: c.
+        projection: channels of the linear layer, default none.
+    """
+
+    def __init__(self, count, channels, projection=None, *, device=None, dtype=None):
+        super().__init__()
+        check_integer("count", count)
+        check_integer("channels", channels)
+        self.table = nn.Parameter(torch.empty(count, channels, device=device, dtype=dtype))
+        self.channels, self.projection = channels, None
+        if projection is not None:
+            check_integer("projection", projection)
+            self.projection = nn.Linear(channels, projection, device=device, dtype=dtype)
+            self.channels = projection
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """The table truncated normal of deviation 0.02, the linear layer's weight of variance 1 / fan_in."""
+        reset_table_(self.table)
+        if self.projection is not None:
+            reset_linear_(self.projection.weight, self.projection.bias)
+
+    def forward(self):
+        """(M, c)."""
+        return self.table if self.projection is None else self.projection(self.table)
+
+
+def grid_coordinates(shape, device=None, released_rounding=False):
+    """Coordinates (M, d) in float64 of all points of a grid: linspace(-1, 1, n_i) per axis in float32, row-major."""
+    axis = _released_axis if released_rounding else _axis
+    axes = [axis(n).double().to(device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+
+
+def _axis(n):
+    return torch.linspace(-1, 1, n, dtype=torch.float64).float()
+
+
+def _released_axis(n):
+    """-(1 - s) + s with s = i / (n - 1) by the reciprocal, where the second s is not rounded on the way."""
+    if n == 1:
+        return torch.tensor([-1.0])
+    s = torch.arange(n - 1, dtype=torch.float64) * torch.tensor(1 / (n - 1), dtype=torch.float32).double()
+    return torch.cat([(s - (1 - s.float()).double()).float(), torch.ones(1)])
+
+
+def index_coordinates(indices, shape):
+    """Coordinates (O, d) in float64 of some points of a grid, given by flat row-major numbers (O,): -1 + 2 i / n per axis.
+
+    The released decoders place sub-sampled outputs so: the right end is never reached, other than on `grid_coordinates`.
+    """
+    axes = []
+    for n in reversed(shape):
+        axes.append(-1 + 2 * (indices % n).double() / n)
+        indices = indices // n
+    return torch.stack(axes[::-1], -1)
+
+
+def fourier_features(coordinates, num_bands, max_resolution):
+    """Coordinates (..., d) in [-1, 1] -> (..., Cp), as in `FourierPositions` and in their dtype."""
+    bands = [
+        torch.linspace(1, mu / 2, num_bands, dtype=torch.float64, device=coordinates.device).to(coordinates)
+        for mu in max_resolution
+    ]
+    angles = math.pi * coordinates[..., None] * torch.stack(bands)
+    return torch.cat([coordinates, angles.sin().flatten(-2), angles.cos().flatten(-2)], -1)
 
 
 def position_channels(index_shape, num_bands) -> int:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmkernels import _library
-from mmkernels.models import hypergrid_t5, mbt, official, perceiver
+from mmkernels.models import hypergrid_t5, mbt, official, perceiver, perceiver_io
 from mmkernels.modules import BottleneckFusionLayer, HyperGridLinear
 from mmkernels.modules.hypergrid import VARIANTS
 
@@ -27,13 +27,68 @@ if os.environ.get("MMKERNELS_GOLDEN"):
 
 def run_perceiver(config, weights, inputs, backend):
     """{output name: output}, differentiable with respect to weights and inputs."""
+    if "encoder" in config:
+        return run_perceiver_io(config, weights, inputs, backend)
     sizes, own = perceiver.read_official({**config, "index_shape": _only(inputs).shape[1:-1]}, weights)
     model = perceiver.from_official({**config, "index_shape": sizes.input_shape}, weights, backend=backend)
     return {"output": torch.func.functional_call(model, own, (_only(inputs),))}
 
 
-def perceiver_refusal(config):
-    return "" if "num_cross_attends" in config else "no model for Perceiver IO yet"
+def run_perceiver_io(config, weights, inputs, backend):
+    """The outputs, and what every module gives on the way under its released name."""
+    masked = "mask" in inputs
+    if len(inputs) == 1:
+        config = {**config, "index_shape": _only(inputs).shape[1:-1]}
+    _, own = perceiver_io.read_official(config, weights)
+    model = perceiver_io.from_official(config, weights, backend=backend).eval()
+    steps = {}
+    for name, module in perceiver_io_modules(model, config, weights).items():
+        module.register_forward_hook(lambda _, args, out, name=name: steps.setdefault(name, []).append(out))
+    options = {}
+    if masked:
+        options["key_mask"] = inputs["mask"].bool()
+    if "subsampled_points" in config:
+        options["points"] = {name: torch.tensor(points) for name, points in config["subsampled_points"].items()}
+    arguments = inputs["token_ids"] if masked else _only(inputs) if len(inputs) == 1 else inputs
+    output = torch.func.functional_call(model, own, (arguments,), options)
+    outputs = output if isinstance(output, dict) else {"output": output}
+    batch = len(next(iter(inputs.values())))
+    for name, calls in steps.items():
+        for number, out in enumerate(calls):
+            outputs[f"inter/{name}" if ":" in name else f"inter/{name}#{number}"] = whole(out, batch)
+    return outputs
+
+
+def perceiver_io_modules(model, config, weights):
+    """{released name: our module} of what gives what the released module gives."""
+    encoder, decoder = (
+        next(n.removesuffix("/cross_attention/attention/linear/w") for n in weights if test(n) and n.endswith(_QUERY))
+        for test in (lambda n: "decoder" not in n, lambda n: "decoder" in n)
+    )
+    layers = {f"{encoder}/self_attention{f'_{i}' * (i > 0)}": layer for i, layer in enumerate(model.encoder.blocks[0])}
+    names = {f"{encoder}/cross_attention": model.encoder.cross[0], **layers}
+    names |= {f"{decoder}/cross_attention": model.decoder.cross, decoder: model.decoder}
+    query = decoder if decoder.startswith("basic_decoder") else decoder.partition("/")[0]
+    names[f"{query}:decoder_query#0"] = model.queries
+    if "preprocessor" in config:
+        names["image_preprocessor"] = model.input
+    if "subsampled_points" in config:
+        names |= {"multimodal_preprocessor": model.input, "audio_preprocessor": model.input.modalities["audio"]}
+        names |= {"image_preprocessor": model.input.modalities["image"]}
+        parts = model.queries.modalities
+        names["basic_decoder:decoder_query#0"] = parts["audio"]
+        names["basic_video_autoencoding_decoder/~/basic_decoder:decoder_query#0"] = parts["image"]
+        names["classification_decoder:decoder_query#0"] = parts["label"]
+    return names
+
+
+def whole(out, batch):
+    """A module's tokens and positions as one array, with the batch that all examples share spelled out."""
+    if isinstance(out, tuple):
+        tokens, position = out
+        tokens = tokens.expand(batch, -1, -1)
+        out = tokens if position is None else torch.cat([tokens, position.expand(batch, -1, -1)], -1)
+    return out
 
 
 def run_mbt(config, weights, inputs, backend):
@@ -113,10 +168,11 @@ def run_hypergrid(config, weights, inputs, backend):
 
 
 _AFFINE = ("weight", "bias")
+_QUERY = "/cross_attention/attention/linear/w"
 
 # system -> (runner, why it does not know a case); a line comes with every model
 RUNNERS = {
-    "perceiver": (run_perceiver, perceiver_refusal),
+    "perceiver": (run_perceiver, lambda config: ""),
     "mbt": (run_mbt, lambda config: ""),
     "hypergrid": (run_hypergrid, lambda config: ""),
 }
@@ -185,6 +241,7 @@ def compute(folder, config, expected, backend, dtype):
                 results[f"{kind}/{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
     kinds = ("out", "loss", "grad", "grad_input", "grad_inter")
     missing = {name for name in expected if name.partition("/")[0] in kinds} - set(results)
+    results = {name: tensor for name, tensor in results.items() if not name.startswith("inter/") or name in expected}
     assert not missing, f"not computed: {sorted(missing)}"
     assert all(results[name].shape == expected[name].shape for name in results)
     return results

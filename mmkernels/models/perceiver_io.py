@@ -1,0 +1,847 @@
+"""Perceiver IO (Jaegle et al., ICLR 2022): an encoder as Perceiver has it, and queries that read an output of any size.
+
+    encode:   z <- Cross(latents, x)                       one time
+    process:  z <- Self_l(z), l = 1..L, in every block     blocks share their weights
+    decode:   y <- Cross(q, z);  out = Linear(y)           a query q for every output element
+
+A model is five parts, each a plain dict in the config: the preprocessor of the input, the encoder, the queries, the decoder,
+and the postprocessor of the output. Everything as in DeepMind's released code, but for what this file calls Hugging Face's:
+what checkpoints of its library need; `from_huggingface` turns it on.
+"""
+
+import copy
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from ..modules import PerceiverDecoder, PerceiverEncoder
+from ..modules.backend import check_backend
+from ..modules.kinds import build, make
+from ..modules.perceiver import ACTIVATIONS
+from ..modules.postprocessors import POSTPROCESSORS, MultimodalOutput, TaskOutput, TokenOutput
+from ..modules.preprocessors import PREPROCESSORS, MultimodalInput, TokenInput
+from ..modules.queries import QUERIES, InputQueries, MultimodalQueries
+from ..ops._shared.arguments import check_number
+from . import official
+from .registry import load_weights, save_pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceiverIOConfig:
+    """The five parts of a Perceiver IO.
+
+    `input`, `queries` and `output` have a "kind" and the arguments of that module (`modules/preprocessors.py`, `queries.py`,
+    `postprocessors.py`), `encoder` and `decoder` those of `PerceiverEncoder` and `PerceiverDecoder`. What follows from another
+    part is not repeated. Without queries there is no decoder, and the output reads the latents.
+    """
+
+    input: dict
+    output: dict
+    queries: dict | None = None
+    encoder: dict = dataclasses.field(default_factory=dict)
+    decoder: dict = dataclasses.field(default_factory=dict)
+    mask_queries: bool = True  # a text's padding is no query either; Hugging Face's model asks it
+    activation: str = "gelu_tanh"  # or "gelu", the exact one, as Hugging Face's checkpoints are run
+    dropout: float = 0.0  # in the encoder's residual branches
+    eps: float = 1e-5  # of all layer norms
+    backend: str = "auto"  # of every attention; "eager" is plain PyTorch
+
+    def __post_init__(self):
+        for name in ("input", "output", "queries", "encoder", "decoder"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) and (value is not None or name != "queries"):
+                raise ValueError(f"{name} is {value!r}; it must be a dict")
+            object.__setattr__(self, name, _plain(value))
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}")
+        if not isinstance(self.mask_queries, bool):
+            raise ValueError(f"mask_queries is {self.mask_queries!r}; it must be true or false")
+        check_number("dropout", self.dropout, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
+        check_number("eps", self.eps, "a positive number", lambda eps: eps > 0.0)
+        check_backend(self.backend)
+
+
+def _plain(value):
+    """A copy as JSON would give it back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else copy.copy(value)
+
+
+class PerceiverIO(nn.Module):
+    """One model for all tasks; which it is says the config.
+
+    Parameters: `input.*`, `encoder.latents`, `encoder.cross.0.*`, `encoder.blocks.<b>.<l>.*`, `queries.*`, `decoder.cross.*`,
+    `decoder.output.*`, `output.*`.
+    """
+
+    def __init__(self, config: PerceiverIOConfig, *, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        factory = {"device": device, "dtype": dtype}
+        options = {"activation": config.activation, "eps": config.eps, "backend": config.backend, **factory}
+        self.input = build("input", PREPROCESSORS, config.input, **factory)
+        self.encoder = make(
+            "encoder", PerceiverEncoder, config.encoder, self.input.channels, dropout=config.dropout, **options
+        )
+        latent_channels = self.encoder.latents.shape[1]
+        self.queries = self.decoder = None
+        width = latent_channels
+        if config.queries is not None:
+            derived = {"channels": self.input.channels} if config.queries.get("kind") == "input" else {}
+            self.queries = build("queries", QUERIES, config.queries, **derived, **factory)
+            width = self.queries.channels
+        kind = config.output.get("kind")
+        derived = {"pooled": {"latent_channels": width}, "tasks": {"query_channels": width}}.get(kind, {})
+        self.output = build("output", POSTPROCESSORS, config.output, **derived, **factory)
+        if self.output.pooled != (self.queries is None):
+            needs = "reads the latents and takes no queries" if self.output.pooled else "needs queries"
+            raise ValueError(f"queries is {config.queries!r}; the output {kind!r} {needs}")
+        if self.queries is not None:
+            self.decoder = make(
+                "decoder",
+                PerceiverDecoder,
+                config.decoder,
+                width,
+                latent_channels,
+                output_channels=self.output.channels,
+                **options,
+            )
+        self._check_parts()
+        self._reset_flow()
+
+    def _check_parts(self):
+        """Raises ValueError where two parts do not fit each other."""
+        if isinstance(self.output, MultimodalOutput) != isinstance(self.queries, MultimodalQueries) or (
+            isinstance(self.output, MultimodalOutput) and set(self.output.modalities) != set(self.queries.modalities)
+        ):
+            raise ValueError("queries and output must be multimodal both, with the same modalities")
+        if isinstance(self.output, TaskOutput) and getattr(self.queries, "count", None) != len(self.output.heads):
+            raise ValueError(f"queries must be as many as the output's tasks, {len(self.output.heads)}")
+        if isinstance(self.output, TokenOutput):
+            table = self.input.tokens.weight if isinstance(self.input, TokenInput) else None
+            if table is None or table.shape != (self.output.bias.shape[0], self.queries.channels):
+                raise ValueError(
+                    "output 'tokens' takes the table of an input 'tokens' of the same vocab_size and of the queries' channels"
+                )
+
+    def _reset_flow(self):
+        if self.config.output.get("kind") == "flow":
+            nn.init.zeros_(self.decoder.output.weight)
+
+    def reset_parameters(self):
+        """Weights truncated normal of variance 1 / fan_in, tables of deviation 0.02, biases zero; a flow's last layer zero."""
+        for part in self.children():
+            part.reset_parameters()
+        self._reset_flow()
+
+    def forward(self, inputs, *, key_mask=None, query_mask=None, points=None, tasks=None, masks=None):
+        """The output of a batch.
+
+        Args:
+            inputs: what the preprocessor takes: a picture (B, height, width, 3), token ids (B, T), a dict of modalities, ...
+            key_mask: bool (B, M), True for input elements that count.
+            query_mask: bool (B, O), True for outputs that count; others read nothing. A text's default is `key_mask`, if the
+                config's `mask_queries` says so.
+            points: the outputs that are wanted as flat row-major numbers, int64 (O,), default all; of a multimodal model
+                {modality: numbers or None}.
+            tasks: of a model with several, the list of those that are wanted, default all.
+            masks: see `MultimodalInput`.
+
+        Returns:
+            what the postprocessor gives: logits (B, num_classes), (B, T, vocab_size), {task: logits}, flow (B, height, width,
+            2), {modality: output}, latents (B, N, D).
+
+        Raises ValueError or TypeError for shapes, dtypes and names that do not fit.
+        """
+        latents, tokens, position = self.encode(inputs, key_mask=key_mask, masks=masks)
+        if query_mask is None and key_mask is not None and self._asks_tokens and self.config.mask_queries:
+            query_mask = key_mask
+        return self.decode(latents, tokens=tokens, position=position, query_mask=query_mask, points=points, tasks=tasks)
+
+    @property
+    def _asks_tokens(self):
+        return isinstance(self.output, TokenOutput)
+
+    def encode(self, inputs, *, key_mask=None, masks=None):
+        """Latents (B, N, D), and the tokens (B, M, Cx) and positions (M, Cp) or None that they read; see `forward`."""
+        if masks is not None and not isinstance(self.input, MultimodalInput):
+            raise ValueError("masks is for a multimodal input")
+        tokens, position = self.input(inputs) if masks is None else self.input(inputs, masks=masks)
+        return self.encoder(tokens, position=position, key_mask=key_mask), tokens, position
+
+    def decode(self, latents, *, tokens=None, position=None, query_mask=None, points=None, tasks=None):
+        """The output of latents (B, N, D). Queries made of the input need its `tokens` and `position`; see `forward`."""
+        if tasks is not None and not isinstance(self.output, TaskOutput):
+            raise ValueError(f"tasks is {tasks!r}; only an output of the kind 'tasks' has several")
+        if self.queries is None:
+            if query_mask is not None or points is not None:
+                raise ValueError("query_mask and points are for a model with queries; this one has none")
+            return self.output(latents)
+        if tasks is not None:
+            points = torch.tensor(self.output.numbers(tasks), device=latents.device)
+        needs_tokens = isinstance(self.queries, InputQueries) or getattr(self.queries, "per_token", False)
+        if needs_tokens and tokens is None:
+            raise ValueError("tokens is None; the queries of this model are made of them")
+        queries, query_position = self.queries(latents, tokens=tokens, position=position, points=points)
+        y = self.decoder(latents, queries, query_position=query_position, query_mask=query_mask)
+        if isinstance(self.output, TokenOutput):
+            return self.output(y, self.input.tokens.weight)
+        if isinstance(self.output, TaskOutput):
+            return self.output(y, tasks)
+        if isinstance(self.output, MultimodalOutput):
+            return self.output(y, self.queries.chosen(points))
+        return self.output(y)
+
+    @torch.no_grad()
+    def reconstruct(self, inputs, *, chunk_size=16384, key_mask=None, masks=None):
+        """All outputs of a multimodal model, {modality: output}, of which at most `chunk_size` are decoded at a time.
+
+        The input is encoded once. Outputs are placed as sub-sampled ones are (`FourierQueries`), as in the released demo.
+        """
+        if not isinstance(self.output, MultimodalOutput):
+            raise ValueError("reconstruct is for a model with a multimodal output")
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size!r}; it must be a positive integer")
+        latents, _, _ = self.encode(inputs, key_mask=key_mask, masks=masks)
+        nothing = torch.empty(0, dtype=torch.int64, device=latents.device)
+        results = {}
+        for name, part in self.queries.modalities.items():
+            chunks = []
+            for start in range(0, part.count, chunk_size):
+                numbers = torch.arange(start, min(start + chunk_size, part.count), device=latents.device)
+                queries, _ = self.queries(latents, points=dict.fromkeys(self.queries.modalities, nothing) | {name: numbers})
+                chunks.append(self.output.project(name, self.decoder(latents, queries)))
+            results[name] = self.output.modalities[name](torch.cat(chunks, 1))
+        return results
+
+    def save_pretrained(self, path):
+        """Writes config.json and model.safetensors into the folder `path`; `mmkernels.models.load(path)` reads them."""
+        save_pretrained(self, path)
+
+
+CONFIG, MODEL = PerceiverIOConfig, PerceiverIO
+
+
+# --- Published configurations ------------------------------------------------------------------------------------------------
+
+
+def _fourier(num_bands, max_resolution=None):
+    return {"kind": "fourier", "num_bands": num_bands, "max_resolution": max_resolution}
+
+
+def _classifier(input, num_classes=1000, *, residual=True, channels=1024, **fields):
+    """One learned query of `channels`, whose output is the logits."""
+    return PerceiverIOConfig(
+        input=input,
+        queries={"kind": "learned", "count": 1, "channels": channels},
+        decoder={"residual": residual},
+        output={"kind": "classes", "num_classes": num_classes},
+        **fields,
+    )
+
+
+def _text(vocab_size, max_length, channels, num_layers, *, embedding=768, num_latents=256, qk_channels=256, heads=8):
+    """The encoder and the input of a language model."""
+    return {
+        "input": {"kind": "tokens", "vocab_size": vocab_size, "max_length": max_length, "channels": embedding},
+        "encoder": {
+            "num_latents": num_latents,
+            "latent_channels": channels,
+            "num_blocks": 1,
+            "layers_per_block": num_layers,
+            "cross_heads": heads,
+            "self_heads": heads,
+            **dict.fromkeys(("cross_qk_channels", "self_qk_channels"), qk_channels),
+            **dict.fromkeys(("cross_v_channels", "self_v_channels"), channels),
+        },
+    }
+
+
+def _language(vocab_size, max_length, channels, num_layers, **sizes):
+    """A masked language model: a learned query for every place, its logits by the table of the input."""
+    parts = _text(vocab_size, max_length, channels, num_layers, **sizes)
+    embedding, heads = parts["input"]["channels"], parts["encoder"]["cross_heads"]
+    return PerceiverIOConfig(
+        **parts,
+        queries={"kind": "learned", "count": max_length, "channels": embedding, "per_token": True},
+        decoder={"num_heads": heads, "qk_channels": parts["encoder"]["self_qk_channels"], "v_channels": embedding},
+        output={"kind": "tokens", "vocab_size": vocab_size},
+    )
+
+
+def _tasks(tasks, vocab_size, max_length, channels, num_layers, **sizes):
+    """The same encoder with a learned query for every task."""
+    parts = _text(vocab_size, max_length, channels, num_layers, **sizes)
+    embedding, heads = parts["input"]["channels"], parts["encoder"]["cross_heads"]
+    return PerceiverIOConfig(
+        **parts,
+        queries={"kind": "learned", "count": len(tasks), "channels": channels},
+        decoder={"num_heads": heads, "qk_channels": parts["encoder"]["self_qk_channels"], "v_channels": embedding},
+        output={"kind": "tasks", "tasks": tasks},
+    )
+
+
+def _flow(shape, input, *, queries=None, upsample=1, **encoder):
+    """Optical flow: the queries are the input."""
+    return PerceiverIOConfig(
+        input=input,
+        encoder={
+            "num_latents": 2048,
+            "latent_channels": 512,
+            "num_blocks": 1,
+            "layers_per_block": 24,
+            "self_heads": 16,
+            **encoder,
+        },
+        queries={"kind": "input", **(queries or {})},
+        decoder={"qk_channels": 512, "v_channels": 512},
+        output={"kind": "flow", "shape": shape, "upsample": upsample},
+    )
+
+
+def _autoencoder(
+    frames, side, samples, num_classes, *, patch, video, audio, samples_per_patch=16, label=1024, channels=512, **encoder
+):
+    """Video, sound and a label in and out (Kinetics); `video` and `audio` are Fourier features."""
+    grid = (frames, side // patch, side // patch)
+    positions = {"audio": _fourier(audio, [samples]), "image": _fourier(video, grid)}
+    tokens = samples // samples_per_patch
+    return PerceiverIOConfig(
+        input={
+            "kind": "multimodal",
+            "padding": 4,
+            "mask_probs": {"audio": 0.0, "image": 0.0, "label": 1.0},
+            "modalities": {
+                "audio": {
+                    "kind": "grid",
+                    "shape": [samples],
+                    "channels": 1,
+                    "patch": [samples_per_patch],
+                    "positions": positions["audio"],
+                },
+                "image": {
+                    "kind": "grid",
+                    "shape": [frames, side, side],
+                    "patch": [1, patch, patch],
+                    "positions": positions["image"],
+                },
+                "label": {"kind": "vector", "channels": num_classes},
+            },
+        },
+        encoder={"num_blocks": 1, **encoder},
+        queries={
+            "kind": "multimodal",
+            "padding": 2,
+            "modalities": {
+                "audio": {**positions["audio"], "shape": [tokens]},
+                "image": {**positions["image"], "shape": [frames, side, side]},
+                "label": {"kind": "learned", "count": 1, "channels": label},
+            },
+        },
+        decoder={"qk_channels": encoder["latent_channels"], "v_channels": encoder["latent_channels"]},
+        output={
+            "kind": "multimodal",
+            "channels": channels,
+            "modalities": {
+                "audio": {"kind": "samples", "samples": samples_per_patch},
+                "image": {"kind": "array", "channels": 3, "shape": [frames, side, side]},
+                "label": {"kind": "classes", "num_classes": num_classes},
+            },
+        },
+    )
+
+
+def _kinetics(num_latents):
+    return _autoencoder(
+        16,
+        224,
+        30720,
+        700,
+        patch=4,
+        video=32,
+        audio=192,
+        num_latents=num_latents,
+        latent_channels=512,
+        layers_per_block=8,
+        self_heads=8,
+    )
+
+
+def _audioset(audio, latent_channels):
+    """A 32-frame clip and its sound."""
+    video = {"kind": "grid", "shape": [32, 224, 224], "patch": [2, 8, 8], "positions": _fourier(16)}
+    return _classifier(
+        {"kind": "multimodal", "padding": 4, "modalities": {"audio": audio, "video": video}},
+        527,
+        encoder={"num_latents": 512, "latent_channels": latent_channels, "num_blocks": 1, "layers_per_block": 12},
+    )
+
+
+GLUE = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "qqp": 2, "rte": 2, "sst2": 2, "stsb": 1}
+FLOW_SIZE = (368, 496)
+_IMAGE_A = {"num_latents": 512, "latent_channels": 1024, "num_blocks": 8, "layers_per_block": 6}
+_IMAGE_B = {**_IMAGE_A, "num_blocks": 1, "layers_per_block": 16, "self_widening": 4}
+# 61,440 samples of sound in 480 patches; the spectrogram's 4,800 values are a token each (how they lie is not published).
+_RAW_AUDIO = {"kind": "grid", "shape": [61440], "channels": 1, "patch": [128], "positions": _fourier(128)}
+_MEL_AUDIO = {"kind": "grid", "shape": [75, 64], "channels": 1, "positions": _fourier(64)}
+CONFIGS = {
+    "perceiver-io-imagenet-fourier": _classifier(
+        {"kind": "grid", "shape": [224, 224], "positions": _fourier(64)}, encoder=_IMAGE_A
+    ),
+    "perceiver-io-imagenet-learned": _classifier(
+        {
+            "kind": "grid",
+            "shape": [224, 224],
+            "projection": 256,
+            "positions": {"kind": "learned", "channels": 256, "projection": 256},
+        },
+        residual=False,
+        encoder=_IMAGE_A,
+    ),
+    "perceiver-io-imagenet-conv": _classifier(
+        {"kind": "conv_stem", "shape": [224, 224], "positions": _fourier(64)}, encoder=_IMAGE_A
+    ),
+    "perceiver-io-imagenet-b": _classifier(
+        {"kind": "grid", "shape": [224, 224], "projection": 256, "positions": _fourier(64)}, encoder=_IMAGE_B
+    ),
+    "perceiver-io-imagenet-b-conv": _classifier(
+        {"kind": "conv_stem", "shape": [224, 224], "positions": _fourier(64)}, encoder=_IMAGE_B
+    ),
+    "perceiver-io-language-sentencepiece": _language(32000, 512, 1280, 26),
+    "perceiver-io-language-bytes": _language(262, 2048, 1280, 26),
+    "perceiver-io-language-bytes++": _language(262, 2048, 1536, 40),
+    "perceiver-io-glue-bytes": _tasks(GLUE, 262, 2048, 1280, 26),
+    "perceiver-io-flow": _flow(FLOW_SIZE, {"kind": "flow", "shape": FLOW_SIZE, "positions": _fourier(64)}),
+    "perceiver-io-flow-pixels": _flow(
+        FLOW_SIZE, {"kind": "flow", "shape": FLOW_SIZE, "neighbourhood": 1, "positions": _fourier(64)}
+    ),
+    # The queries are the tokens of the first frame.
+    "perceiver-io-flow-separate": _flow(
+        FLOW_SIZE,
+        {"kind": "flow", "shape": FLOW_SIZE, "frames": "separate", "positions": _fourier(64)},
+        queries={"count": math.prod(FLOW_SIZE)},
+    ),
+    # Both frames through one stem, 11,408 tokens; the flow is upsampled as in RAFT.
+    "perceiver-io-flow-conv": _flow(
+        FLOW_SIZE,
+        {"kind": "conv_stem", "shape": FLOW_SIZE, "channels": 6, "positions": _fourier(64)},
+        upsample=4,
+    ),
+    "perceiver-io-flow-conv-small": _flow(
+        FLOW_SIZE,
+        {"kind": "conv_stem", "shape": FLOW_SIZE, "channels": 6, "positions": _fourier(64)},
+        upsample=4,
+        num_latents=1024,
+        layers_per_block=16,
+    ),
+    "perceiver-io-kinetics": _kinetics(784),
+    "perceiver-io-kinetics-392": _kinetics(392),
+    "perceiver-io-kinetics-196": _kinetics(196),
+    "perceiver-io-audioset": _audioset(_RAW_AUDIO, 512),
+    "perceiver-io-audioset-mel": _audioset(_MEL_AUDIO, 1024),
+    # An encoder of 512 entities in place of a transformer: a vector for each of them comes out.
+    "perceiver-io-starcraft": PerceiverIOConfig(
+        input={"kind": "array", "channels": 128},
+        encoder={"num_latents": 32, "latent_channels": 128, "num_blocks": 1, "layers_per_block": 3},
+        queries={"kind": "input"},
+        output={"kind": "array"},
+    ),
+    "perceiver-io-small": _classifier(
+        {"kind": "grid", "shape": [64, 64], "positions": _fourier(16)},
+        10,
+        channels=128,
+        encoder={"num_latents": 64, "latent_channels": 128, "num_blocks": 2, "layers_per_block": 4},
+    ),
+    "perceiver-io-digits": _classifier(
+        {"kind": "grid", "shape": [48, 48], "channels": 1, "positions": _fourier(8, [16, 16])},
+        10,
+        channels=64,
+        encoder={"num_latents": 32, "latent_channels": 64, "num_blocks": 3, "layers_per_block": 2, "self_heads": 4},
+    ),
+    "perceiver-io-language-tiny": _language(262, 256, 128, 4, embedding=64, num_latents=32, qk_channels=64, heads=4),
+    "perceiver-io-flow-tiny": _flow(
+        (48, 64),
+        {"kind": "flow", "shape": (48, 64), "projection": 16, "positions": _fourier(8)},
+        num_latents=64,
+        latent_channels=64,
+        layers_per_block=4,
+        self_heads=4,
+    ),
+    "perceiver-io-autoencoder-tiny": _autoencoder(
+        4,
+        32,
+        1024,
+        10,
+        patch=4,
+        video=8,
+        audio=16,
+        label=64,
+        channels=64,
+        num_latents=64,
+        latent_channels=64,
+        layers_per_block=4,
+        self_heads=4,
+    ),
+}
+
+
+# --- The released checkpoints ------------------------------------------------------------------------------------------------
+
+_ATTENTION = {"": "query", "_1": "key", "_2": "value", "_3": "output"}
+_TABLE = "trainable_position_encoding/pos_embs"
+
+
+def from_official(config: dict, state_dict: dict, *, backend="auto") -> PerceiverIO:
+    """A Perceiver IO with the parameters of DeepMind's Haiku modules, in the dtype of `state_dict`; see `read_official`."""
+    sizes, weights = read_official(config, state_dict)
+    dtype = official.common_dtype({name: t for name, t in state_dict.items() if t.is_floating_point()})
+    model = PerceiverIO(dataclasses.replace(sizes, backend=backend), dtype=dtype)
+    load_weights(model, weights, "state_dict")
+    return model
+
+
+def read_official(config: dict, state_dict: dict) -> tuple:
+    """(PerceiverIOConfig, state dict of `PerceiverIO`) from DeepMind's Haiku modules; the tensors are views of the given ones.
+
+    Args:
+        config: what the tensors do not say, by the names of the released code.
+            `encoder`: `num_blocks`, `num_self_attend_heads`, `num_cross_attend_heads` (1), `use_query_residual` (true).
+            `decoder`: `num_heads` (1), `use_query_residual` (false).
+            Pictures: `preprocessor` (or `input_preprocessor`) with `num_bands` and `max_resolution`, or with
+            `fourier_position_encoding_kwargs` of them; `spatial_downsample` (1, of a conv stem 4), `temporal_downsample` (1),
+            `concat_or_add_pos` ("concat"); `index_shape`, of the picture without batch and channels (default
+            `max_resolution`).
+            Flow: `rescale_factor` (100), here or in `decoder`.
+            Several modalities: `num_frames`, `image_size`, `patch`, `audio_samples`, `samples_per_patch`, `video_bands`,
+            `video_max_resolution`, `audio_bands`, `audio_max_resolution`, `mask_probs`.
+            `layer_norm_eps` (1e-5).
+        state_dict: `module path/parameter` -> tensor, linear weights (in, out), convolutions (height, width, in, out), and of
+            batch norms `state/module path/../average`. Every other size is read off the tensors.
+
+    Raises ValueError for missing, unknown or misshapen entries.
+    """
+    official.check_mappings(config, state_dict)
+    return _Official(config, state_dict).read()
+
+
+class _Official:
+    """One checkpoint on the way: `weights` grows by our names, `unread` shrinks by the others."""
+
+    def __init__(self, config, state):
+        self.config, self.state, self.weights, self.unread = config, state, {}, set(state)
+
+    def read(self):
+        encoder, decoder = self._paths()
+        channels = self._size(f"{encoder}/cross_attention/layer_norm_1/scale", 0)
+        parts = {"encoder": self._encoder(encoder), "input": self._input(channels)}
+        if decoder is not None:
+            parts |= self._decoder(decoder)
+        else:
+            logits = self._find("logits/w")
+            if logits is None:
+                raise ValueError("state_dict has neither a decoder's cross_attention nor the logits of a projection")
+            self._linear(logits.removesuffix("/w"), "output.linear")
+            parts["output"] = {"kind": "pooled", "num_classes": self._size(logits, 1)}
+        # What a moving average was made of is not needed any more.
+        self.unread -= {name for name in self.unread if name.startswith("state/")}
+        if self.unread:
+            raise ValueError(f"state_dict has {min(self.unread)!r}, which this Perceiver IO does not have")
+        return PerceiverIOConfig(**parts, eps=self.config.get("layer_norm_eps", 1e-5)), self.weights
+
+    def _paths(self):
+        """The module paths of the encoder and the decoder: the one has self-attentions, the other, if it is there, not."""
+        end = "/cross_attention/attention/linear/w"
+        paths = [name.removesuffix(end) for name in self.state if name.endswith(end)]
+        encoders = [path for path in paths if f"{path}/{_TABLE}" in self.state]
+        if len(encoders) != 1 or len(paths) > 2:
+            raise ValueError(
+                f"state_dict has cross-attentions at {paths}; one of them must be an encoder's, beside its latents, and one "
+                "more may be a decoder's"
+            )
+        return encoders[0], next((path for path in paths if path != encoders[0]), None)
+
+    def _encoder(self, path):
+        given = self._section("encoder")
+        layers = [f"{path}/self_attention"] if f"{path}/self_attention/attention/linear/w" in self.state else []
+        while layers and f"{path}/self_attention_{len(layers)}/attention/linear/w" in self.state:
+            layers.append(f"{path}/self_attention_{len(layers)}")
+        self._array(f"{path}/{_TABLE}", "encoder.latents")
+        self._block(f"{path}/cross_attention", "encoder.cross.0", ("query_norm", "input_norm"))
+        for i, layer in enumerate(layers):
+            self._block(layer, f"encoder.blocks.0.{i}", ("norm",))
+        count, channels = self.weights["encoder.latents"].shape
+        encoder = {
+            "num_latents": count,
+            "latent_channels": channels,
+            "num_blocks": self._integer("encoder", "num_blocks"),
+            "layers_per_block": len(layers),
+            "residual": given.get("use_query_residual", True),
+            "cross_heads": given.get("num_cross_attend_heads", 1),
+            **self._sizes(f"{path}/cross_attention", channels, "cross_"),
+        }
+        if layers:
+            encoder["self_heads"] = self._integer("encoder", "num_self_attend_heads")
+            encoder |= self._sizes(layers[0], channels, "self_")
+        return encoder
+
+    def _decoder(self, path):
+        given = self._section("decoder")
+        self._block(f"{path}/cross_attention", "decoder.cross", ("query_norm", "input_norm"))
+        width = self._size(f"{path}/cross_attention/layer_norm/scale", 0)
+        parts = {
+            "decoder": {
+                "num_heads": given.get("num_heads", 1),
+                "residual": given.get("use_query_residual", False),
+                **self._sizes(f"{path}/cross_attention", width, ""),
+            }
+        }
+        channels = None
+        if f"{path}/output/w" in self.state:
+            self._linear(f"{path}/output", "decoder.output")
+            channels = self._size(f"{path}/output/b", 0)
+        if any("postprocessor/" in name for name in self.unread):
+            return parts | self._multimodal_output(channels)
+        table = self._find(f"/{_TABLE}")
+        if table is None:
+            scale = given.get("rescale_factor", self.config.get("rescale_factor", 100.0))
+            output = {"kind": "flow", "shape": self._index_shape()[-2:], "scale": scale}
+            return parts | {"queries": {"kind": "input"}, "output": output}
+        self._array(table, "queries.table")
+        queries = {"kind": "learned", "count": self._size(table, 0), "channels": width}
+        output = {"kind": "array", "channels": channels}
+        if channels is None and "embedding_decoder/bias" in self.state:
+            self._array("embedding_decoder/bias", "output.bias")
+            output = {"kind": "tokens", "vocab_size": self._size("embedding_decoder/bias", 0)}
+            queries["per_token"] = True
+        elif "classification_decoder" in path:
+            output = {"kind": "classes", "num_classes": channels}
+        return parts | {"queries": queries, "output": output}
+
+    def _input(self, channels):
+        """The input of a checkpoint whose encoder reads so many channels."""
+        if "embed/embeddings" in self.state:
+            self._array("embed/embeddings", "input.tokens.weight")
+            self._array(_TABLE, "input.positions.table")
+            vocab_size, width = self.state["embed/embeddings"].shape
+            return {"kind": "tokens", "vocab_size": vocab_size, "max_length": self._size(_TABLE, 0), "channels": width}
+        if self._find_all("_padding/pos_embs"):
+            return self._multimodal_input()
+        if "num_bands" not in self._section("preprocessor") and not self._find_all("image_preprocessor/"):
+            return {"kind": "array", "channels": channels}
+        return self._picture(channels)
+
+    def _picture(self, channels):
+        given = self._section("preprocessor")
+        made = {"/conv/w": "conv", "/conv2_d/w": "conv1x1", "/patches_linear/w": "patches"}
+        kind = given.get("prep_type", next((kind for end, kind in made.items() if self._find(end)), "pixels"))
+        positions, position_channels = self._positions(given)
+        added = given.get("concat_or_add_pos", "concat") == "add"
+        width = channels - (0 if added else position_channels)
+        if kind == "conv":
+            return self._conv_stem(positions, width)
+        steps = given.get("spatial_downsample", 1), given.get("temporal_downsample", 1)
+        if kind != "patches" and steps != (1, 1):
+            raise ValueError(f"preprocessor has downsampling {steps} with prep_type {kind!r}; only 'patches' may have it")
+        linear = self._find("/patches_linear/w") or self._find("/conv2_d/w")
+        inner = width
+        if linear is not None:
+            path = linear.removesuffix("/w")
+            self._linear(path, "input.linear")
+            inner = math.prod(self.state[linear].shape[:-1])
+        shape = self._index_shape()
+        if kind == "patches" and self._find_all("flow_decoder/"):
+            side = math.isqrt(inner // 6)  # of neighbourhoods in two frames of three channels; else frames as they are
+            frame = 3 if 6 * side**2 == inner else inner // 2
+            sizes = {"channels": frame, "neighbourhood": side if frame == 3 else 1, "projection": width}
+            return {"kind": "flow", "shape": shape[-2:], "positions": positions, **sizes}
+        patch = [*[steps[1]] * (len(shape) == 3), steps[0], steps[0]] if kind == "patches" else [1] * len(shape)
+        sizes = {"channels": inner // math.prod(patch), "projection": width if linear is not None else None}
+        return {"kind": "grid", "shape": shape, "patch": patch, "positions": positions, "add_positions": added, **sizes}
+
+    def _conv_stem(self, positions, width):
+        conv = self._find("/conv/w")
+        if conv is None:
+            raise ValueError("state_dict has no conv/w, which prep_type 'conv' needs")
+        self._take(official.haiku_conv, conv.removesuffix("/w"), "input.conv")
+        norm = self._find("/batchnorm/scale")
+        if norm is not None:
+            path = norm.removesuffix("/scale")
+            self._take(official.haiku_norm, path, "input.norm")
+            for source, target in (("mean_ema", "running_mean"), ("var_ema", "running_var")):
+                average = self._find(f"{path}/~/{source}/average")
+                if average is None:
+                    raise ValueError(f"state_dict has no 'state/{path}/~/{source}/average'")
+                self._array(average, f"input.norm.{target}")
+                self.weights[f"input.norm.{target}"] = self.weights[f"input.norm.{target}"].detach().flatten()
+            self.weights["input.norm.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+        sizes = {"channels": self._size(conv, 2), "out_channels": width, "batch_norm": norm is not None}
+        return {"kind": "conv_stem", "shape": self._index_shape(4), "positions": positions, **sizes}
+
+    def _positions(self, given):
+        """(spec, channels) of a picture's positions."""
+        table = self._find(f"/~_build_network_inputs/{_TABLE}")
+        if given.get("position_encoding_type", "fourier" if table is None else "trainable") == "trainable":
+            if table is None:
+                raise ValueError("state_dict has no pos_embs of the picture, which position_encoding_type 'trainable' needs")
+            self._array(table, "input.positions.table")
+            projector, projection = self._find("/position_encoding_projector/linear/w"), None
+            if projector is not None:
+                self._linear(projector.removesuffix("/w"), "input.positions.projection")
+                projection = self._size(projector, 1)
+            channels = self._size(table, 1)
+            return {"kind": "learned", "channels": channels, "projection": projection}, projection or channels
+        return self._fourier(given, "preprocessor")
+
+    def _fourier(self, given, where, prefix=""):
+        if not given.get("concat_pos", True) or given.get("sine_only", False):
+            raise ValueError(
+                f"{where} has Fourier features without positions or without cosines; only all of them are supported"
+            )
+        bands, resolution = given.get(f"{prefix}bands" if prefix else "num_bands"), given.get(f"{prefix}max_resolution")
+        if not isinstance(bands, int) or not isinstance(resolution, (list, tuple)):
+            raise ValueError(
+                f"{where} has Fourier features of bands {bands!r} and max_resolution {resolution!r}; both are needed"
+            )
+        return _fourier(bands, resolution) | {"released_rounding": True}, len(resolution) * (2 * bands + 1)
+
+    def _index_shape(self, factor=1):
+        """The picture without batch and channels; by default what its positions resolve, `factor` times as large."""
+        resolution = self._section("preprocessor").get("max_resolution")
+        shape = self.config.get("index_shape", None if resolution is None else [n * factor for n in resolution])
+        if shape is None:
+            raise ValueError("config has no 'index_shape', the shape of the picture without batch and channels")
+        return list(shape)
+
+    # Several modalities: the released code builds them by hand, and so their sizes have names of their own
+
+    def _multimodal_input(self):
+        c = self._all("audio_samples", "samples_per_patch", "num_frames", "image_size", "patch", "num_classes")
+        audio, _ = self._fourier(self.config, "config", "audio_")
+        video, _ = self._fourier(self.config, "config", "video_")
+        for name in self._find_all("_preprocessor/", "_padding/pos_embs"):
+            self._array(name, f"input.padding.{name.split('/')[-2].removesuffix('_padding')}")
+        for name in self._find_all("_preprocessor/", "_mask_token/pos_embs"):
+            self._array(name, f"input.mask_tokens.{name.split('/')[-2].removesuffix('_mask_token')}")
+        step = c["patch"]
+        image = {"kind": "grid", "shape": [c["num_frames"], *[c["image_size"]] * 2], "patch": [1, step, step]}
+        sound = {"kind": "grid", "shape": [c["audio_samples"]], "channels": 1, "patch": [c["samples_per_patch"]]}
+        return {
+            "kind": "multimodal",
+            "padding": self.config.get("min_padding_size_input", 4),
+            "mask_probs": self.config.get("mask_probs"),
+            "modalities": {
+                "audio": {**sound, "positions": audio},
+                "image": {**image, "positions": video},
+                "label": {"kind": "vector", "channels": c["num_classes"]},
+            },
+        }
+
+    def _multimodal_output(self, channels):
+        c = self._all("audio_samples", "samples_per_patch", "num_frames", "image_size", "num_classes")
+        audio, _ = self._fourier(self.config, "config", "audio_")
+        video, _ = self._fourier(self.config, "config", "video_")
+        for name in self._find_all("decoder_query/", "_padding/pos_embs"):
+            self._array(name, f"queries.padding.{name.split('/')[-2].removesuffix('_padding')}")
+        label = self._find(f"classification_decoder/~/basic_decoder/~/{_TABLE}")
+        if label is None:
+            raise ValueError("state_dict has no pos_embs of the label's query")
+        self._array(label, "queries.modalities.label.table")
+        for modality, name in {"audio": "audio", "image": "projection", "label": "classification"}.items():
+            self._linear(f"{name}_postprocessor/linear", f"output.linear.{modality}")
+        shape = [c["num_frames"], *[c["image_size"]] * 2]
+        tokens = c["audio_samples"] // c["samples_per_patch"]
+        return {
+            "queries": {
+                "kind": "multimodal",
+                "padding": self.config.get("min_padding_size_query", 2),
+                "modalities": {
+                    "audio": {**audio, "shape": [tokens]},
+                    "image": {**video, "shape": shape},
+                    "label": {"kind": "learned", "count": 1, "channels": self._size(label, 1)},
+                },
+            },
+            "output": {
+                "kind": "multimodal",
+                "channels": channels,
+                "modalities": {
+                    "audio": {"kind": "samples", "samples": self._size("audio_postprocessor/linear/b", 0)},
+                    "image": {
+                        "kind": "array",
+                        "channels": self._size("projection_postprocessor/linear/b", 0),
+                        "shape": shape,
+                    },
+                    "label": {"kind": "classes", "num_classes": c["num_classes"]},
+                },
+            },
+        }
+
+    # Names and sizes
+
+    def _section(self, name):
+        section = self.config.get(name, self.config.get(f"input_{name}", {}))
+        if not isinstance(section, dict):
+            raise ValueError(f"config has {name} {section!r}; it must be a dict")
+        return {**section, **section.get("fourier_position_encoding_kwargs", {})}
+
+    def _all(self, *names):
+        for name in names:
+            if not isinstance(self.config.get(name), int):
+                raise ValueError(f"config has {name} {self.config.get(name)!r}; several modalities need it, an integer")
+        return {name: self.config[name] for name in names}
+
+    def _integer(self, section, name):
+        value = self._section(section).get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"config has {section} with {name} {value!r}; it must be a positive integer")
+        return value
+
+    def _find_all(self, *parts):
+        return sorted(name for name in self.unread if all(part in name for part in parts))
+
+    def _find(self, end):
+        """The one entry not read yet that ends so, or None."""
+        found = [name for name in sorted(self.unread) if name.endswith(end)]
+        if len(found) > 1:
+            raise ValueError(f"state_dict has {found[0]!r} and {found[1]!r}; one is expected")
+        return found[0] if found else None
+
+    def _size(self, name, axis):
+        if name not in self.state:
+            raise ValueError(f"state_dict has no {name!r}")
+        shape = self.state[name].shape
+        if len(shape) <= axis:
+            raise ValueError(f"state_dict has {name!r} of shape {tuple(shape)}; it must have {axis + 1} dimensions or more")
+        return shape[axis]
+
+    def _sizes(self, path, channels, prefix):
+        """Channels and widening of a block."""
+        widening = self._size(f"{path}/mlp/linear/w", 1) // channels
+        return {
+            f"{prefix}qk_channels": self._size(f"{path}/attention/linear/w", 1),
+            f"{prefix}v_channels": self._size(f"{path}/attention/linear_2/w", 1),
+            f"{prefix}widening": widening,
+        }
+
+    def _array(self, source, target):
+        self.weights[target] = official.array(self.state, source)
+        self.unread.discard(source)
+
+    def _take(self, function, source, target):
+        self.weights |= function(self.state, source, target)
+        self.unread -= {name for name in self.unread if name.rpartition("/")[0] == source}
+
+    def _linear(self, source, target):
+        """A linear layer, or a 1 x 1 convolution."""
+        self._take(official.haiku_linear, source, target)
+
+    def _block(self, source, target, norms):
+        for i, name in enumerate(norms):
+            self._take(official.haiku_norm, f"{source}/layer_norm{f'_{i}' * (i > 0)}", f"{target}.attention.{name}")
+        self._take(official.haiku_norm, f"{source}/layer_norm_{len(norms)}", f"{target}.norm")
+        for suffix, name in _ATTENTION.items():
+            self._linear(f"{source}/attention/linear{suffix}", f"{target}.attention.{name}")
+        for suffix, index in {"": 0, "_1": 2}.items():
+            self._linear(f"{source}/mlp/linear{suffix}", f"{target}.mlp.{index}")
