@@ -302,71 +302,47 @@ def _flow(shape, input, *, queries=None, upsample=1, **encoder):
     )
 
 
-def _autoencoder(
-    frames, side, samples, num_classes, *, patch, video, audio, samples_per_patch=16, label=1024, channels=512, **encoder
-):
-    """Video, sound and a label in and out (Kinetics); `video` and `audio` are Fourier features."""
-    grid = (frames, side // patch, side // patch)
-    positions = {"audio": _fourier(audio, [samples]), "image": _fourier(video, grid)}
-    tokens = samples // samples_per_patch
+def _autoencoder(shape, samples, num_classes, *, patch, positions, samples_per_patch=16, label=1024, channels=512, **fields):
+    """Video of a `shape` (frames, height, width), sound and a label in and out (Kinetics)."""
+    image = {"kind": "grid", "shape": shape, "patch": [1, patch, patch], "positions": positions["image"]}
+    audio = {"kind": "grid", "shape": [samples], "channels": 1, "patch": [samples_per_patch], "positions": positions["audio"]}
     return PerceiverIOConfig(
         input={
             "kind": "multimodal",
             "padding": 4,
             "mask_probs": {"audio": 0.0, "image": 0.0, "label": 1.0},
-            "modalities": {
-                "audio": {
-                    "kind": "grid",
-                    "shape": [samples],
-                    "channels": 1,
-                    "patch": [samples_per_patch],
-                    "positions": positions["audio"],
-                },
-                "image": {
-                    "kind": "grid",
-                    "shape": [frames, side, side],
-                    "patch": [1, patch, patch],
-                    "positions": positions["image"],
-                },
-                "label": {"kind": "vector", "channels": num_classes},
-            },
+            "modalities": {"audio": audio, "image": image, "label": {"kind": "vector", "channels": num_classes}},
         },
-        encoder={"num_blocks": 1, **encoder},
         queries={
             "kind": "multimodal",
             "padding": 2,
             "modalities": {
-                "audio": {**positions["audio"], "shape": [tokens]},
-                "image": {**positions["image"], "shape": [frames, side, side]},
+                "audio": {**positions["audio"], "shape": [samples // samples_per_patch]},
+                "image": {**positions["image"], "shape": shape},
                 "label": {"kind": "learned", "count": 1, "channels": label},
             },
         },
-        decoder={"qk_channels": encoder["latent_channels"], "v_channels": encoder["latent_channels"]},
         output={
             "kind": "multimodal",
             "channels": channels,
             "modalities": {
                 "audio": {"kind": "samples", "samples": samples_per_patch},
-                "image": {"kind": "array", "channels": 3, "shape": [frames, side, side]},
+                "image": {"kind": "array", "channels": 3, "shape": shape},
                 "label": {"kind": "classes", "num_classes": num_classes},
             },
         },
+        **fields,
     )
 
 
 def _kinetics(num_latents):
     return _autoencoder(
-        16,
-        224,
+        [16, 224, 224],
         30720,
         700,
         patch=4,
-        video=32,
-        audio=192,
-        num_latents=num_latents,
-        latent_channels=512,
-        layers_per_block=8,
-        self_heads=8,
+        positions={"audio": _fourier(192, [30720]), "image": _fourier(32, [16, 56, 56])},
+        encoder={"num_latents": num_latents, "latent_channels": 512, "num_blocks": 1, "layers_per_block": 8},
     )
 
 
@@ -471,19 +447,14 @@ CONFIGS = {
         self_heads=4,
     ),
     "perceiver-io-autoencoder-tiny": _autoencoder(
-        4,
-        32,
+        [4, 32, 32],
         1024,
         10,
         patch=4,
-        video=8,
-        audio=16,
+        positions={"audio": _fourier(16, [1024]), "image": _fourier(8, [4, 8, 8])},
         label=64,
         channels=64,
-        num_latents=64,
-        latent_channels=64,
-        layers_per_block=4,
-        self_heads=4,
+        encoder={"num_latents": 64, "latent_channels": 64, "num_blocks": 1, "layers_per_block": 4, "self_heads": 4},
     ),
 }
 
@@ -524,6 +495,10 @@ def read_official(config: dict, state_dict: dict) -> tuple:
     Raises ValueError for missing, unknown or misshapen entries.
     """
     official.check_mappings(config, state_dict)
+    if (kind := huggingface_kind(state_dict)) is not None:
+        raise ValueError(f"state_dict is that of Hugging Face's {kind}; from_huggingface reads it")
+    if "latents/pos_embs" in state_dict:
+        raise ValueError("state_dict is that of a Perceiver of 2021; models.perceiver.from_official reads it")
     return _Official(config, state_dict).read()
 
 
@@ -845,3 +820,282 @@ class _Official:
             self._linear(f"{source}/attention/linear{suffix}", f"{target}.attention.{name}")
         for suffix, index in {"": 0, "_1": 2}.items():
             self._linear(f"{source}/mlp/linear{suffix}", f"{target}.mlp.{index}")
+
+
+# --- Checkpoints of Hugging Face ---------------------------------------------------------------------------------------------
+
+# A class of the library by an entry that no other one of them has, in this order; names without the prefix "perceiver.".
+_HF_KINDS = {
+    "PerceiverForMaskedLM": "embedding_decoder.bias",
+    "PerceiverForMultimodalAutoencoding": "input_preprocessor.padding.audio",
+    "PerceiverForOpticalFlow": "input_preprocessor.conv_after_patches.weight",
+    "PerceiverForImageClassificationConvProcessing": "input_preprocessor.convnet.conv.weight",
+    "PerceiverForImageClassificationLearned": "input_preprocessor.convnet_1x1.weight",
+    "PerceiverForSequenceClassification": "input_preprocessor.embeddings.weight",
+    "PerceiverForImageClassificationFourier": "decoder.decoder.final_layer.weight",
+    "PerceiverModel": "embeddings.latents",
+}
+_HF_BLOCK = {
+    "attention.query_norm.": "attention.self.layernorm1.",
+    "attention.input_norm.": "attention.self.layernorm2.",
+    "attention.norm.": "attention.self.layernorm1.",
+    "attention.query.": "attention.self.query.",
+    "attention.key.": "attention.self.key.",
+    "attention.value.": "attention.self.value.",
+    "attention.output.": "attention.output.dense.",
+    "norm.": "layernorm.",
+    "mlp.0.": "mlp.dense1.",
+    "mlp.2.": "mlp.dense2.",
+}
+_HF_NAMES = {
+    "encoder.latents": "embeddings.latents",
+    "input.tokens.": "input_preprocessor.embeddings.",
+    "input.positions.projection.": "input_preprocessor.positions_projection.",
+    "input.conv.": "input_preprocessor.convnet.conv.",
+    "input.norm.": "input_preprocessor.convnet.batchnorm.",
+    "input.padding.": "input_preprocessor.padding.",
+    "input.mask_tokens.": "input_preprocessor.mask.",
+    "queries.padding.": "decoder.padding.",
+    "queries.modalities.label.table": "decoder.modalities.label.decoder.output_position_encodings.position_embeddings",
+    "decoder.output.": "decoder.decoder.final_layer.",
+}
+_HF_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+def _hf_name(name, kind):
+    """The library's name of our entry `name` in a checkpoint of the class `kind`."""
+    if name == "output.bias":
+        return "embedding_decoder.bias"
+    table = {"PerceiverForMaskedLM": "decoder.", "PerceiverForSequenceClassification": "decoder.decoder."}
+    decoder = table.get(kind, "decoder.decoder.")
+    text = kind in table
+    own = _HF_NAMES | {
+        "input.positions.table": "input_preprocessor.position_embeddings." + ("weight" if text else "position_embeddings"),
+        "input.linear.": "input_preprocessor." + ("conv_after_patches." if "Flow" in kind else "convnet_1x1."),
+        "queries.table": f"{decoder}output_position_encodings.position_embeddings",
+    }
+    prefix = "" if kind == "PerceiverModel" else "perceiver."
+    for ours, theirs in own.items():
+        if name.startswith(ours):
+            return prefix + theirs + name.removeprefix(ours)
+    if name.startswith("output.linear."):
+        _, _, modality, end = name.split(".")
+        return f"{prefix}output_postprocessor.modalities.{modality}.classifier.{end}"
+    for ours, theirs in (
+        ("encoder.cross.0.", "encoder.cross_attention."),
+        ("encoder.blocks.0.", "encoder.self_attends."),
+        ("decoder.cross.", f"{decoder}decoding_cross_attention."),
+    ):
+        if name.startswith(ours):
+            inner = name.removeprefix(ours)
+            number, _, rest = inner.partition(".") if ours == "encoder.blocks.0." else ("", "", inner)
+            part = next(part for part in _HF_BLOCK if rest.startswith(part))
+            return f"{prefix}{theirs}{number}{'.' * bool(number)}{_HF_BLOCK[part]}{rest.removeprefix(part)}"
+    raise ValueError(f"the model has {name!r}, which a {kind} does not have")
+
+
+def huggingface_kind(state_dict: dict) -> str | None:
+    """The class of Hugging Face's library that these names are of, or None."""
+    names = {name.removeprefix("perceiver.") for name in state_dict}
+    if "embeddings.latents" not in names:
+        return None
+    return next(kind for kind, name in _HF_KINDS.items() if name in names)
+
+
+def from_huggingface(config: dict, state_dict: dict, *, kind=None, image_shape=None, backend="auto") -> PerceiverIO:
+    """A Perceiver IO with the parameters of one of Hugging Face's Perceiver classes, in the dtype of `state_dict`.
+
+    Computes what the library does in evaluation, also where that is not the released code: exact GELU unless the config says
+    tanh, padding that is asked (`mask_queries` false), the padding of the stem, the residual of learned-position classifiers.
+    Inputs have their channels last here: what is (B, 3, H, W) there is (B, H, W, 3), and patches are (B, 2, H, W, 27).
+    Its dropout of attention weights is left out.
+
+    Args:
+        config: the fields of config.json.
+        state_dict: its parameters. `official.read_huggingface(folder)` reads both.
+        kind: the class that is expected; default that in the config's `architectures`, or any.
+        image_shape: (height, width) of the pictures of a Fourier or a convolutional classifier; default (224, 224).
+
+    Raises ValueError for another class than expected, for missing, unknown or misshapen entries.
+    """
+    official.check_mappings(config, state_dict)
+    if config.get("model_type", "perceiver") != "perceiver":
+        raise ValueError(f"config has model_type {config['model_type']!r}; it must be 'perceiver'")
+    found = huggingface_kind(state_dict)
+    if found is None:
+        raise ValueError(
+            f"state_dict has no 'embeddings.latents', as a Perceiver of Hugging Face has; its first entry is "
+            f"{next(iter(state_dict), None)!r}"
+        )
+    expected = kind or next(iter(config.get("architectures") or ()), found)
+    if expected not in _HF_KINDS:
+        raise ValueError(f"kind is {expected!r}; allowed are {', '.join(map(repr, _HF_KINDS))}")
+    if found != expected:
+        raise ValueError(f"state_dict is that of a {found}, not of a {expected}")
+    # A task's class has the prefix, the bare model has not.
+    prefix = "" if found == "PerceiverModel" else "perceiver."
+    state = dict(state_dict)
+    if found == "PerceiverModel" and "perceiver.embeddings.latents" in state:
+        state = {name.removeprefix("perceiver."): tensor for name, tensor in state.items()}
+    elif found != "PerceiverModel" and "embeddings.latents" in state:
+        state = {name if name.startswith("embedding_decoder") else prefix + name: tensor for name, tensor in state.items()}
+    dtype = official.common_dtype({name: t for name, t in state.items() if t.is_floating_point()})
+    sizes = dataclasses.replace(_hf_config(config, state, found, image_shape), backend=backend)
+    model = PerceiverIO(sizes, dtype=dtype)
+    weights = {}
+    for name, own in model.state_dict().items():
+        theirs = _hf_name(name, found)
+        if theirs not in state:
+            raise ValueError(f"state_dict has no {theirs!r}, which a {found} has")
+        weights[name] = state.pop(theirs)
+        if weights[name].dim() == 4 and own.dim() == 2:  # a 1 x 1 convolution
+            weights[name] = weights[name].flatten(1)
+    if state:
+        raise ValueError(f"state_dict has {min(state)!r}, which a {found} of this config does not have")
+    load_weights(model, weights, "state_dict")
+    return model
+
+
+# What the library's PerceiverConfig has where config.json says nothing.
+_HF_DEFAULTS = {
+    "num_latents": 256,
+    "d_latents": 1280,
+    "d_model": 768,
+    "num_blocks": 1,
+    "num_self_attends_per_block": 26,
+    "num_self_attention_heads": 8,
+    "num_cross_attention_heads": 8,
+    "cross_attention_widening_factor": 1,
+    "self_attention_widening_factor": 1,
+    "hidden_act": "gelu",
+    "use_query_residual": True,
+    "vocab_size": 262,
+    "max_position_embeddings": 2048,
+    "image_size": 56,
+    "train_size": [368, 496],
+    "num_frames": 16,
+    "audio_samples_per_frame": 1920,
+    "samples_per_patch": 16,
+    "output_shape": [1, 16, 224, 224],
+    "output_num_channels": 512,
+    "_label_trainable_num_channels": 1024,
+}
+
+
+def _hf_config(config, state, kind, image_shape):
+    c = {name: config.get(name, default) for name, default in _HF_DEFAULTS.items()}
+    if c["hidden_act"] not in _HF_ACTIVATIONS:
+        raise ValueError(f"config has hidden_act {c['hidden_act']!r}; allowed are {', '.join(map(repr, _HF_ACTIVATIONS))}")
+    prefix = "" if kind == "PerceiverModel" else "perceiver."
+
+    def rows(name):
+        tensor = state.get(prefix + name)
+        if tensor is None or tensor.dim() == 0:
+            raise ValueError(f"state_dict has no {prefix + name!r}, which a {kind} has")
+        return tensor.shape[0]
+
+    def channels(block, cross=""):
+        return {
+            f"{cross}{n}_channels": rows(f"{block}.attention.self.{m}.weight") for n, m in (("qk", "query"), ("v", "value"))
+        }
+
+    encoder = {
+        "num_latents": c["num_latents"],
+        "latent_channels": c["d_latents"],
+        "num_blocks": c["num_blocks"],
+        "layers_per_block": c["num_self_attends_per_block"],
+        "residual": c["use_query_residual"],
+        "cross_heads": c["num_cross_attention_heads"],
+        "self_heads": c["num_self_attention_heads"],
+        "cross_widening": c["cross_attention_widening_factor"],
+        "self_widening": c["self_attention_widening_factor"],
+        **channels("encoder.cross_attention", "cross_"),
+    }
+    if c["num_self_attends_per_block"]:
+        encoder |= channels("encoder.self_attends.0", "self_")
+    common = {"encoder": encoder, "activation": _HF_ACTIVATIONS[c["hidden_act"]], "mask_queries": False}
+    if kind == "PerceiverModel":
+        return PerceiverIOConfig(input={"kind": "array", "channels": c["d_model"]}, output={"kind": "latents"}, **common)
+    text = {
+        "kind": "tokens",
+        "vocab_size": c["vocab_size"],
+        "max_length": c["max_position_embeddings"],
+        "channels": c["d_model"],
+    }
+    if kind == "PerceiverForMaskedLM":
+        return PerceiverIOConfig(
+            input=text,
+            queries={"kind": "learned", "count": c["max_position_embeddings"], "channels": c["d_model"], "per_token": True},
+            decoder={"num_heads": 8, **channels("decoder.decoding_cross_attention")},
+            output={"kind": "tokens", "vocab_size": c["vocab_size"]},
+            **common,
+        )
+    common["decoder"] = channels("decoder.decoder.decoding_cross_attention")
+    if kind == "PerceiverForOpticalFlow":
+        shape = c["train_size"]
+        return PerceiverIOConfig(
+            input={"kind": "flow", "shape": shape, "positions": _fourier(64, shape)},
+            queries={"kind": "input"},
+            output={"kind": "flow", "shape": shape},
+            **common,
+        )
+    if kind == "PerceiverForMultimodalAutoencoding":
+        frames, height, width = c["output_shape"][1:]
+        positions = {
+            "audio": _fourier(192, [c["num_frames"] * c["audio_samples_per_frame"]]),
+            "image": _fourier(32, [c["num_frames"], c["image_size"], c["image_size"]]),
+        }
+        return _autoencoder(
+            (frames, height, width),
+            c["num_frames"] * c["audio_samples_per_frame"],
+            rows("output_postprocessor.modalities.label.classifier.weight"),
+            patch=4,
+            positions=positions,
+            samples_per_patch=c["samples_per_patch"],
+            label=c["_label_trainable_num_channels"],
+            channels=c["output_num_channels"],
+            **common,
+        )
+    common["decoder"] |= {"residual": True}
+    if kind == "PerceiverForSequenceClassification":
+        input = text
+    elif kind == "PerceiverForImageClassificationLearned":
+        positions = {"kind": "learned", "channels": 256, "projection": 256}
+        input = {"kind": "grid", "shape": [c["image_size"]] * 2, "projection": 256, "positions": positions}
+    else:
+        shape = [224, 224] if image_shape is None else image_shape
+        input = {"kind": "grid", "shape": shape, "positions": _fourier(64, [224, 224])}
+        if kind == "PerceiverForImageClassificationConvProcessing":
+            input |= {"kind": "conv_stem", "positions": _fourier(64, [56, 56]), "padding": "huggingface"}
+    return PerceiverIOConfig(
+        input=input,
+        queries={"kind": "learned", "count": 1, "channels": c["d_latents"]},
+        output={"kind": "classes", "num_classes": rows("decoder.decoder.final_layer.weight")},
+        **common,
+    )
+
+
+def to_huggingface(model: PerceiverIO) -> dict:
+    """The parameters under the names of Hugging Face's class for such a model, for its `load_state_dict`.
+
+    Raises ValueError for a model that none of the classes can hold. The sizes are not compared: that is what the library's
+    config is for.
+    """
+    kinds = {
+        ("tokens", "tokens"): "PerceiverForMaskedLM",
+        ("tokens", "classes"): "PerceiverForSequenceClassification",
+        ("flow", "flow"): "PerceiverForOpticalFlow",
+        ("multimodal", "multimodal"): "PerceiverForMultimodalAutoencoding",
+        ("conv_stem", "classes"): "PerceiverForImageClassificationConvProcessing",
+        ("array", "latents"): "PerceiverModel",
+        ("grid", "classes"): "PerceiverForImageClassificationLearned",
+    }
+    pair = model.config.input["kind"], model.config.output["kind"]
+    if pair not in kinds:
+        raise ValueError(f"the model has an input {pair[0]!r} and an output {pair[1]!r}, as no class of the library has")
+    kind = kinds[pair]
+    state = {_hf_name(name, kind): tensor for name, tensor in model.state_dict().items()}
+    for name in state:
+        if name.endswith("convnet_1x1.weight"):
+            state[name] = state[name][..., None, None]
+    return state
