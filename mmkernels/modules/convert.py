@@ -1,4 +1,4 @@
-"""`mmkernels.convert`: live models of the libraries `adapters` and PEFT compute with the ops of this package, in place."""
+"""`mmkernels.convert`: live models of `adapters`, PEFT and transformers compute with the ops of this package, in place."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from .. import ops
 from . import composition
 from .adapter import Adapter, AdapterBank, AdapterConfig, AdapterFusion, FusionConfig, kind_of
+from .backend import split_heads
 from .composition import Activation, Place
+from .latent import LatentCrossAttention
 
 
 class Report(NamedTuple):
@@ -26,16 +28,18 @@ class Report(NamedTuple):
 
 
 def convert(model: nn.Module, filter_fn=None) -> Report:
-    """Makes the adapters and LoRA layers inside a model of the library `adapters` or of PEFT compute with fused ops.
+    """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and the attentions of transformers' Perceiver,
+    compute with fused ops.
 
     The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
     and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead
     of a loop over the adapters.
 
     Args:
-        model: with bottleneck adapters or LoRA layers (`adapters.init(model)`, `peft.get_peft_model`). What a call cannot do
-            (gating scores or fusion attentions asked for, DoRA, merged weights, dropout of a LoRA layer in training, a Stack
-            of several LoRA layers, ...) the library goes on computing; and everything of other methods, (IA)³ and prefixes.
+        model: with bottleneck adapters or LoRA layers (`adapters.init(model)`, `peft.get_peft_model`), or a Perceiver of
+            transformers. What a call cannot do (gating scores, fusion attentions or attention probabilities asked for, head
+            masks, DoRA, merged weights, dropout of a LoRA layer in training, a Stack of several LoRA layers, ...) the library
+            goes on computing; and everything of other methods, (IA)³ and prefixes.
         filter_fn: (name, module) -> whether to convert it; default all.
 
     Returns:
@@ -77,6 +81,8 @@ def _kind_of_module(module):
     if library == "peft" and hasattr(module, "lora_A"):
         linear = isinstance(getattr(module, "base_layer", None), nn.Linear)
         return "forward", LoraLinear, "" if linear else "its base is no torch.nn.Linear"
+    if library == "transformers" and type(module).__name__ == "PerceiverAttention":
+        return "forward", PerceiverAttention, ""
     return None
 
 
@@ -317,3 +323,88 @@ def _wide(x, result, downs, ups, scales, index):
         own = index.reshape((-1,) + (1,) * (x.dim() - 1)) == owners
         inner = torch.where(own, inner, 0.0)
     return result + F.linear(inner, torch.cat([u * s for u, s in zip(ups, scales, strict=True)], 1))
+
+
+class PerceiverAttention:
+    """attention of Perceiver on ops.latent_attention or ops.attention"""
+
+    def __init__(self, layer):
+        self.layer, self.original, self.view = layer, type(layer).forward, None
+
+    def __call__(
+        self, hidden_states, attention_mask=None, head_mask=None, inputs=None, inputs_mask=None, output_attentions=False
+    ):
+        layer, inner = self.layer, self.layer.self
+        mask = attention_mask if inputs is None else inputs_mask
+        out = None
+        if head_mask is None and not output_attentions and self._plain():
+            if inputs is None or (inner.training and inner.dropout.p > 0):
+                out = self._projected(hidden_states, inputs, mask)
+            else:
+                out = self._cross(hidden_states, inputs, mask)
+        if out is None:
+            return self.original(layer, hidden_states, attention_mask, head_mask, inputs, inputs_mask, output_attentions)
+        return (out + hidden_states if layer.use_query_residual else out,)
+
+    def _plain(self):
+        inner = self.layer.self
+        linears = (inner.query, inner.key, inner.value, self.layer.output.dense)
+        return all(type(linear) is nn.Linear for linear in linears)
+
+    def _projected(self, hidden_states, inputs, mask):
+        """Self-attention, and cross-attention whose probabilities are dropped."""
+        inner = self.layer.self
+        if mask is not None and (mask.dim() != 4 or not mask.is_floating_point()):
+            return None
+        hidden_states = inner.layernorm1(hidden_states)
+        source = hidden_states if inputs is None else inner.layernorm2(inputs)
+        q, k, v = inner.query(hidden_states), inner.key(source), inner.value(source)
+        q, k, v = (split_heads(t, inner.num_heads) for t in (q, k, v))
+        p = inner.dropout.p if inner.training else 0.0
+        if mask is not None and mask.dtype != torch.float32:
+            mask = mask.to(q.dtype)
+        out = ops.attention(q, k, v, bias=mask, dropout_p=p)
+        return self.layer.output(out.transpose(1, 2).flatten(2))
+
+    def _cross(self, hidden_states, inputs, mask):
+        """Cross-attention; latents and learned queries, which the library expands over the batch, stay one for all."""
+        key_mask = None
+        if mask is not None:
+            if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or not mask.is_floating_point():
+                return None
+            key_mask = (mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2).expand(inputs.shape[0], -1)
+            if not torch.compiler.is_compiling():
+                some, none = torch.stack([~key_mask.all(), ~key_mask.any(1).all()]).tolist()
+                if none:  # an example without any key: the library attends to all of them alike
+                    return None
+                key_mask = key_mask if some else None
+        if hidden_states.stride(0) == 0:
+            hidden_states = hidden_states[:1]
+        return self._view()(hidden_states, inputs, key_mask=key_mask)
+
+    def _view(self):
+        """The library's modules as this package's; made again where one was put in the place of another."""
+        inner, output = self.layer.self, self.layer.output.dense
+        parts = {
+            "query_norm": inner.layernorm1,
+            "input_norm": inner.layernorm2,
+            "query": inner.query,
+            "key": inner.key,
+            "value": inner.value,
+            "output": output,
+        }
+        if self.view is None or any(getattr(self.view, name) is not part for name, part in parts.items()):
+            view = LatentCrossAttention(
+                inner.query.in_features,
+                inner.key.in_features,
+                num_heads=inner.num_heads,
+                qk_channels=inner.query.out_features,
+                v_channels=inner.value.out_features,
+                output_channels=output.out_features,
+                eps=inner.layernorm2.eps,
+                device="meta",
+            )
+            for name, part in parts.items():
+                setattr(view, name, part)
+            self.view = view
+        return self.view
