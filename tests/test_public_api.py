@@ -23,12 +23,21 @@ SIGNATURES = {
     ops.film_layer_norm: "(x, gain, bias, *, residual=None, residual_bias=None, index=None, eps=1e-05, backend='auto')",
     ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
     "position=None, key_mask=None, scale=None, backend='auto')",
+    ops.latent_attention_stream: "(q, chunks, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, "
+    "b_k=None, b_v=None, scale=None, parameters=(), backend='auto')",
+    ops.LatentState: "(q, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
+    "scale=None, backend='auto')",
+    ops.LatentState.update: "(self, chunk, position=None, key_mask=None)",
+    ops.LatentState.merge: "(self, other)",
+    ops.LatentState.result: "(self)",
     ops.linear: "(x, weight, bias=None, *, backend='auto')",
     mmkernels.explain: "(op_name, *args, **kwargs)",
     mmkernels.use_backend: "(name)",
     modules.LatentCrossAttention: "(query_channels, input_channels, *, num_heads=1, qk_channels=None, v_channels=None, "
     "output_channels=None, shape_for_attention='kv', eps=1e-05, backend='auto', device=None, dtype=None)",
-    modules.LatentCrossAttention.forward: "(self, latents, inputs, *, position=None, key_mask=None)",
+    modules.LatentCrossAttention.forward: "(self, queries, inputs, *, position=None, key_mask=None, query_position=None, "
+    "query_mask=None)",
+    modules.LatentCrossAttention.stream: "(self, queries, chunks, *, parameters=(), query_position=None, query_mask=None)",
     modules.LatentSelfAttention: "(channels, *, num_heads=8, qk_channels=None, v_channels=None, output_channels=None, "
     "eps=1e-05, backend='auto', device=None, dtype=None)",
     modules.LatentSelfAttention.forward: "(self, latents, *, key_mask=None)",
@@ -135,12 +144,14 @@ def test_signature(function):
             ops,
             {
                 "BlockDiagonalBias",
+                "LatentState",
                 "adapter",
                 "attention",
                 "bias_gelu",
                 "bottleneck_attention",
                 "film_layer_norm",
                 "latent_attention",
+                "latent_attention_stream",
                 "linear",
             },
         ),
@@ -194,7 +205,7 @@ def test_unknown_names():
         mmkernels.latent_attention  # noqa: B018
     with pytest.raises(
         ValueError,
-        match="op_name is 'softmax'; allowed are 'adapter', 'adapter_fusion', 'attention', .*, 'latent_attention', 'linear'",
+        match="op_name is 'softmax'; allowed are 'adapter', 'adapter_fusion', 'attention', .*, 'latent_attention', .*'linear'",
     ):
         mmkernels.explain("softmax")
     with pytest.raises(ValueError, match="backend is 'magic'; allowed are 'auto', 'cuda'"):

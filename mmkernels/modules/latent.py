@@ -86,9 +86,7 @@ class LatentCrossAttention(WithBackend):
             (B, N, output_channels).
         """
         self._check(queries, inputs, position, query_position, query_mask)
-        if query_position is not None:
-            queries = torch.cat([queries, query_position.to(queries.dtype).expand(queries.shape[0], -1, -1)], -1)
-        q = self.query(self.query_norm(queries))
+        q = self._project_queries(queries, query_position)
         if self.backend == "eager":
             out = self._eager(q, inputs, position, key_mask)
         else:
@@ -107,32 +105,76 @@ class LatentCrossAttention(WithBackend):
                 key_mask=key_mask,
                 backend=self.backend,
             )
+        return self._finish(out, query_mask)
+
+    def stream(self, queries, chunks, *, parameters=(), query_position=None, query_mask=None):
+        """`forward` for inputs that are read in chunks and never are in memory as a whole: `ops.latent_attention_stream`.
+
+        Args:
+            queries, query_position, query_mask: as in `forward`.
+            chunks: what can be iterated twice, or a function that returns an iterator; each element is inputs (B, m, Cx), or
+                (inputs, position), or (inputs, position, key_mask). With gradients the backward pass reads them again.
+            parameters: what the chunks are computed from and wants gradients, as `preprocessor.parameters()`.
+
+        Returns:
+            (B, N, output_channels).
+        """
+        if self.backend == "eager":
+            raise ValueError("backend is 'eager'; a stream needs one of ops.latent_attention, such as 'auto' or 'reference'")
+        self._check_queries(queries, query_position)
+        out = ops.latent_attention_stream(
+            self._project_queries(queries, query_position),
+            chunks,
+            self.key.weight,
+            self.value.weight,
+            num_heads=self.num_heads,
+            norm_weight=self.input_norm.weight,
+            norm_bias=self.input_norm.bias,
+            eps=self.input_norm.eps,
+            b_k=self.key.bias,
+            b_v=self.value.bias,
+            parameters=parameters,
+            backend=self.backend,
+        )
         if query_mask is not None:
-            out = torch.where(query_mask[..., None], out, 0.0)
-        return self.output(out)
+            check_key_mask(query_mask, out.shape[0], queries.shape[1], queries.device, "query_mask")
+        return self._finish(out, query_mask)
+
+    def _project_queries(self, queries, query_position):
+        if query_position is not None:
+            queries = torch.cat([queries, query_position.to(queries.dtype).expand(queries.shape[0], -1, -1)], -1)
+        return self.query(self.query_norm(queries))
+
+    def _finish(self, out, query_mask):
+        return self.output(out if query_mask is None else torch.where(query_mask[..., None], out, 0.0))
+
+    def _check_queries(self, queries, query_position):
+        self._check_side("queries", queries, "N", self.query, ("query_position", query_position, "Dp"))
 
     def _check(self, queries, inputs, position, query_position, query_mask):
-        for name, tokens, rows, channels, weight, table in (
-            ("queries", queries, "N", self.query.in_features, self.query.weight, ("query_position", query_position, "Dp")),
-            ("inputs", inputs, "M", self.key.in_features, self.key.weight, ("position", position, "Cp")),
-        ):
-            what, position, width = table
-            if position is not None:
-                if not isinstance(position, torch.Tensor) or position.dim() != 2:
-                    was = f"has shape {tuple(position.shape)}" if isinstance(position, torch.Tensor) else f"is {position!r}"
-                    raise ValueError(f"{what} {was}; it must be a tensor ({rows}, {width}) or None")
-                channels -= position.shape[1]
-            _check_tokens(name, tokens, rows, channels, weight)
-            if position is not None and position.shape[0] != tokens.shape[1]:
-                raise ValueError(
-                    f"{what} has shape {tuple(position.shape)}; with {name} {tuple(tokens.shape)} it must have {rows} rows"
-                )
+        self._check_queries(queries, query_position)
+        self._check_side("inputs", inputs, "M", self.key, ("position", position, "Cp"))
         if queries.shape[0] != 1 and queries.shape[0] != inputs.shape[0]:
             raise ValueError(
                 f"queries has shape {tuple(queries.shape)}; its batch must be 1 or that of inputs, {inputs.shape[0]}"
             )
         if query_mask is not None:
             check_key_mask(query_mask, inputs.shape[0], queries.shape[1], inputs.device, "query_mask")
+
+    @staticmethod
+    def _check_side(name, tokens, rows, linear, table):
+        channels = linear.in_features
+        what, position, width = table
+        if position is not None:
+            if not isinstance(position, torch.Tensor) or position.dim() != 2:
+                was = f"has shape {tuple(position.shape)}" if isinstance(position, torch.Tensor) else f"is {position!r}"
+                raise ValueError(f"{what} {was}; it must be a tensor ({rows}, {width}) or None")
+            channels -= position.shape[1]
+        _check_tokens(name, tokens, rows, channels, linear.weight)
+        if position is not None and position.shape[0] != tokens.shape[1]:
+            raise ValueError(
+                f"{what} has shape {tuple(position.shape)}; with {name} {tuple(tokens.shape)} it must have {rows} rows"
+            )
 
     def _eager(self, q, inputs, position, key_mask):
         batch = inputs.shape[0]

@@ -6,7 +6,13 @@ from .adapter import adapter, adapter_fusion, explain_adapter, explain_adapter_f
 from .attention import BlockDiagonalBias, attention, explain_attention
 from .bottleneck import bottleneck_attention, explain_bottleneck_attention
 from .hypergrid import explain_hypergrid_gate, explain_hypergrid_linear, hypergrid_gate, hypergrid_linear
-from .latent import explain_latent_attention, latent_attention
+from .latent import (
+    LatentState,
+    explain_latent_attention,
+    explain_latent_attention_stream,
+    latent_attention,
+    latent_attention_stream,
+)
 from .linear import explain_linear, linear
 from .norm import explain_film_layer_norm, film_layer_norm
 
@@ -20,11 +26,13 @@ EXPLAINERS = {
     "hypergrid_gate": explain_hypergrid_gate,
     "hypergrid_linear": explain_hypergrid_linear,
     "latent_attention": explain_latent_attention,
+    "latent_attention_stream": explain_latent_attention_stream,
     "linear": explain_linear,
 }
 
 __all__ = [
     "BlockDiagonalBias",
+    "LatentState",
     "adapter",
     "adapter_fusion",
     "attention",
@@ -34,6 +42,7 @@ __all__ = [
     "hypergrid_gate",
     "hypergrid_linear",
     "latent_attention",
+    "latent_attention_stream",
     "linear",
 ]
 

@@ -353,3 +353,35 @@ def test_wrong_inputs(changes, error, message, backend):
     own = LatentSelfAttention(16, backend=backend)
     with pytest.raises(ValueError, match=r"latents has shape \(6, 16\); it must be \(B, N, 16\)"):
         own(torch.zeros(6, 16))
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+def test_a_stream_is_the_whole_input(backend):
+    torch.manual_seed(0)
+    module = LatentCrossAttention(12, 10, num_heads=2, qk_channels=8, v_channels=16, backend=backend)
+    latents, inputs, position = torch.randn(1, 5, 9), torch.randn(3, 40, 6), torch.randn(40, 4)
+    side = dict(query_position=torch.randn(5, 3), query_mask=torch.rand(3, 5) < 0.6)
+    mask = torch.rand(3, 40) < 0.7
+    preprocessor = nn.Linear(6, 6)
+
+    def chunks():
+        for part, place, visible in zip(inputs.split(16, 1), position.split(16), mask.split(16, 1), strict=True):
+            yield preprocessor(part), place, visible
+
+    weights = [*module.parameters(), *preprocessor.parameters()]
+    streamed = module.stream(latents, chunks, parameters=preprocessor.parameters(), **side)
+    whole = module(latents, preprocessor(inputs), position=position, key_mask=mask, **side)
+    torch.testing.assert_close(streamed, whole, rtol=1e-4, atol=1e-5)
+    ours, expected = (torch.autograd.grad(y.square().sum(), weights) for y in (streamed, whole))
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_stream_refuses():
+    module = LatentCrossAttention(12, 10, backend="eager")
+    with pytest.raises(ValueError, match="backend is 'eager'; a stream needs one of ops.latent_attention"):
+        module.stream(torch.randn(1, 5, 12), [torch.randn(2, 7, 10)])
+    module.backend = "auto"
+    with pytest.raises(ValueError, match=r"queries has shape \(1, 5, 11\); it must be \(B, N, 12\)"):
+        module.stream(torch.randn(1, 5, 11), [torch.randn(2, 7, 10)])
+    with pytest.raises(ValueError, match=r"query_mask has shape \(1, 5\); it must be \(B, M\) = \(2, 5\)"):
+        module.stream(torch.randn(1, 5, 12), [torch.randn(2, 7, 10)], query_mask=torch.ones(1, 5, dtype=torch.bool))

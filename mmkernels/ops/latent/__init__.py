@@ -1,5 +1,12 @@
 """Few queries over a long input, with the key and value projections absorbed (Perceiver, Perceiver IO encoders)."""
 
 from .api import explain_latent_attention, latent_attention
+from .stream import LatentState, explain_latent_attention_stream, latent_attention_stream
 
-__all__ = ["explain_latent_attention", "latent_attention"]
+__all__ = [
+    "LatentState",
+    "explain_latent_attention",
+    "explain_latent_attention_stream",
+    "latent_attention",
+    "latent_attention_stream",
+]

@@ -145,21 +145,30 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
 
 
 def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
+    absorbed = absorb_queries(q, w_k, num_heads, norm_weight)
+    out, _ = autograd.core(backend, absorbed, x, position, key_mask, scale, eps)
+    return _where_keys_are(project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v), x, key_mask)
+
+
+def absorb_queries(q, w_k, num_heads, norm_weight):
+    """What the core takes: (B|1, N, H*D) -> (B|1, H*N, C)."""
     heads_q = torch.unflatten(q, -1, (num_heads, -1)).transpose(1, 2)  # (B|1, H, N, D)
     absorbed = heads_q @ torch.unflatten(w_k, 0, (num_heads, -1))  # (B|1, H, N, C)
     if norm_weight is not None:
-        absorbed = (absorbed * norm_weight).to(x.dtype)
-    out, _ = autograd.core(backend, absorbed.flatten(1, 2), x, position, key_mask, scale, eps)  # float32
-    out = torch.unflatten(out, 1, (num_heads, q.shape[1]))
+        absorbed = (absorbed * norm_weight).to(q.dtype)
+    return absorbed.flatten(1, 2)
+
+
+def project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v):
+    """From what the core returns, (B, H*N, C), float32 at least, to (B, N, H*E) of w_v's dtype."""
+    out = torch.unflatten(out, 1, (num_heads, -1))
     if norm_weight is not None:
         out = out * norm_weight
     if norm_bias is not None:
         out = out + norm_bias
-    out = out.to(x.dtype) @ torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2)
+    out = out.to(w_v.dtype) @ torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2)
     out = out.transpose(1, 2).flatten(2)
-    if b_v is not None:
-        out = out + b_v
-    return _where_keys_are(out, x, key_mask)
+    return out if b_v is None else out + b_v
 
 
 def _where_keys_are(out, x, key_mask):

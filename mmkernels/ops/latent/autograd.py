@@ -7,6 +7,7 @@ the absorption of the projections and every weight's gradient.
 import torch
 
 from .._shared.registration import fake, forward_backward, once_differentiable
+from . import reference
 
 
 @fake("latent_fwd")
@@ -77,3 +78,44 @@ def core(backend, q, x, position, key_mask, scale, eps):
     if torch.is_grad_enabled() and (q.requires_grad or x.requires_grad or (position is not None and position.requires_grad)):
         return _Latent.apply(backend, q, x, position, key_mask, scale, eps)
     return forward_backward("latent", backend)[0](q, x, position, key_mask, scale, eps)
+
+
+# --- An input in parts, read one after another or held by several processes ---------------------------------------------
+
+
+def core_pair(backend):
+    """The core's forward and backward on any backend, without autograd."""
+    if backend == "reference":
+        return reference.core, reference.core_backward
+    return forward_backward("latent", backend)
+
+
+def merge(out, lse, other_out, other_lse):
+    """(out, lse) of two parts of an input, together: the mean of out, weighted by what each part has of the sum."""
+    both = torch.logaddexp(lse, other_lse)
+    weight = torch.where(both == float("-inf"), 0.0, (other_lse - both).exp())
+    return torch.lerp(out, other_out, weight[..., None]), both
+
+
+class _Merged(torch.autograd.Function):
+    """`out` and `lse` of the core over all parts, made elsewhere; `gradients(dout, out, lse, absorbed, inputs, wanted)` reads
+    the parts again and returns the gradients of `absorbed` and of every one of `inputs`, as `wanted` asks for them."""
+
+    @staticmethod
+    def forward(ctx, gradients, partial, absorbed, *inputs):
+        out, lse = partial
+        ctx.gradients = gradients
+        ctx.save_for_backward(out, lse, absorbed, *inputs)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        out, lse, absorbed, *inputs = ctx.saved_tensors
+        with torch.no_grad():
+            found = ctx.gradients(dout, out, lse, absorbed, inputs, ctx.needs_input_grad[2:])
+        return once_differentiable("mmkernels.ops.latent_attention", (None, None, *found), (dout, absorbed, *inputs))
+
+
+def merged(gradients, out, lse, absorbed, *inputs):
+    """`out`, differentiable in `absorbed` and `inputs` through `gradients` (`_Merged`)."""
+    return _Merged.apply(gradients, (out, lse), absorbed, *inputs)

@@ -39,6 +39,32 @@ def core(q, x, position, key_mask, scale, eps):
     return probabilities @ xhat, lse
 
 
+def core_backward(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted):
+    """`latent_bwd`: the gradients of `core` from its results, which may be those of a longer input that `x` is a part of."""
+    dtype = out.dtype
+    inputs = [
+        None if t is None else t.detach().to(dtype).requires_grad_(bool(wanted & bit))
+        for t, bit in ((q, 1), (x, 2), (position, 4))
+    ]
+    with torch.enable_grad():
+        xhat = normalise(*inputs[1:], key_mask, eps)
+        scores = (inputs[0] * scale) @ xhat.transpose(-1, -2)
+    probabilities = (scores.detach() - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    if key_mask is not None:
+        probabilities = probabilities.masked_fill(~key_mask[:, None, :], 0.0)
+    delta = (dout * out).sum(-1) - (0.0 if dlse is None else dlse)
+    dscores = probabilities * (dout @ xhat.detach().transpose(-1, -2) - delta[..., None])
+    outputs, cotangents = [scores], [torch.where(probabilities > 0.0, dscores, 0.0)]
+    if xhat.requires_grad:
+        outputs, cotangents = [*outputs, xhat], [*cotangents, probabilities.transpose(-1, -2) @ dout]
+    asked = [t for t in inputs if t is not None and t.requires_grad]
+    gradients = iter(torch.autograd.grad(outputs, asked, cotangents) if asked else ())
+    return tuple(
+        q.new_empty(0) if t is None or not t.requires_grad else next(gradients).to(like.dtype)
+        for t, like in zip(inputs, (q, x, position), strict=True)
+    )
+
+
 def normalise(x, position, key_mask, eps):
     """LayerNorm without affine over the channels of [x ; position]; masked rows become zeros; eps < 0 leaves out the norm."""
     if position is not None:

@@ -1,0 +1,450 @@
+"""Inputs longer than memory: the absorbed core over chunks that are read one after another (README, "Inputs in parts")."""
+
+import contextlib
+
+import torch
+
+from ... import _backends
+from .._shared.arguments import autocast_dtype, check_key_mask, check_tensor
+from . import api, autograd, plan
+
+ABSORBED = plan.Plan("absorb_into_queries", "raw_input", 0)
+
+
+class LatentState:
+    """`latent_attention` of an input that arrives in chunks, in memory that does not grow with it. For inference.
+
+        state = LatentState(q, w_k, w_v, norm_weight=g, norm_bias=b, b_v=c)
+        for x, position in chunks:
+            state.update(x, position)
+        out = state.result()        # latent_attention(q, all of x, ..., position=all of position) up to rounding
+
+    It keeps the absorbed queries, and of everything read so far softmax(scale q' xhat^T) xhat with its log-sum-exp. Both are
+    N-sized; in which order chunks come does not matter. Rounding apart, neither does how the input is cut: states of the same
+    queries and weights that read different chunks, in other threads or processes, are put together by `merge`.
+
+    Arguments, errors and backends as `ops.latent_attention`, always by the absorbed plan; kernels take up to 1024 channels.
+    A state keeps no gradient, and refuses tensors that want one while gradients are enabled: `ops.latent_attention_stream`
+    trains. The queries and weights are those at the time it was made: change none of them in place.
+    """
+
+    def __init__(
+        self,
+        q,
+        w_k,
+        w_v,
+        *,
+        num_heads=1,
+        norm_weight=None,
+        norm_bias=None,
+        eps=1e-5,
+        b_k=None,
+        b_v=None,
+        scale=None,
+        backend="auto",
+    ):
+        q, w_k, w_v, b_k, b_v, scale, eps = check_weights(
+            q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, backend
+        )
+        self._tensors = {
+            "q": q,
+            "w_k": w_k,
+            "w_v": w_v,
+            "norm_weight": norm_weight,
+            "norm_bias": norm_bias,
+            "b_v": b_v,
+        }
+        for name, tensor in self._tensors.items():
+            _refuse_gradient(name, tensor)
+        self._numbers = {"num_heads": num_heads, "eps": eps, "scale": scale}
+        self._backend = backend
+        with torch.no_grad():
+            self._absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
+        self._kind = None  # (B, Cx, Cp) of the chunks
+        self._partial = None  # (out, lse) of what has been read
+
+    def update(self, chunk, position=None, key_mask=None):
+        """Reads `chunk` (B, m, Cx), m of 0 or more; `position` (m, Cp) and `key_mask` bool (B, m) belong to its rows.
+
+        B, Cx and Cp are those of the first chunk, dtype and device those of q. Returns the state.
+        """
+        chunk, position, self._kind = self._check_chunk("chunk", chunk, position, key_mask)
+        _refuse_gradient("chunk", chunk)
+        _refuse_gradient("position", position)
+        self._read(chunk, position, key_mask)
+        return self
+
+    def merge(self, other):
+        """Adds what another state has read, which must be made of the same queries, weights and numbers. Returns the state."""
+        if not isinstance(other, LatentState):
+            raise TypeError(f"other is a {type(other).__name__}; it must be a LatentState")
+        for name, ours in self._tensors.items():
+            theirs = other._tensors[name]
+            if not _equal(ours, theirs):
+                raise ValueError(f"other has a different {name}; it must be made of the same queries and weights")
+        for name, ours in self._numbers.items():
+            if ours != other._numbers[name]:
+                raise ValueError(f"other has {name} {other._numbers[name]}; it must be the same, {ours}")
+        if other._partial is None:
+            return self
+        if self._kind is not None and self._kind != other._kind:
+            raise ValueError(
+                f"other has read chunks of {_told(*other._kind)}; those of this state are of {_told(*self._kind)}"
+            )
+        self._kind = other._kind
+        self._add(*other._partial)
+        return self
+
+    def result(self):
+        """(B, N, H * E): the attention over everything read so far; more may follow.
+
+        Examples of which nothing visible has been read give zeros, without `b_v`, as in `latent_attention`; before the first
+        chunk these are all, and B is that of q.
+        """
+        q, w_v = self._tensors["q"], self._tensors["w_v"]
+        if self._partial is None:
+            return w_v.new_zeros(q.shape[0], q.shape[1], w_v.shape[0])
+        with torch.no_grad():
+            out, lse = self._partial
+            return finish(out, lse, w_v, self._numbers["num_heads"], *(self._tensors[n] for n in AFTER))
+
+    def _check_chunk(self, name, x, position, key_mask):
+        """(x, position) as they are read, under autocast in its dtype, and (B, Cx, Cp)."""
+        q, channels = self._tensors["q"], self._tensors["w_k"].shape[1]
+        check_tensor(name, x, ("B", "m", "Cx"), "q", q.device)
+        if position is not None:
+            check_tensor("position", position, ("m", "Cp"), "q", q.device)
+        if autocast_dtype(x.device) is not None:
+            x, position = x.to(q.dtype), None if position is None else position.to(q.dtype)
+        for what, tensor in ((name, x), ("position", position)):
+            if tensor is not None and tensor.dtype != q.dtype:
+                raise TypeError(f"{what} has dtype {tensor.dtype}; it must be q's, {q.dtype}")
+        batch, length, width = x.shape
+        if position is not None and position.shape[0] != length:
+            raise ValueError(
+                f"position has shape {tuple(position.shape)}; with {name} {tuple(x.shape)} it must be ({length}, Cp)"
+            )
+        if key_mask is not None:
+            check_key_mask(key_mask, batch, length, q.device)
+        kind = (batch, width, 0 if position is None else position.shape[1])
+        if self._kind is not None and kind != self._kind:
+            raise ValueError(f"{name} is of {_told(*kind)}; those before it are of {_told(*self._kind)}")
+        if sum(kind[1:]) != channels:
+            raise ValueError(f"{name} is of {_told(*kind)}; the channels together must be those of w_k, {channels}")
+        if q.shape[0] not in (1, batch):
+            raise ValueError(f"{name} has batch {batch}; it must be that of q, {q.shape[0]}")
+        return x, position, kind
+
+    def _choose(self, x, position):
+        order = api._preference(self._tensors["q"], x, position, self._numbers["num_heads"], ABSORBED)
+        return choose("latent_attention_stream", x, self._absorbed.shape[2], self._backend, order)
+
+    @torch.no_grad()
+    def _read(self, x, position, key_mask):
+        forward, _ = autograd.core_pair(self._choose(x, position))
+        self._add(*forward(self._absorbed, x, position, key_mask, self._numbers["scale"], self._numbers["eps"]))
+
+    def _add(self, out, lse):
+        self._partial = (out, lse) if self._partial is None else autograd.merge(*self._partial, out, lse)
+
+
+def latent_attention_stream(
+    q,
+    chunks,
+    w_k,
+    w_v,
+    *,
+    num_heads=1,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    b_k=None,
+    b_v=None,
+    scale=None,
+    parameters=(),
+    backend="auto",
+):
+    """`latent_attention` of an input that comes in chunks and never is in memory as a whole, with gradients.
+
+    Equal to `latent_attention` on all chunks one behind the other, up to rounding. Where a gradient is wanted the backward
+    pass reads the chunks a second time instead of keeping them: memory is one chunk and N-sized tensors, whatever M is.
+
+    Args:
+        q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, backend: as in `latent_attention`. The plan is
+            always the absorbed one; the kernels take up to 1024 channels.
+        chunks: what can be iterated twice, a list, `x.split(4096, 1)`, a dataset, a loader, or a function without arguments
+            that returns an iterator (a generator function). Each element is x (B, m, Cx), or (x, position), or (x, position,
+            key_mask) with position (m, Cp) or None and key_mask bool (B, m) or None. m may differ, B, Cx and Cp may not.
+            Without gradients an iterator will do.
+        parameters: the tensors that chunks are computed from and that want gradients, such as
+            `preprocessor.parameters()`. Chunks are then computed without a graph in the forward pass, and again with one, one
+            chunk at a time, in the backward pass (activation checkpointing). Chunks that want a gradient while `parameters`
+            is empty are refused.
+
+    The second reading starts from the same state of torch's generators and with the same autocast as the first, so that
+    dropout, augmentation and shuffling by these repeat. What it reads must be the same: number and shapes of chunks are
+    compared, and of chunks that are data, not computed from `parameters`, a checksum. A RuntimeError tells what differs.
+
+    Returns:
+        (B, N, H * E) of q's dtype. Without any chunk zeros (B of q), as for examples without a visible key.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
+        BackendError: the named backend cannot run this problem; the message has every reason.
+        RuntimeError: in the backward pass, the second reading differs from the first.
+    """
+    parameters = tuple(parameters)
+    for i, tensor in enumerate(parameters):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"parameters[{i}] is a {type(tensor).__name__}; it must be a tensor")
+    q, w_k, w_v, b_k, b_v, scale, eps = check_weights(
+        q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, backend
+    )
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, w_k, norm_weight, *parameters))
+    source = _Source(chunks, q.device, training)
+    options = dict(num_heads=num_heads, norm_weight=norm_weight, norm_bias=norm_bias, b_v=b_v, scale=scale)
+    with torch.no_grad():
+        state = LatentState(q, w_k, w_v, eps=None if eps < 0 else eps, backend=backend, **options)
+    marks = []
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not parameters):  # with a graph that is dropped: to notice it
+        for i, parts in enumerate(source):
+            x, position, state._kind = state._check_chunk(f"chunks[{i}]", *parts)
+            for tensor in (x, position):
+                if tensor is not None and tensor.requires_grad and not parameters:
+                    raise ValueError(
+                        f"chunks[{i}] wants a gradient; name in `parameters` what the chunks are computed from, or detach them"
+                    )
+            if training:
+                marks.append(_Mark(x, position, parts[2]))
+            state._read(x, position, parts[2])
+    if state._partial is None:
+        zero = sum(t.sum() * 0.0 for t in (q, w_k, w_v, norm_weight, norm_bias, b_k, b_v, *parameters) if t is not None)
+        return state.result() + zero.to(w_v.dtype)
+    out, lse = state._partial
+    if training:
+        if q.shape[0] == out.shape[0]:
+            q = _where_visible(q, lse)  # else NaN of an example without keys would reach w_k's gradient
+        absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
+        out = autograd.merged(_Gradients(source, state, marks, parameters), out, lse, absorbed, *parameters)
+    out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v)
+    return out if b_k is None or not b_k.requires_grad else out + b_k.sum() * 0.0
+
+
+def explain_latent_attention_stream(
+    q,
+    chunks,
+    w_k,
+    w_v,
+    *,
+    num_heads=1,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    b_k=None,
+    b_v=None,
+    scale=None,
+    parameters=(),
+    backend="auto",
+):
+    """The `explain` of `latent_attention_stream`; reads the first chunk, whose backend it tells."""
+    q, w_k, w_v, b_k, b_v, scale, eps = check_weights(
+        q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, backend
+    )
+    options = dict(num_heads=num_heads, norm_weight=norm_weight, norm_bias=norm_bias, b_v=b_v, scale=scale)
+    with torch.no_grad():
+        state = LatentState(q, w_k, w_v, eps=None if eps < 0 else eps, backend=backend, **options)
+        x, position = q.new_empty(q.shape[0], 0, w_k.shape[1]), None
+        for parts in _Source(chunks, q.device, False):
+            x, position, _ = state._check_chunk("chunks[0]", *parts)
+            break
+    reasons = {n: _refusals(n, x, w_k.shape[1]) for n in _backends.NAMES}
+    return _backends.Explanation("latent_attention_stream", state._choose(x, position), "absorbed, chunk by chunk", reasons)
+
+
+# --- What streams and shards share -----------------------------------------------------------------------------------
+
+AFTER = ("norm_weight", "norm_bias", "b_v")
+
+
+def check_weights(q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, backend):
+    """The checks of `latent_attention` without an input. Returns (q, w_k, w_v, b_k, b_v, scale, eps)."""
+    _backends.check_name(backend)
+    for name, tensor, dimensions in (("q", q, ("B", "N", "H * D")), ("w_k", w_k, ("H * D", "C"))):
+        check_tensor(name, tensor, dimensions, "q", getattr(q, "device", None))
+    nothing = q.new_empty(q.shape[0], 0, w_k.shape[1])
+    q, _, w_k, w_v, b_k, b_v, _, scale, eps = api._check(
+        q, nothing, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, None, None, scale
+    )
+    return q, w_k, w_v, b_k, b_v, scale, eps
+
+
+def choose(op, x, channels, backend, order):
+    return _backends.choose(op, backend, order, lambda name: _refusals(name, x, channels))
+
+
+def _refusals(name, x, channels):
+    reasons = api._refusals(name, x)
+    if name not in ("reference", "sdpa") and channels > api.MAX_CHANNELS:
+        reasons.append(f"the input has {channels} channels; its absorbed kernels take up to {api.MAX_CHANNELS}")
+    return reasons
+
+
+def finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v):
+    """The result from the core's `out` over the whole input; zeros where nothing was visible."""
+    return _where_visible(api.project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v), lse)
+
+
+def _where_visible(tensor, lse):
+    """`tensor` (B, ...), zeros in the examples that have no key. Selected, so that no NaN passes, nor a gradient."""
+    return torch.where((lse != float("-inf")).any(1).view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0.0)
+
+
+# --- Reading twice ---------------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """Chunks as (x, position, key_mask), as often as wanted, from the second time on under the conditions of the first."""
+
+    def __init__(self, chunks, device, twice):
+        if isinstance(chunks, torch.Tensor):
+            raise TypeError("chunks is a Tensor; it must be a series of them, as x.split(4096, 1) is")
+        if not callable(chunks):
+            try:
+                once = iter(chunks) is chunks
+            except TypeError:
+                raise TypeError(
+                    f"chunks is a {type(chunks).__name__}; it must be iterable, or a function that returns an iterator"
+                ) from None
+            if once and twice:
+                raise TypeError(
+                    f"chunks is a {type(chunks).__name__}, which can be read once; the backward pass reads a second time: "
+                    "give a list, or a function that returns a new iterator"
+                )
+        self.chunks, self.device = chunks, device
+        self.random, self.autocast = None, None
+        if twice:
+            self.random = [torch.get_rng_state()]
+            if device.type == "cuda":
+                self.random.append(torch.cuda.get_rng_state(device))
+            dtype = autocast_dtype(device)
+            self.autocast = dict(enabled=dtype is not None, dtype=dtype)
+
+    def __iter__(self):
+        for i, item in enumerate(self.chunks() if callable(self.chunks) else self.chunks):
+            parts = tuple(item) if isinstance(item, (tuple, list)) else (item,)
+            if not 1 <= len(parts) <= 3:
+                raise ValueError(f"chunks[{i}] has {len(parts)} parts; it must be x, (x, position) or (x, position, key_mask)")
+            yield (*parts, *(None,) * (3 - len(parts)))
+
+    @contextlib.contextmanager
+    def again(self):
+        """The generators and autocast as they were at the first reading, for a time."""
+        gpu = self.device.type == "cuda"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([self.device] if gpu else []))
+            torch.set_rng_state(self.random[0])
+            if gpu:
+                torch.cuda.set_rng_state(self.random[1], self.device)
+            if self.device.type != "meta":
+                stack.enter_context(torch.autocast(self.device.type, **self.autocast))
+            yield
+
+
+class _Mark:
+    """What is remembered of a chunk: what each part is, and a sum over its bits in which every row has another weight."""
+
+    NAMES = ("", " position", " key_mask")
+
+    def __init__(self, *parts):
+        self.parts = [None if t is None else (tuple(t.shape), t.dtype) for t in parts]
+        self.sums = [None if t is None else _bit_sum(t.detach()) for t in parts]
+
+    def check(self, i, *parts):
+        """Raises where chunk `i` is of other shapes; returns [(name, tensor that says whether the part has other values)].
+
+        Values of what is computed from parameters may differ by rounding, and are not looked at.
+        """
+        again = _Mark(*parts)
+        names = [f"chunks[{i}]{name}" for name in self.NAMES]
+        for name, before, now in zip(names, self.parts, again.parts, strict=True):
+            if before != now:
+                raise RuntimeError(f"{_CHANGED} {name} was {_part(before)} and is {_part(now)}")
+        sums = zip(names, parts, self.sums, again.sums, strict=True)
+        return [(name, before != now) for name, t, before, now in sums if t is not None and not t.requires_grad]
+
+
+def _part(part):
+    return "None" if part is None else f"{part[0]} of {part[1]}"
+
+
+def _bit_sum(tensor):
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor[..., None] if tensor.dtype == torch.bool else tensor
+    rows = bits.view(kinds[tensor.element_size()]).sum(-1, dtype=torch.int64).flatten()
+    return (rows * (2 * torch.arange(rows.numel(), device=tensor.device) + 1)).sum()
+
+
+class _Gradients:
+    """Reads the chunks of a stream again and collects the gradients of the absorbed queries and of `parameters`."""
+
+    def __init__(self, source, state, marks, parameters):
+        self.source, self.state, self.marks, self.parameters = source, state, marks, parameters
+
+    def __call__(self, dout, out, lse, absorbed, _, wanted):
+        asked = [p for p, want in zip(self.parameters, wanted[1:], strict=True) if want]
+        dq = torch.zeros_like(absorbed, dtype=out.dtype) if wanted[0] else None
+        sums, changed, count = [None] * len(asked), [], 0
+        with self.source.again(), torch.set_grad_enabled(bool(asked)):
+            for i, parts in enumerate(self.source):
+                count += 1
+                if count > len(self.marks):
+                    break
+                x, position, _ = self.state._check_chunk(f"chunks[{i}]", *parts)
+                changed += self.marks[i].check(i, x, position, parts[2])
+                made = [t is not None and t.requires_grad for t in (x, position)]
+                dq_here, *dparts = self._of_chunk(dout, out, lse, absorbed, x, position, parts[2], (wanted[0], *made))
+                if wanted[0]:
+                    dq += dq_here
+                if any(made):
+                    outputs = [t for t, m in zip((x, position), made, strict=True) if m]
+                    gradients = [d for d, m in zip(dparts, made, strict=True) if m]
+                    found = torch.autograd.grad(outputs, asked, gradients, allow_unused=True)
+                    sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]
+        if count != len(self.marks):
+            now = "more" if count > len(self.marks) else count
+            raise RuntimeError(f"{_CHANGED} there were {len(self.marks)} of them and are {now}")
+        if changed and (flags := torch.stack([flag for _, flag in changed])).any():
+            raise RuntimeError(f"{_CHANGED} {changed[int(flags.int().argmax())][0]} has other values")
+        found = iter(sums)
+        return (dq.to(absorbed.dtype) if wanted[0] else None, *(next(found) if want else None for want in wanted[1:]))
+
+    @torch.no_grad()
+    def _of_chunk(self, dout, out, lse, absorbed, x, position, key_mask, wanted):
+        bits = sum(want << i for i, want in enumerate(wanted))
+        if not bits:
+            return None, None, None
+        _, backward = autograd.core_pair(self.state._choose(x, position))
+        scale, eps = self.state._numbers["scale"], self.state._numbers["eps"]
+        return backward(dout, None, absorbed, x, position, key_mask, out, lse, scale, eps, bits)
+
+
+_CHANGED = "the second reading of chunks, for the gradient, differs from the first:"
+
+
+def _refuse_gradient(name, tensor):
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} wants a gradient, which a LatentState does not keep: use ops.latent_attention_stream to train, or "
+            "torch.no_grad()"
+        )
+
+
+def _equal(ours, theirs):
+    if ours is theirs or ours is None or theirs is None:
+        return ours is theirs
+    same_kind = (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    return same_kind and torch.equal(ours, theirs)
+
+
+def _told(batch, width, shared):
+    return f"batch {batch}, {width} channels" + (f" and {shared} of position" if shared else "")
