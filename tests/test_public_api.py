@@ -23,6 +23,8 @@ SIGNATURES = {
     ops.film_layer_norm: "(x, gain, bias, *, residual=None, residual_bias=None, index=None, eps=1e-05, backend='auto')",
     ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
     "position=None, key_mask=None, scale=None, backend='auto')",
+    ops.latent_attention_sharded: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, "
+    "b_v=None, position=None, key_mask=None, scale=None, group=None, backend='auto')",
     ops.latent_attention_stream: "(q, chunks, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, "
     "b_k=None, b_v=None, scale=None, parameters=(), backend='auto')",
     ops.LatentState: "(q, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
@@ -36,7 +38,7 @@ SIGNATURES = {
     modules.LatentCrossAttention: "(query_channels, input_channels, *, num_heads=1, qk_channels=None, v_channels=None, "
     "output_channels=None, shape_for_attention='kv', eps=1e-05, backend='auto', device=None, dtype=None)",
     modules.LatentCrossAttention.forward: "(self, queries, inputs, *, position=None, key_mask=None, query_position=None, "
-    "query_mask=None)",
+    "query_mask=None, group=None)",
     modules.LatentCrossAttention.stream: "(self, queries, chunks, *, parameters=(), query_position=None, query_mask=None)",
     modules.LatentSelfAttention: "(channels, *, num_heads=8, qk_channels=None, v_channels=None, output_channels=None, "
     "eps=1e-05, backend='auto', device=None, dtype=None)",
@@ -151,6 +153,7 @@ def test_signature(function):
                 "bottleneck_attention",
                 "film_layer_norm",
                 "latent_attention",
+                "latent_attention_sharded",
                 "latent_attention_stream",
                 "linear",
             },

@@ -71,7 +71,7 @@ class LatentCrossAttention(WithBackend):
         self.value = nn.Linear(input_channels, v_channels, **factory)
         self.output = nn.Linear(v_channels, output_channels, **factory)
 
-    def forward(self, queries, inputs, *, position=None, key_mask=None, query_position=None, query_mask=None):
+    def forward(self, queries, inputs, *, position=None, key_mask=None, query_position=None, query_mask=None, group=None):
         """Reads `inputs` into the queries: an encoder's latents, or a decoder's outputs, which read the latents.
 
         Args:
@@ -81,6 +81,8 @@ class LatentCrossAttention(WithBackend):
             key_mask: bool (B, M), True where an input may be attended. An example without any yields the bias of `output`.
             query_position: (N, Dp) with Cq + Dp = Dq, the last channels of the queries, shared by the batch.
             query_mask: bool (B, N), True for queries that count. Others yield the bias of `output`, as in DeepMind's code.
+            group: a torch.distributed group whose ranks hold `inputs`, `position` and `key_mask` in parts, M of each rank its
+                own: `ops.latent_attention_sharded`, which says what gradients are. Queries and weights are the same on all.
 
         Returns:
             (B, N, output_channels).
@@ -88,23 +90,13 @@ class LatentCrossAttention(WithBackend):
         self._check(queries, inputs, position, query_position, query_mask)
         q = self._project_queries(queries, query_position)
         if self.backend == "eager":
+            if group is not None:
+                raise ValueError("backend is 'eager'; with a group it must be one of ops.latent_attention, such as 'auto'")
             out = self._eager(q, inputs, position, key_mask)
         else:
-            out = ops.latent_attention(
-                q,
-                inputs,
-                self.key.weight,
-                self.value.weight,
-                num_heads=self.num_heads,
-                norm_weight=self.input_norm.weight,
-                norm_bias=self.input_norm.bias,
-                eps=self.input_norm.eps,
-                b_k=self.key.bias,
-                b_v=self.value.bias,
-                position=position,
-                key_mask=key_mask,
-                backend=self.backend,
-            )
+            op, shared = (ops.latent_attention, {}) if group is None else (ops.latent_attention_sharded, {"group": group})
+            weights = (self.key.weight, self.value.weight)
+            out = op(q, inputs, *weights, position=position, key_mask=key_mask, **shared, **self._options())
         return self._finish(out, query_mask)
 
     def stream(self, queries, chunks, *, parameters=(), query_position=None, query_mask=None):
@@ -127,18 +119,23 @@ class LatentCrossAttention(WithBackend):
             chunks,
             self.key.weight,
             self.value.weight,
-            num_heads=self.num_heads,
-            norm_weight=self.input_norm.weight,
-            norm_bias=self.input_norm.bias,
-            eps=self.input_norm.eps,
-            b_k=self.key.bias,
-            b_v=self.value.bias,
             parameters=parameters,
-            backend=self.backend,
+            **self._options(),
         )
         if query_mask is not None:
             check_key_mask(query_mask, out.shape[0], queries.shape[1], queries.device, "query_mask")
         return self._finish(out, query_mask)
+
+    def _options(self):
+        return {
+            "num_heads": self.num_heads,
+            "norm_weight": self.input_norm.weight,
+            "norm_bias": self.input_norm.bias,
+            "eps": self.input_norm.eps,
+            "b_k": self.key.bias,
+            "b_v": self.value.bias,
+            "backend": self.backend,
+        }
 
     def _project_queries(self, queries, query_position):
         if query_position is not None:

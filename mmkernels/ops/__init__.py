@@ -11,6 +11,7 @@ from .latent import (
     explain_latent_attention,
     explain_latent_attention_stream,
     latent_attention,
+    latent_attention_sharded,
     latent_attention_stream,
 )
 from .linear import explain_linear, linear
@@ -42,6 +43,7 @@ __all__ = [
     "hypergrid_gate",
     "hypergrid_linear",
     "latent_attention",
+    "latent_attention_sharded",
     "latent_attention_stream",
     "linear",
 ]

@@ -1,11 +1,17 @@
 """Streams of chunks and sharded inputs: the whole input's result and gradients, constant memory, and what is refused."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import mmkernels
-from mmkernels import ops, testing
+from mmkernels import _library, ops, testing
 from mmkernels.ops import LatentState, latent_attention, latent_attention_stream
 
 WEIGHTS = ("q", "w_k", "w_v", "norm_weight", "norm_bias", "b_v")
@@ -401,3 +407,38 @@ def test_explain(generator):
     assert (told.op, told.backend) == ("latent_attention_stream", "reference") and told.refusals["sdpa"]
     assert mmkernels.explain("latent_attention_stream", chunks=[], num_heads=2, **weights).backend
     assert ops.LatentState is LatentState
+
+
+# --- Shards -------------------------------------------------------------------------------------------------------------
+
+
+def test_shards_in_three_processes():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = Path(__file__).with_name("sharded.py")
+    backend = "cpp" if _library.load("cpu").loaded else "reference"
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), port, backend],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0 and "the whole input's result" in output, output
+
+
+def test_shards_need_a_process_group(generator):
+    weights, x, _, _ = make(generator, shared=0)
+    with pytest.raises(RuntimeError, match="needs a process group: call torch.distributed.init_process_group first"):
+        ops.latent_attention_sharded(x=x, num_heads=2, **weights)

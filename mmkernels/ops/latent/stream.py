@@ -223,7 +223,7 @@ def latent_attention_stream(
     out, lse = state._partial
     if training:
         if q.shape[0] == out.shape[0]:
-            q = _where_visible(q, lse)  # else NaN of an example without keys would reach w_k's gradient
+            q = where_visible(q, lse)  # else NaN of an example without keys would reach w_k's gradient
         absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
         out = autograd.merged(_Gradients(source, state, marks, parameters), out, lse, absorbed, *parameters)
     out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v)
@@ -291,10 +291,10 @@ def _refusals(name, x, channels):
 
 def finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v):
     """The result from the core's `out` over the whole input; zeros where nothing was visible."""
-    return _where_visible(api.project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v), lse)
+    return where_visible(api.project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v), lse)
 
 
-def _where_visible(tensor, lse):
+def where_visible(tensor, lse):
     """`tensor` (B, ...), zeros in the examples that have no key. Selected, so that no NaN passes, nor a gradient."""
     return torch.where((lse != float("-inf")).any(1).view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0.0)
 

@@ -1,0 +1,130 @@
+"""An input held by several processes: the absorbed core over shards, merged over a group (README, "Inputs in parts")."""
+
+import torch
+import torch.distributed as dist
+
+from . import api, autograd
+from .stream import ABSORBED, choose, finish, where_visible
+
+
+def latent_attention_sharded(
+    q,
+    x,
+    w_k,
+    w_v,
+    *,
+    num_heads=1,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    b_k=None,
+    b_v=None,
+    position=None,
+    key_mask=None,
+    scale=None,
+    group=None,
+    backend="auto",
+):
+    """`latent_attention` of an input whose M rows are spread over the processes of a group.
+
+    Every rank gives its own rows and gets the attention over all of them, the same on every rank. What crosses the group is
+    N-sized: forward the maxima of the rows, (B, H*N), and one all-reduce of (B, H*N, C + 1) float32; backward one all-reduce
+    of the gradient of the absorbed queries, (B or 1, H*N, C) float32. Before, the ranks exchange what they were given: where
+    they disagree, or one of them was given something wrong, all of them raise, and none waits.
+
+    Args:
+        q, w_k, w_v, norm_weight, norm_bias, b_k, b_v: as in `latent_attention`, and the same values on every rank.
+        x, position, key_mask: this rank's rows: (B, m, Cx), (m, Cp), (B, m). m may differ and may be 0.
+        num_heads, eps, scale, backend: as in `latent_attention`, always by the absorbed plan.
+        group: a process group of torch.distributed, gloo or NCCL; None is the default one. All its ranks call, in the same
+            order, and where one goes backward, all do.
+
+    Gradients: the result is replicated, so every rank is to compute the same from it, and the gradient that arrives must be
+    the same everywhere. Then the gradients of q, weights and norms are on every rank those of one process with all of x:
+    complete, not a share, so that DDP's average over the group leaves them as they are. The gradient of x and of position
+    stays on its rank and is that of its rows; for parameters that x is computed from, the sum over the group (not DDP's
+    average) is the whole gradient.
+
+    Returns:
+        (B, N, H * E) of x's dtype.
+
+    Raises:
+        TypeError, ValueError: on every rank, where an argument is wrong on any of them or differs between them.
+        BackendError: the named backend cannot run this rank's problem; the other ranks get a ValueError with its reasons.
+        RuntimeError: there is no process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("latent_attention_sharded needs a process group: call torch.distributed.init_process_group first")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group does not have this rank; only the ranks of a group may call latent_attention_sharded with it")
+    facts, name, failure = {}, "", None
+    try:
+        q, x, w_k, w_v, b_k, b_v, position, scale, eps = api._check(
+            q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
+        )
+        order = api._preference(q, x, position, num_heads, ABSORBED)
+        name = choose("latent_attention_sharded", x, w_k.shape[1], backend, order)
+        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, w_k, norm_weight))
+        facts = {
+            "x.dtype": str(x.dtype),
+            "x's batch and channels": (x.shape[0], x.shape[2]),
+            "position's channels": 0 if position is None else position.shape[1],
+            "q.shape": tuple(q.shape),
+            "w_v.shape": tuple(w_v.shape),
+            "num_heads": num_heads,
+            "eps": eps,
+            "scale": scale,
+            "norm_weight is None": norm_weight is None,
+            "norm_bias is None": norm_bias is None,
+            "b_v is None": b_v is None,
+            "q, w_k or norm_weight wants a gradient": training,
+        }
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        failure = error
+    _agree(group, facts, failure)
+    with torch.no_grad():
+        forward, backward = autograd.core_pair(name)
+        absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
+        out, lse = _merge(group, *forward(absorbed, x, position, key_mask, scale, eps))
+    if q.shape[0] == x.shape[0]:
+        q = where_visible(q, lse)  # else NaN of an example without keys would reach w_k's gradient
+    absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
+
+    def gradients(dout, out, lse, absorbed, inputs, wanted):
+        bits = sum(want << i for i, want in enumerate(wanted))
+        found = backward(dout, None, absorbed, *inputs, key_mask, out, lse, scale, eps, bits)
+        if wanted[0]:
+            total = found[0].to(out.dtype)
+            dist.all_reduce(total, group=group)
+            found = (total.to(absorbed.dtype), *found[1:])
+        return tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=True))
+
+    out = autograd.merged(gradients, out, lse, absorbed, x, position)
+    out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v)
+    return out if b_k is None or not b_k.requires_grad else out + b_k.sum() * 0.0
+
+
+def _agree(group, facts, failure):
+    """Raises on every rank unless all have the same `facts` and none has a `failure`."""
+    every = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, (facts, None if failure is None else f"{type(failure).__name__}: {failure}"), group)
+    if failure is not None:
+        raise failure
+    for rank, (_, message) in enumerate(every):
+        if message is not None:
+            raise ValueError(f"rank {rank} of the group was given what it cannot take: {message}")
+    for fact in facts:
+        values = [of_rank[fact] for of_rank, _ in every]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{fact} differs between the ranks of the group: {values}; it must be the same")
+
+
+def _merge(group, out, lse):
+    """(out, lse) of all ranks' rows. With the highest lse known, sums of exp(lse - top) [out, 1] are of moderate size."""
+    top = lse.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    share = torch.where(top == float("-inf"), 0.0, (lse - top).exp())[..., None]
+    sums = torch.cat([out * share, share], -1)
+    dist.all_reduce(sums, group=group)
+    out, total = sums[..., :-1], sums[..., -1]
+    return out / torch.where(total == 0.0, 1.0, total)[..., None], top + total.log()
