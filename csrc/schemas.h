@@ -46,6 +46,18 @@ void define_schemas(Library& m) {
   m.def(
       "latent_attention(Tensor q, Tensor x, Tensor w_k, Tensor w_v, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? b_v, Tensor? position, Tensor? key_mask, int num_heads, float scale, float eps) -> Tensor");
+  // Many queries that read few keys: out = sum_h softmax(scale (xhat k_h^T + bias_h)) v_h + out_bias, xhat as above of
+  // [queries ; position]. queries (B|1,O,Cx)  position (O,C-Cx)  query_mask bool (B,O): where it hides a query, out_bias
+  // alone  k (B,H,M,C)  bias float32 (B,H,M)  v (B,H,M,E)  out_bias (E)  key_mask bool (B,M)
+  // -> out (B,O,E) of queries' dtype, lse float32 (B,H,O), that of a hidden query any number.
+  m.def(
+      "latent_decode_fwd(Tensor queries, Tensor? position, Tensor? query_mask, Tensor k, Tensor bias, Tensor v, "
+      "Tensor? out_bias, Tensor? key_mask, float scale, float eps) -> (Tensor, Tensor)");
+  // wanted: 1 dqueries, 2 dposition, 4 dk, dbias and dv, in this order. Those of what examples share are summed.
+  m.def(
+      "latent_decode_bwd(Tensor dout, Tensor queries, Tensor? position, Tensor? query_mask, Tensor k, Tensor bias, "
+      "Tensor v, Tensor? out_bias, Tensor? key_mask, Tensor out, Tensor lse, float scale, float eps, int wanted) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   // x: one or two (B,T_i,C), one behind the other  residual (B,T,C)  residual_bias (C)  gain, bias (C) or (G,C); these
   // three of x's dtype or float32. Example b has the row index[b] of (G,C), index int64 (B), or without it b, G = B.
   // s = x + residual + residual_bias.

@@ -68,6 +68,39 @@ def eager_latent_attention(
     return attention(q, k, v, key_mask=key_mask, scale=scale).transpose(1, 2).flatten(2)
 
 
+def eager_latent_decode(
+    queries,
+    k,
+    v,
+    w_q,
+    w_o,
+    *,
+    num_heads=1,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    b_q=None,
+    b_o=None,
+    position=None,
+    query_mask=None,
+    key_mask=None,
+    scale=None,
+    attention=eager_attention,
+):
+    """LayerNorm, a linear, attention and a linear, every step in the inputs' dtype; `attention` may be another kernel."""
+    if position is not None:
+        queries = torch.cat([queries, position.expand(queries.shape[0], -1, -1)], -1)
+    if eps is not None:
+        affine = (None if t is None else t.to(queries.dtype) for t in (norm_weight, norm_bias))
+        queries = torch.nn.functional.layer_norm(queries, queries.shape[-1:], *affine, eps)
+    q = torch.nn.functional.linear(queries, w_q, b_q).expand(k.shape[0], -1, -1)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    out = attention(q, k, v, key_mask=key_mask, scale=scale).transpose(1, 2).flatten(2)
+    if query_mask is not None:
+        out = torch.where(query_mask[..., None], out, 0.0)
+    return torch.nn.functional.linear(out, w_o, b_o)
+
+
 def eager_film_layer_norm(x, gain, bias, *, residual=None, residual_bias=None, index=None, eps=1e-5):
     """Concatenation, addition, LayerNorm, gain and bias, every step in the inputs' dtype."""
     rows = torch.cat(tuple(x), 1) if isinstance(x, (list, tuple)) else x

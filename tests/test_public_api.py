@@ -32,6 +32,8 @@ SIGNATURES = {
     ops.LatentState.update: "(self, chunk, position=None, key_mask=None)",
     ops.LatentState.merge: "(self, other)",
     ops.LatentState.result: "(self)",
+    ops.latent_decode: "(queries, k, v, w_q, w_o, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_q=None, "
+    "b_o=None, position=None, query_mask=None, key_mask=None, scale=None, backend='auto')",
     ops.linear: "(x, weight, bias=None, *, backend='auto')",
     mmkernels.explain: "(op_name, *args, **kwargs)",
     mmkernels.use_backend: "(name)",
@@ -155,6 +157,7 @@ def test_signature(function):
                 "latent_attention",
                 "latent_attention_sharded",
                 "latent_attention_stream",
+                "latent_decode",
                 "linear",
             },
         ),

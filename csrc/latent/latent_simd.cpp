@@ -3,34 +3,12 @@
 #include "common/gemm.h"
 #include "common/tiles.h"
 #include "latent/latent.h"
+#include "latent/norm_rows.h"
 
 namespace mmk::MMK_ISA {
 namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// (row - mean) / sqrt(variance + eps) in place, returns the factor. The variance is taken around the mean just
-// computed: nothing cancels. Lanes from `channels` to the next multiple of kWidth are 0 before and after.
-float normalise(float* row, int64_t channels, float eps) {
-  Vec total{};
-  for (int64_t c = 0; c < channels; c += kWidth) total += load(row + c);
-  const float mean = sum(total) / channels;
-  Vec squares{};
-  int64_t c = 0;
-  for (; c + kWidth <= channels; c += kWidth) {
-    const Vec centred = load(row + c) - mean;
-    squares += centred * centred;
-    store(row + c, centred);
-  }
-  float rest = 0;
-  for (; c < channels; ++c) {
-    row[c] -= mean;
-    rest += row[c] * row[c];
-  }
-  const float factor = 1.0f / std::sqrt((sum(squares) + rest) / channels + eps);
-  for (c = 0; c < channels; c += kWidth) store(row + c, load(row + c) * factor);
-  return factor;
-}
 
 void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, float* space) {
   const auto& p = static_cast<const LatentAttention&>(a);
@@ -61,18 +39,8 @@ void store_key_gradients(const Attention& a, int64_t batch, int64_t, const KeyBl
   const auto& p = static_cast<const LatentAttention&>(a);
   const int64_t channels = a.qk_dim, ld = padded_row(channels);
   const float* factors = space + kBlockKeys * ld;
-  for (int64_t i = 0; p.eps >= 0.0f && i < block.count; ++i) {
-    const float* xhat = space + i * ld;
-    float* d = dk + i * ld;
-    Vec total{}, product{};
-    for (int64_t c = 0; c < channels; c += kWidth) {
-      total += load(d + c);
-      product += load(d + c) * load(xhat + c);
-    }
-    const float mean = sum(total) / channels, slope = sum(product) / channels;
-    for (int64_t c = 0; c < channels; c += kWidth)
-      store(d + c, (load(d + c) - mean - load(xhat + c) * slope) * factors[i]);
-  }
+  for (int64_t i = 0; p.eps >= 0.0f && i < block.count; ++i)
+    normalise_gradient(dk + i * ld, space + i * ld, channels, factors[i]);
   const int64_t length = block.end - block.begin, position_channels = channels - p.x_channels;
   auto write = [&](const Strided& to, int64_t example, int64_t first, int64_t columns) {
     if (block.count < length) std::memset(to.at(0, example, block.begin), 0, length * columns * to.item_bytes());

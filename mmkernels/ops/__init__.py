@@ -10,9 +10,11 @@ from .latent import (
     LatentState,
     explain_latent_attention,
     explain_latent_attention_stream,
+    explain_latent_decode,
     latent_attention,
     latent_attention_sharded,
     latent_attention_stream,
+    latent_decode,
 )
 from .linear import explain_linear, linear
 from .norm import explain_film_layer_norm, film_layer_norm
@@ -28,6 +30,7 @@ EXPLAINERS = {
     "hypergrid_linear": explain_hypergrid_linear,
     "latent_attention": explain_latent_attention,
     "latent_attention_stream": explain_latent_attention_stream,
+    "latent_decode": explain_latent_decode,
     "linear": explain_linear,
 }
 
@@ -45,6 +48,7 @@ __all__ = [
     "latent_attention",
     "latent_attention_sharded",
     "latent_attention_stream",
+    "latent_decode",
     "linear",
 ]
 

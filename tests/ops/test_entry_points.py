@@ -102,6 +102,30 @@ def test_attention_with_diagonal_blocks(native, generator):
         forward(q, k, v, None, blocks, None, None, 0.3, 0.0)  # three rows for two examples
 
 
+def decoder_arguments(generator):
+    queries, position = torch.randn(2, 5, 6, generator=generator), torch.randn(5, 2, generator=generator)
+    k, v = torch.randn(2, 3, 7, 8, generator=generator), torch.randn(2, 3, 7, 4, generator=generator)
+    bias, out_bias = torch.randn(2, 3, 7, generator=generator), torch.randn(4, generator=generator)
+    query_mask, key_mask = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 7, dtype=torch.bool)
+    return [queries, position, query_mask, k, bias, v, out_bias, key_mask]
+
+
+DECODER = ("queries", "position", "query_mask", "k", "bias", "v", "out_bias", "key_mask")
+
+
+def test_latent_decode_forward(on, generator):
+    arguments = [*decoder_arguments(generator), 0.3, 1e-5]
+    call_with_mutations(forward_backward("latent", on("cpp"), "latent_decode")[0], arguments, DECODER, lambda a: False)
+
+
+def test_latent_decode_backward(on, generator):
+    forward, backward = forward_backward("latent", on("cpp"), "latent_decode")
+    arguments = decoder_arguments(generator)
+    out, lse = forward(*arguments, 0.3, 1e-5)
+    arguments = [torch.ones_like(out), *arguments, out, lse, 0.3, 1e-5, 7]
+    call_with_mutations(backward, arguments, ("dout", *DECODER, "out", "lse"), lambda a: False)
+
+
 @both
 def test_latent_forward(native, generator):
     q, x = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 7, 6, generator=generator)

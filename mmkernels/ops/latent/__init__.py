@@ -1,6 +1,7 @@
-"""Few queries over a long input, with the key and value projections absorbed (Perceiver, Perceiver IO encoders)."""
+"""Few queries over a long input, and many over few latents, with the projections absorbed (Perceiver, Perceiver IO)."""
 
 from .api import explain_latent_attention, latent_attention
+from .decode import explain_latent_decode, latent_decode
 from .sharded import latent_attention_sharded
 from .stream import LatentState, explain_latent_attention_stream, latent_attention_stream
 
@@ -8,7 +9,9 @@ __all__ = [
     "LatentState",
     "explain_latent_attention",
     "explain_latent_attention_stream",
+    "explain_latent_decode",
     "latent_attention",
     "latent_attention_sharded",
     "latent_attention_stream",
+    "latent_decode",
 ]
