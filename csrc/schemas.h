@@ -43,8 +43,9 @@ void define_schemas(Library& m) {
       "latent_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor x, Tensor? position, Tensor? key_mask, Tensor out, "
       "Tensor lse, float scale, float eps, int wanted) -> (Tensor, Tensor, Tensor)");
   // The whole forward with absorbed projections, for inference on a CPU: arguments as mmkernels.ops.latent_attention.
+  // Without w_k, q is absorbed already: per head (q w_k) norm_weight, (B|1,H*N,C).
   m.def(
-      "latent_attention(Tensor q, Tensor x, Tensor w_k, Tensor w_v, Tensor? norm_weight, Tensor? norm_bias, "
+      "latent_attention(Tensor q, Tensor x, Tensor? w_k, Tensor w_v, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? b_v, Tensor? position, Tensor? key_mask, int num_heads, float scale, float eps) -> Tensor");
   // Many queries that read few keys: out = sum_h softmax(scale (xhat k_h^T + bias_h)) v_h + out_bias, xhat as above of
   // [queries ; position]. queries (B|1,O,Cx)  position (O,C-Cx)  query_mask bool (B,O): where it hides a query, out_bias

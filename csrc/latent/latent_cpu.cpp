@@ -123,29 +123,33 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
   return {dq, dx, dposition};
 }
 
-// The whole absorbed forward in one call.
-Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                 OptionalTensor b_v, OptionalTensor position, OptionalTensor key_mask, int64_t num_heads, double scale,
-                 double eps) {
+// The whole absorbed forward in one call. Without w_k the queries are absorbed already: (B|1,H*N,C).
+Tensor inference(Tensor q, Tensor x, OptionalTensor w_k, Tensor w_v, OptionalTensor norm_weight,
+                 OptionalTensor norm_bias, OptionalTensor b_v, OptionalTensor position, OptionalTensor key_mask,
+                 int64_t num_heads, double scale, double eps) {
   const ScalarType dtype = check_first(q, "q", 3);
-  check_rank(w_k, "w_k", 2);
-  check_rank(w_v, "w_v", 2);
-  check_dtype(w_k, "w_k", dtype);
-  check_dtype(w_v, "w_v", dtype);
   STD_TORCH_CHECK(num_heads >= 1, "num_heads is ", num_heads, "; it must be positive");
-  for (const auto& [weight, name] : {std::pair{&w_k, "w_k"}, {&w_v, "w_v"}})
-    STD_TORCH_CHECK(weight->size(0) > 0 && weight->size(0) % num_heads == 0, name, " has shape ",
-                    text_of_shape(*weight), "; its rows must be a positive multiple of num_heads, ", num_heads);
+  auto check_weight = [&](const Tensor& weight, const char* name) {
+    check_rank(weight, name, 2);
+    check_dtype(weight, name, dtype);
+    STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(0) % num_heads == 0, name, " has shape ", text_of_shape(weight),
+                    "; its rows must be a positive multiple of num_heads, ", num_heads);
+  };
+  const bool absorbs = w_k.has_value();
+  if (absorbs) check_weight(*w_k, "w_k");
+  check_weight(w_v, "w_v");
   Projections p;
-  p.heads = num_heads, p.queries = q.size(1);
-  p.qk_dim = w_k.size(0) / num_heads, p.v_dim = w_v.size(0) / num_heads;
+  p.heads = num_heads, p.queries = absorbs ? q.size(1) : q.size(1) / num_heads;
+  p.qk_dim = absorbs ? w_k->size(0) / num_heads : 0, p.v_dim = w_v.size(0) / num_heads;
   LatentAttention a = describe_input(dtype, x, position, key_mask, num_heads * p.queries, scale, eps);
   p.batch = a.batch, p.channels = a.qk_dim;
-  check_shape(w_k, "w_k", {w_k.size(0), p.channels});
+  if (absorbs) check_shape(*w_k, "w_k", {w_k->size(0), p.channels});
   check_shape(w_v, "w_v", {w_v.size(0), p.channels});
-  const int64_t q_batch = q.size(0);
-  STD_TORCH_CHECK((q_batch == 1 || q_batch == p.batch) && q.size(2) == w_k.size(0), "q has shape ", text_of_shape(q),
-                  "; it must be ", text({p.batch, p.queries, w_k.size(0)}), " or the same with a batch of 1");
+  const int64_t q_batch = q.size(0), q_rows = absorbs ? p.queries : a.queries;
+  const int64_t q_channels = absorbs ? w_k->size(0) : p.channels;
+  STD_TORCH_CHECK((q_batch == 1 || q_batch == p.batch) && q.size(1) == q_rows && q.size(2) == q_channels,
+                  "q has shape ", text_of_shape(q), "; it must be ", text({p.batch, q_rows, q_channels}),
+                  " or the same with a batch of 1");
   auto line = [&](const OptionalTensor& t, const char* name, int64_t size, bool or_float) {
     if (!t.has_value()) return Strided{};
     check_dtype(*t, name, or_float && t->scalar_type() == ScalarType::Float ? ScalarType::Float : dtype);
@@ -164,7 +168,7 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
   const int64_t wide = padded_row(p.channels), chunks = ceil_div(p.queries, kChunkRows);
   const int64_t threads = threads_for(2.0 * p.batch * a.queries * p.channels * (p.qk_dim + p.v_dim));
   const int64_t space_size = round_up(kernels.projection_space(p), 16);
-  const int64_t absorbed_size = q_batch * a.queries * wide, core_size = p.batch * a.queries * wide;
+  const int64_t absorbed_size = absorbs ? q_batch * a.queries * wide : 0, core_size = p.batch * a.queries * wide;
   const Space space(absorbed_size + core_size + threads * space_size + p.batch * a.queries);
   p.absorbed = space.at(0);
   float* core = space.at(absorbed_size);
@@ -172,7 +176,6 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
   a.lse = worker_space + threads * space_size;
   p.core = core, p.lse = a.lse;
   const int64_t example = a.queries * wide;
-  a.q = Strided{reinterpret_cast<char*>(p.absorbed), DType::kFloat32, {q_batch == 1 ? 0 : example, 0, wide, 1}};
   a.out = Strided{reinterpret_cast<char*>(core), DType::kFloat32, {example, 0, wide, 1}};
 
   auto for_chunks = [&](int64_t batch, auto kernel) {
@@ -181,7 +184,14 @@ Tensor inference(Tensor q, Tensor x, Tensor w_k, Tensor w_v, OptionalTensor norm
              worker_space + worker * space_size);
     });
   };
-  for_chunks(q_batch, kernels.absorb);
+  if (absorbs) {
+    a.q = Strided{reinterpret_cast<char*>(p.absorbed), DType::kFloat32, {q_batch == 1 ? 0 : example, 0, wide, 1}};
+    for_chunks(q_batch, kernels.absorb);
+  } else {
+    Strided rows = with_one_head(strided(q));
+    if (q_batch == 1) rows.stride[0] = 0;
+    a.q = rows;
+  }
   attention_forward({&a});
   for_chunks(p.batch, kernels.project);
   return out;

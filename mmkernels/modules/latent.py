@@ -1,21 +1,31 @@
 """The two attentions of Perceiver: latents read a long input, and latents read each other."""
 
+import weakref
+
 import torch
 from torch import nn
 
 from .. import ops
 from ..ops._shared.arguments import autocast_dtype, check_key_mask, check_number
+from ..ops.latent import api, plan
 from .backend import WithBackend, eager_attention, split_heads
 
 
 class LatentCrossAttention(WithBackend):
-    """Few latents attend to a long input: Attn(LN(z), LN(x)) with projections (Perceiver, Jaegle et al. 2021, section 3.1).
+    """Queries attend to another array: Attn(LN(z), LN(x)) with projections. Few latents to a long input (Perceiver, Jaegle et
+    al. 2021, section 3.1), or one or many output queries to the latents (Perceiver IO, Jaegle et al. 2022, section 3.2).
 
         Q = LN_q(z) Wq + bq    K = LN_x([x ; position]) Wk + bk    V = LN_x([x ; position]) Wv + bv
         out = concat_h(softmax(Q_h K_h^T / sqrt(d)) V_h) Wo + bo
 
-    Residual and MLP are the caller's. `ops.latent_attention` does everything between Q and Wo from the weights of the
-    sub-modules, which are therefore not called themselves: shard (FSDP) or hook the attention as a whole.
+    Residual and MLP are the caller's. Which projections are made and which are absorbed by the other side is chosen by counts
+    of operations (`ops/latent/plan.py`): `ops.latent_attention` does everything between Q and Wo, or `ops.latent_decode`
+    everything but K and V, from the weights of the sub-modules, which are therefore not called themselves: shard (FSDP) or
+    hook the attention as a whole.
+
+    In evaluation and without gradients, queries that are the same tensor at every call (a parameter, a view of it) are
+    normalised, projected and absorbed once. What they become is kept until they or a weight change, as far as torch's version
+    counters tell; `train()` forgets it, for the sake of changes through `.data`, which they do not count.
 
     Args:
         query_channels: Dq.
@@ -30,6 +40,8 @@ class LatentCrossAttention(WithBackend):
 
     Raises ValueError for sizes that are not positive, heads that do not divide the channels, unknown names.
     """
+
+    _kept = None  # the owners of what was absorbed, their state, and what became of them
 
     def __init__(
         self,
@@ -88,16 +100,33 @@ class LatentCrossAttention(WithBackend):
             (B, N, output_channels).
         """
         self._check(queries, inputs, position, query_position, query_mask)
-        q = self._project_queries(queries, query_position)
-        if self.backend == "eager":
-            if group is not None:
-                raise ValueError("backend is 'eager'; with a group it must be one of ops.latent_attention, such as 'auto'")
-            out = self._eager(q, inputs, position, key_mask)
-        else:
-            op, shared = (ops.latent_attention, {}) if group is None else (ops.latent_attention_sharded, {"group": group})
-            weights = (self.key.weight, self.value.weight)
-            out = op(q, inputs, *weights, position=position, key_mask=key_mask, **shared, **self._options())
+        if group is not None:
+            return self._finish(self._sharded(queries, inputs, position, key_mask, query_position, group), query_mask)
+        if self.backend != "eager" and self._decodes(queries, inputs):
+            return self._decode(queries, inputs, position, key_mask, query_position, query_mask)
+        out = self._from_kept(queries, inputs, position, key_mask, query_position)
+        if out is None:
+            q = self._project_queries(queries, query_position)
+            if self.backend == "eager":
+                out = self._eager(q, inputs, position, key_mask)
+            else:
+                weights = (self.key.weight, self.value.weight)
+                out = ops.latent_attention(q, inputs, *weights, position=position, key_mask=key_mask, **self._options())
         return self._finish(out, query_mask)
+
+    def _sharded(self, queries, inputs, position, key_mask, query_position, group):
+        if self.backend == "eager":
+            raise ValueError("backend is 'eager'; with a group it must be one of ops.latent_attention, such as 'auto'")
+        return ops.latent_attention_sharded(
+            self._project_queries(queries, query_position),
+            inputs,
+            self.key.weight,
+            self.value.weight,
+            position=position,
+            key_mask=key_mask,
+            group=group,
+            **self._options(),
+        )
 
     def stream(self, queries, chunks, *, parameters=(), query_position=None, query_mask=None):
         """`forward` for inputs that are read in chunks and never are in memory as a whole: `ops.latent_attention_stream`.
@@ -138,15 +167,86 @@ class LatentCrossAttention(WithBackend):
         }
 
     def _project_queries(self, queries, query_position):
-        if query_position is not None:
-            queries = torch.cat([queries, query_position.to(queries.dtype).expand(queries.shape[0], -1, -1)], -1)
-        return self.query(self.query_norm(queries))
+        return self.query(self.query_norm(_joined(queries, query_position)))
 
     def _finish(self, out, query_mask):
         return self.output(out if query_mask is None else torch.where(query_mask[..., None], out, 0.0))
 
     def _check_queries(self, queries, query_position):
         self._check_side("queries", queries, "N", self.query, ("query_position", query_position, "Dp"))
+
+    def _decodes(self, queries, inputs):
+        """Is folding the query's and the output's projections into keys and values the cheapest form?"""
+        qk_channels, query_channels = self.query.weight.shape
+        output_channels, v_channels = self.output.weight.shape
+        channels = (query_channels, self.key.in_features, qk_channels, v_channels, output_channels)
+        return inputs.is_cpu and plan.decoding_is_cheaper(queries.shape[1], inputs.shape[1], *channels, self.num_heads)
+
+    def _decode(self, queries, inputs, position, key_mask, query_position, query_mask):
+        if key_mask is not None:
+            check_key_mask(key_mask, inputs.shape[0], inputs.shape[1], inputs.device)
+            inputs = torch.where(key_mask[..., None], inputs, 0.0)  # NaN behind the mask must not reach a weight's gradient
+        inputs = self.input_norm(_joined(inputs, position))
+        return ops.latent_decode(
+            queries,
+            self.key(inputs),
+            self.value(inputs),
+            self.query.weight,
+            self.output.weight,
+            num_heads=self.num_heads,
+            norm_weight=self.query_norm.weight,
+            norm_bias=self.query_norm.bias,
+            eps=self.query_norm.eps,
+            b_q=self.query.bias,
+            b_o=self.output.bias,
+            position=query_position,
+            query_mask=query_mask,
+            key_mask=key_mask,
+            backend=self.backend,
+        )
+
+    def _from_kept(self, queries, inputs, position, key_mask, query_position):
+        """The attention of queries absorbed at an earlier call, or at this one; None where nothing may be kept."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training or queries.shape[0] != 1:
+            return None
+        if self.backend == "eager" or autocast_dtype(inputs.device) is not None:
+            return None
+        made_of = [queries] if query_position is None else [queries, query_position]
+        made_of += [self.query_norm.weight, self.query_norm.bias, self.query.weight, self.query.bias, self.key.weight]
+        made_of.append(self.input_norm.weight)
+        if any([type(t) not in (torch.Tensor, nn.Parameter) or t.is_inference() for t in made_of]):
+            return None
+        try:
+            state = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in (inputs, *made_of)][1:]
+        except RuntimeError:  # tensors inside a function transform have no address
+            return None
+        if queries.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # a graph would go on reading what is forgotten here
+        weights = (self.key.weight, self.value.weight)
+        backend = api.absorbing_backend(queries, inputs, *weights, self.num_heads, position, self.backend)
+        if backend is None:
+            return None
+        if key_mask is not None:
+            check_key_mask(key_mask, inputs.shape[0], inputs.shape[1], inputs.device)
+        # Memory may come again with the same address and version: the tensor itself, or what it is a view of, must be alive.
+        owners = [t if t._base is None else t._base for t in made_of]
+        kept = self._kept
+        if kept is None or kept[1] != state or any([ref() is not t for ref, t in zip(kept[0], owners, strict=True)]):
+            q = self._project_queries(queries, query_position)
+            absorbed = api.absorb_queries(q, self.key.weight, self.num_heads, self.input_norm.weight)
+            self._kept = kept = ([weakref.ref(t) for t in owners], state, absorbed)
+        norm, scale = self.input_norm, (self.query.out_features // self.num_heads) ** -0.5
+        affine = (norm.weight, norm.bias, norm.eps, self.value.bias)
+        return api.attention_of_absorbed(
+            backend, kept[2], inputs, self.value.weight, self.num_heads, *affine, position, key_mask, scale
+        )
+
+    def train(self, mode=True):
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": None}
 
     def _check(self, queries, inputs, position, query_position, query_mask):
         self._check_queries(queries, query_position)
@@ -174,11 +274,10 @@ class LatentCrossAttention(WithBackend):
             )
 
     def _eager(self, q, inputs, position, key_mask):
-        batch = inputs.shape[0]
-        if position is not None:
-            inputs = torch.cat([inputs, position.to(inputs.dtype).expand(batch, -1, -1)], -1)
-        inputs = self.input_norm(inputs)
-        return eager_attention(q.expand(batch, -1, -1), self.key(inputs), self.value(inputs), self.num_heads, key_mask)
+        inputs = self.input_norm(_joined(inputs, position))
+        return eager_attention(
+            q.expand(inputs.shape[0], -1, -1), self.key(inputs), self.value(inputs), self.num_heads, key_mask
+        )
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, backend={self.backend!r}"
@@ -240,6 +339,13 @@ class LatentSelfAttention(WithBackend):
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, backend={self.backend!r}"
+
+
+def _joined(tokens, position):
+    """[tokens ; position], (B, N, *) and (N, *) shared by the batch, or no position."""
+    if position is None:
+        return tokens
+    return torch.cat([tokens, position.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], -1)
 
 
 def _check_tokens(name, tensor, length, channels, weight):

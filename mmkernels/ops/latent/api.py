@@ -146,17 +146,21 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
 
 def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
     absorbed = absorb_queries(q, w_k, num_heads, norm_weight)
-    out, _ = autograd.core(backend, absorbed, x, position, key_mask, scale, eps)
-    return _where_keys_are(project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v), x, key_mask)
+    return _of_absorbed(backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale)
 
 
 def absorb_queries(q, w_k, num_heads, norm_weight):
-    """What the core takes: (B|1, N, H*D) -> (B|1, H*N, C)."""
+    """What the core takes: (B|1, N, H*D) -> (B|1, H*N, C), of q's dtype."""
     heads_q = torch.unflatten(q, -1, (num_heads, -1)).transpose(1, 2)  # (B|1, H, N, D)
     absorbed = heads_q @ torch.unflatten(w_k, 0, (num_heads, -1))  # (B|1, H, N, C)
     if norm_weight is not None:
         absorbed = (absorbed * norm_weight).to(q.dtype)
     return absorbed.flatten(1, 2)
+
+
+def _of_absorbed(backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
+    out, _ = autograd.core(backend, absorbed, x, position, key_mask, scale, eps)
+    return _where_keys_are(project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v), x, key_mask)
 
 
 def project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v):
@@ -169,6 +173,25 @@ def project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v):
     out = out.to(w_v.dtype) @ torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2)
     out = out.transpose(1, 2).flatten(2)
     return out if b_v is None else out + b_v
+
+
+def absorbing_backend(queries, x, w_k, w_v, num_heads, position, backend):
+    """The backend on which `latent_attention` would absorb the projections, of (B|1, N, *) queries; None where it would not.
+
+    For a caller that keeps what `absorb_queries` returns and goes on with `attention_of_absorbed`.
+    """
+    chosen = _plan(queries, x, w_k, w_v, num_heads)
+    name = _choose(x, backend, _preference(queries, x, position, num_heads, chosen))
+    return name if name != "reference" and plan.absorbed(chosen) else None
+
+
+def attention_of_absorbed(backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
+    """`latent_attention` of queries that are absorbed already, on the backend that `absorbing_backend` names; no gradient."""
+    if backend == "cpp":
+        return torch.ops.mmkernels.latent_attention.default(
+            absorbed, x, None, w_v, norm_weight, norm_bias, b_v, position, key_mask, num_heads, scale, eps
+        )
+    return _of_absorbed(backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale)
 
 
 def _where_keys_are(out, x, key_mask):

@@ -26,7 +26,7 @@ def _backward_fake(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, w
 
 @fake("latent_attention")
 def _inference_fake(q, x, w_k, w_v, norm_weight, norm_bias, b_v, position, key_mask, num_heads, scale, eps):
-    return q.new_empty(x.shape[0], q.shape[1], w_v.shape[0])
+    return q.new_empty(x.shape[0], q.shape[1] if w_k is not None else q.shape[1] // num_heads, w_v.shape[0])
 
 
 class _Latent(torch.autograd.Function):

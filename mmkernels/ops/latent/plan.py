@@ -75,3 +75,9 @@ def choose_plan(
         if candidate[0] < best_value[0]:
             best_value = candidate
     return Plan(best_score[1], best_value[1], best_score[0] + best_value[0])
+
+
+def decoding_is_cheaper(*sizes) -> bool:
+    """Has `ops.latent_decode` a plan of fewer operations than all of `ops.latent_attention`? Args as of `choose_plan`."""
+    decoding = choose_plan(*sizes, score_plans=SCORE_PLANS[::2], value_plans=VALUE_PLANS[::2])
+    return decoding.flops < choose_plan(*sizes, score_plans=SCORE_PLANS[:2], value_plans=VALUE_PLANS[:2]).flops
