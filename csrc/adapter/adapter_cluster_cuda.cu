@@ -7,19 +7,12 @@
 // would. mmkernels/ops/adapter/README.md has the algebra that leaves two such exchanges.
 #include <climits>
 
-#include "adapter/adapter_device.cuh"
-#include "common/hopper.cuh"
-#include "common/tile.cuh"
-
-#if defined(MMK_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
-#define MMK_CLUSTERS
-#endif
+#include "adapter/adapter_cluster.cuh"
 
 namespace mmk::adapter {
 namespace {
 
-constexpr int kCluster = 4, kThreads = 512, kWarps = kThreads / 32;
-constexpr int kMostRows = 32, kMostHidden = 64, kMostChunks = 4, kChannels = 64;  // channels of a chunk
+constexpr int kThreads = 512, kWarps = kThreads / 32, kMostRows = 32;
 
 // Rows of a stage. `kOther` is input_residual or residual, then what y is added.
 enum Slot { kX, kGradient, kOther };
@@ -31,10 +24,7 @@ struct Layout {
   int tile, chunks, wide, slots;  // rows; chunks of a block; the bottleneck in whole sixteens; of Slot
 
   __host__ __device__ __forceinline__ Layout(const Adapter& d, int tile)
-      : tile(tile),
-        chunks((d.channels + kChannels * kCluster - 1) / (kChannels * kCluster)),
-        wide(d.bottleneck <= 32 ? 32 : (d.bottleneck + 15) / 16 * 16),
-        slots(d.out_weight.data || d.input_residual.data ? 3 : 2) {}
+      : tile(tile), chunks(chunks_of(d)), wide(wide_of(d)), slots(d.out_weight.data || d.input_residual.data ? 3 : 2) {}
 };
 
 // While a block finishes a tile it has begun the next one, whose partial products travel meanwhile, and copies a third.
@@ -56,12 +46,6 @@ int64_t bytes_of(const Layout& l) {
 
 #ifdef MMK_CLUSTERS
 
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll
-  for (int bits = 1; bits < 32; bits *= 2) x += __shfl_xor_sync(0xffffffffu, x, bits);
-  return x;
-}
-
 template <class T, int Tile, int Wide>
 struct Pass {
   static constexpr int V = kWide<T>, kSteps = Wide / 16, kFragments = Tile / 16, kPitch = Wide + 8;
@@ -71,25 +55,16 @@ struct Pass {
   static constexpr int kDown = kHidden + kTurns * 2 * kRowsBytes;
   const Adapter& d;
   const int chunks, slots;
-  int rank, adapter, first_channel;
+  const Part part;
+  int rank, first_channel;
   int numbered = 0, turn = 0, here = 0;  // of the tile at hand: its numbers, what was told of it, where its rows begin
   int parity = 0;                        // of the next exchange
-  int64_t begin;
-  int rows;  // of the part, from `begin` on
-  bool known;
   int lane, warp;
 
   __device__ __forceinline__ Pass(const Adapter& d)
-      : d(d), chunks(Layout(d, Tile).chunks), slots(Layout(d, Tile).slots) {
+      : d(d), chunks(Layout(d, Tile).chunks), slots(Layout(d, Tile).slots), part(d) {
     rank = ptx::cluster_rank();
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (d.mode == Mode::grouped) {
-      const Piece piece = find(d.begins, d.adapters + 2, d.group_rows, d.part, part());
-      adapter = piece.group, begin = piece.begin, rows = static_cast<int>(piece.end - begin);
-    } else {
-      adapter = 0, begin = part() * d.part, rows = static_cast<int>(min(d.part, d.rows - begin));
-    }
-    known = adapter < d.adapters;
     first_channel = rank * chunks * kChannels;
   }
 
@@ -98,7 +73,6 @@ struct Pass {
     numbered = tile % kNumbered, turn = tile % kTurns, here = stage_at(tile % kStages);
   }
 
-  static __device__ __forceinline__ int64_t part() { return blockIdx.x / kCluster; }
   __device__ __forceinline__ bool normed() const { return d.norm_weight.data; }
   __device__ __forceinline__ bool out_normed() const { return d.out_weight.data; }
 
@@ -153,65 +127,12 @@ struct Pass {
 
   // --- Weights and vectors, once a part ---
 
-  // The quarter of both weights; W_down times the norm's gain, so that it is a product of normalised rows.
   __device__ __forceinline__ void load_weights() const {
-    const int64_t own = known ? int64_t{adapter} * d.bottleneck * d.channels : 0;
-    const T *w_down = static_cast<const T*>(d.w_down) + own, *w_up = static_cast<const T*>(d.w_up) + own;
-    for (int i = threadIdx.x; i < chunks * Wide * kPieces; i += kThreads) {
-      const int k = i / kPieces / Wide, j = i / kPieces % Wide, piece = i % kPieces;
-      const int c = first_channel + k * kChannels + piece * V;
-      float w[V] = {};
-      if (known && j < d.bottleneck && c < d.channels) {
-        load_piece<T, V>(w, w_down + int64_t{j} * d.channels + c, V, true);
-        if (normed()) {
-          float gain[V];
-          load_parameter<T, V>(gain, d.norm_weight, c, V, true);
-#pragma unroll
-          for (int e = 0; e < V; ++e) w[e] *= gain[e];
-        }
-      }
-      store_elements<T, V>(reinterpret_cast<T*>(down_chunk(k) + j * kRowBytes) + piece * V, 0, w);
-    }
-    const bool whole = d.bottleneck % V == 0 && reinterpret_cast<uint64_t>(w_up) % 16 == 0;
-    for (int i = threadIdx.x; i < chunks * kChannels * kPieces; i += kThreads) {
-      const int row = i / kPieces, j = i % kPieces * V, c = first_channel + row;
-      float w[V] = {};
-      if (known && c < d.channels && j < d.bottleneck)
-        load_piece<T, V>(w, w_up + int64_t{c} * d.bottleneck + j, d.bottleneck - j >= V ? V : d.bottleneck - j, whole);
-      store_elements<T, V>(reinterpret_cast<T*>(up_chunk(0) + row * kRowBytes) + j, 0, w);
-    }
-    for (int i = threadIdx.x; i < chunks * kChannels; i += kThreads) {
-      const int c = first_channel + i;
-      const bool inside = c < d.channels;
-      up_bias(i) =
-          known && inside && d.b_up.data ? parameter<T>(d.b_up, int64_t{adapter} * d.channels + c) * d.factor : 0.0f;
-      out_gain(i) = inside && out_normed() ? parameter<T>(d.out_weight, c) : 0.0f;
-    }
-    __syncthreads();
-    // Sums over channels, of this quarter: of W_down times the norm's bias, and of W_down as it lies here.
-    for (int j = warp; j < Wide; j += kWarps) {
-      float of_bias = 0.0f, of_weight = 0.0f;
-      for (int i = lane; normed() && i < chunks * kChannels; i += 32) {
-        const int c = first_channel + i;
-        if (!known || j >= d.bottleneck || c >= d.channels) continue;
-        const T* row = reinterpret_cast<const T*>(down_chunk(i / kChannels) + j * kRowBytes);
-        of_weight += to_float(row[i % kChannels]);
-        if (d.norm_bias.data) of_bias += to_float(w_down[int64_t{j} * d.channels + c]) * parameter<T>(d.norm_bias, c);
-      }
-      of_bias = sum_of_warp(of_bias), of_weight = sum_of_warp(of_weight);
-      if (lane == 0) hidden_sums()[j] = of_bias, hidden_sums()[kMostHidden + j] = of_weight;
-    }
-    ptx::cluster_sync();
-    if (const int j = threadIdx.x; j < Wide) {
-      const bool has_bias = known && d.b_down.data && j < d.bottleneck;
-      float bias = has_bias ? parameter<T>(d.b_down, int64_t{adapter} * d.bottleneck + j) : 0.0f, weight = 0.0f;
-#pragma unroll
-      for (int r = 0; r < kCluster; ++r) {
-        const float* other = ptx::of_rank(hidden_sums(), r);
-        bias += other[j], weight += other[kMostHidden + j];
-      }
-      down_bias(j) = bias, down_sum(j) = weight;
-    }
+    const ClusterVectors vectors{hidden_sums(), &down_bias(0), &down_sum(0), &up_bias(0), &out_gain(0)};
+    load_quarter<T, Wide>(
+        d, part, first_channel, chunks, vectors,
+        [&](int j, int i) { return reinterpret_cast<T*>(down_chunk(i / kChannels) + j * kRowBytes) + i % kChannels; },
+        [&](int i, int j) { return reinterpret_cast<T*>(up_chunk(0) + i * kRowBytes) + j; });
   }
   __device__ __forceinline__ float& up_bias(int channel) const {
     return shared_at<float>(kChannelVectors)[channel];
@@ -239,8 +160,8 @@ struct Pass {
   __device__ __forceinline__ Row look_up(int first) const {
     Row row;
     const int place = first + static_cast<int>(threadIdx.x);
-    if (threadIdx.x >= Tile || place >= rows) return row;
-    row.m = row_of(d, begin + place);
+    if (threadIdx.x >= Tile || place >= part.rows) return row;
+    row.m = row_of(d, part.begin + place);
     const float* from = d.statistics + row.m;
     if (normed()) row.found[kMean] = from[0], row.found[kRstd] = from[d.rows], from += 2 * d.rows;
     if (out_normed()) row.found[kOutMean] = from[0], row.found[kOutRstd] = from[d.rows];
@@ -410,7 +331,7 @@ struct Pass {
                                                 const float (&z)[2], float (&dz_sum)[2]) const {
     float dz[2], plain = 0.0f, with_normed = 0.0f;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) dz[h] = known ? da[h] * d.factor * slopes[h] : 0.0f;
+    for (int h = 0; h < 2; ++h) dz[h] = part.known ? da[h] * d.factor * slopes[h] : 0.0f;
     tell(dhidden(), row, dz);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -432,7 +353,7 @@ struct Pass {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int j = lane * 2 + h;
-      const bool inside = known && j < d.bottleneck && number(row) >= 0;
+      const bool inside = part.known && j < d.bottleneck && number(row) >= 0;
       const float rounded = inside ? to_float(from_float<T>(z[h] + down_bias(j))) : 0.0f;
       a[h] = inside ? activated(rounded, d.activation) : 0.0f;
       slopes[h] = inside ? slope(rounded, d.activation) : 0.0f;
@@ -512,7 +433,7 @@ struct Pass {
 
   // The result again, and through its norm: dl.
   __device__ __forceinline__ void through_norm() const {
-    const float without = adapter == d.adapters ? 0.0f : NAN;
+    const float without = part.adapter == d.adapters ? 0.0f : NAN;
     expand<true>(hidden(), [&](int channel, int row, int at, const float (&sums)[2]) {
       const bool inside = first_channel + channel < d.channels && number(row) >= 0;
       const float mean = statistic(kOutMean, row), rstd = statistic(kOutRstd, row);
@@ -521,7 +442,7 @@ struct Pass {
       load_pair(g, kGradient, at), load_pair(rest, kOther, at);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float o = known ? sums[e] * d.factor + up_bias(channel + e) : without;
+        const float o = part.known ? sums[e] * d.factor + up_bias(channel + e) : without;
         const float y = (o + rest[e] - mean) * rstd;
         g[e] = (g[e] - average.x - y * average.y) * rstd;
         if (!inside) g[e] = 0.0f;
@@ -563,7 +484,7 @@ template <class T, int Tile, int Wide>
 __device__ __forceinline__ void one_pass(const Adapter& d) {
   using Own = Pass<T, Tile, Wide>;
   Own pass(d);
-  if (pass.adapter > d.adapters + 1) return;
+  if (pass.part.adapter > d.adapters + 1) return;
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(pass.gathered(), 1);
     ptx::mbarrier_init(pass.told(), 1);
@@ -586,12 +507,12 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
 
   // Tile i begins while tile i - 1 ends.
 #pragma unroll 1
-  for (int i = 0; (i - 1) * Tile < pass.rows; ++i) {
-    const bool begins = i * Tile < pass.rows, ends = i > 0;
+  for (int i = 0; (i - 1) * Tile < pass.part.rows; ++i) {
+    const bool begins = i * Tile < pass.part.rows, ends = i > 0;
     ptx::cp_async_wait<0>();
     __syncthreads();
     if (begins) {
-      if ((i + 1) * Tile < pass.rows) pass.copy_rows(i + 1);
+      if ((i + 1) * Tile < pass.part.rows) pass.copy_rows(i + 1);
       pass.take(i);
       pass.expect(true);
       if (pass.slots == 3 || pass.normed()) {
@@ -676,16 +597,16 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     for (int r = 0; r < kCluster; ++r)
       for (int w = 0; w < Own::kOwnRows; ++w) total += ptx::of_rank(sums, r)[w * Wide + j];
     pass.dz_total(j) = total;
-    if (pass.rank == 0 && pass.known && d.bias_parts && j < d.bottleneck)
-      d.bias_parts[pass.part() * d.bottleneck + j] = total;
+    if (pass.rank == 0 && pass.part.known && d.bias_parts && j < d.bottleneck)
+      d.bias_parts[Part::number() * d.bottleneck + j] = total;
   }
   ptx::cluster_sync();  // nobody leaves while its memory is read
-  if (!pass.known || !has_block) return;
+  if (!pass.part.known || !has_block) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int c = pass.first_channel + block * 16 + lane / 4 + half * 8;
     if (c >= d.channels) continue;
-    const int64_t first = pass.part() * d.bottleneck * d.channels;
+    const int64_t first = Part::number() * d.bottleneck * d.channels;
     const float gain = pass.normed() ? parameter<T>(d.norm_weight, c) : 1.0f;
     const float bias = pass.normed() && d.norm_bias.data ? parameter<T>(d.norm_bias, c) : 0.0f;
 #pragma unroll
@@ -699,7 +620,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         if (d.up_parts) d.up_parts[first + int64_t{c} * d.bottleneck + j] = of_up[n][i] * d.factor;
       }
     }
-    if (d.dl_parts && lane % 4 == 0) d.dl_parts[pass.part() * d.channels + c] = of_dl[half * 2] * d.factor;
+    if (d.dl_parts && lane % 4 == 0) d.dl_parts[Part::number() * d.channels + c] = of_dl[half * 2] * d.factor;
   }
 }
 
@@ -739,11 +660,7 @@ int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adap
   const bool input = d.input_residual.data, added = d.residual.data && d.out_weight.data;
   // By the time model a norm of the result alone is faster in two passes: what is element by element bounds this one.
   if (d.out_weight.data && !d.norm_weight.data) return 0;
-  const bool alike = (d.skip & 4) == 0 && (d.skip & 1) == (d.skip >> 1 & 1);
-  if (mmk_capability() < 9 || dtype == mmk::Dtype::fp32 || !d.by_vector || d.bottleneck > kMostHidden ||
-      d.channels > kChannels * kCluster * kMostChunks || d.seed || d.gate.data || d.scale.data || (input && added) ||
-      (input ? !alike : d.skip > 1) || reinterpret_cast<uint64_t>(d.w_down) % 16 != 0)
-    return 0;
+  if (!served_by_clusters(dtype, d) || (input && added) || (input ? d.skip % 3 != 0 : d.skip > 1)) return 0;
   for (int tile = kMostRows; tile >= 16; tile /= 2)
     if (bytes_of(Layout(d, tile)) <= mmk_shared_memory()) return tile;
   return 0;

@@ -16,6 +16,9 @@ using OptionalTensor = std::optional<Tensor>;
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Rows of an example from which on its own parts cost less than finding an order of all rows.
+constexpr int64_t kLongExample = 1024;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool aligned(const void* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
@@ -156,6 +159,15 @@ struct Call {
     return ceil_div(d.rows, size) + (d.mode == Mode::grouped ? std::min(groups, items) : 0);
   }
 
+  // Parts of the rows for so many clusters; twice as many where adapters differ, since their parts do.
+  void choose_parts(int64_t tile, int64_t clusters, int64_t groups) {
+    const int64_t wish = clusters * (d.mode == Mode::alone ? 1 : 2);
+    const bool by_example = d.mode == Mode::by_example;
+    const int64_t rows = by_example ? d.group_rows : d.rows;
+    d.part = tile * ceil_div(rows, tile * (by_example ? ceil_div(wish, batch) : wish));
+    d.parts = pieces(d.part, groups);
+  }
+
   // Finds the order of rows by adapters.
   void group(const Tensor& x, void* stream, const char* op) {
     const Tensor begins = empty(x, {d.adapters + 3}, ScalarType::Int), order = empty(x, {items}, ScalarType::Int);
@@ -182,6 +194,16 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
   Tensor statistics = empty(x, {numbers, call.batch, d.length}, ScalarType::Float);
   if (d.rows == 0) return {out, statistics};
   d.out = out.mutable_data_ptr(), d.statistics = floats(statistics);
+  if (const int clusters = mmk_adapter_cluster_forward_slots(call.dtype, &d)) {
+    if (index && d.group_rows >= kLongExample) {
+      d.mode = Mode::by_example;
+    } else if (index) {
+      call.group(x, device.stream, "adapter_fwd");
+    }
+    call.choose_parts(kClusterTile, clusters, d.adapters + 2);
+    check_launch(mmk_adapter_cluster_forward(call.dtype, &d, device.stream), "adapter_fwd");
+    return {out, statistics};
+  }
   call.choose_tile(false, "adapter_fwd");
   if (index) {
     // Tiles that end with their example, where that leaves few rows empty.

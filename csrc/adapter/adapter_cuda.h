@@ -51,7 +51,7 @@ struct Adapter {
   float *db_down, *db_up, *dscale;
 };
 
-constexpr int kMostTile = 128;
+constexpr int kMostTile = 128, kClusterTile = 32;
 // Bytes of shared memory a block takes.
 int64_t shared_bytes(Dtype dtype, int channels, int bottleneck, int tile, bool resident, bool backward);
 
@@ -63,6 +63,9 @@ int mmk_adapter_backward(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter,
 // The parts' sums, and the sums of an adapter's parts.
 int mmk_adapter_weights(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, void* stream);
 int mmk_adapter_sums(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, void* stream);
+// Clusters of multiprocessors that the device runs the forward by clusters on; 0 where it does not serve.
+int mmk_adapter_cluster_forward_slots(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter);
+int mmk_adapter_cluster_forward(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, void* stream);
 // Rows of a tile of the backward in one pass, by clusters of multiprocessors; 0 where it does not serve.
 int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter);
 // dx, dy and the parts' sums.

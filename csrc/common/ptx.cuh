@@ -58,17 +58,20 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return mmk_dynamic_shared;
 }
 
-// Starts a kernel whose blocks come in clusters; returns the CUDA error code (0: none). Asks for shared memory above 48
-// KB where it is needed.
+// Asks for shared memory above 48 KB where a kernel needs it.
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// Starts a kernel whose blocks come in clusters; returns the CUDA error code (0: none).
 template <class... Parameters, class... Arguments>
 int launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                     void* stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return static_cast<int>(error);
-  }
+  const cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return static_cast<int>(error);
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
@@ -86,6 +89,24 @@ template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            Arguments... arguments) {
   return launch_clusters(1, kernel, grid, block, shared_bytes, stream, arguments...);
+}
+
+// Clusters that the device runs at a time, which is less than its multiprocessors have room for: a cluster lies within
+// one of their groups. 0 where it runs none.
+template <class... Parameters>
+int most_clusters(int cluster, void (*kernel)(Parameters...), dim3 block, size_t shared_bytes) {
+  if (allow_shared(kernel, shared_bytes) != cudaSuccess) return 0;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster);
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters : 0;
 }
 
 namespace ptx {

@@ -255,6 +255,11 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   return launch_clusters(1, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
+template <class... Parameters>
+int most_clusters(int cluster, void (*)(Parameters...), dim3, size_t) {
+  return std::max(1, emulator::multiprocessors() / cluster);
+}
+
 namespace ptx {
 
 template <int Bytes>

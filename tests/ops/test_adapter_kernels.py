@@ -109,6 +109,8 @@ ONE_PASS = {
     "alone": ((1, 150, 264), 48, dict(terms=("x",))),
     "no residual": ((1, 9, 8), 3, {}),
     "a residual beside": ((2, 41, 72), 12, dict(norms="in out", terms=("x", "extra"))),
+    "Houlsby": ((2, 41, 136), 40, dict(norms="out", terms=("x", "extra"))),
+    "a residual instead": ((1, 33, 80), 8, dict(norms="out", terms=("extra",), biases=False)),
     "Pfeiffer": ((2, 41, 136), 20, dict(norms="in out", terms=("x", "input_residual"))),
     "a norm before": ((1, 70, 200), 64, dict(norms="in", terms=("x", "input_residual"), biases=False)),
     "wide rows": ((1, 33, 1024), 64, dict(norms="in out", terms=("x", "input_residual"))),
