@@ -1,6 +1,7 @@
 // What the kernels of adapters by clusters share: which rows a cluster has, and both weights' channels of a block.
 #pragma once
 #include <climits>
+#include <type_traits>
 
 #include "adapter/adapter_device.cuh"
 #include "common/hopper.cuh"
@@ -34,6 +35,8 @@ inline bool served_by_clusters(Dtype dtype, const Adapter& d) {
 
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
   const auto elements = *reinterpret_cast<const Elements<T, 2>*>(&pair);
   return make_float2(to_float(elements.at[0]), to_float(elements.at[1]));
 }

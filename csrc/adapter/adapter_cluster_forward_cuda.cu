@@ -46,6 +46,7 @@ struct Team {
   const Part& part;
   const int chunks, first_channel, rank, team, thread, lane, warp;
   const Layout layout;
+  const float of_columns, of_block;  // one over channels
   unsigned char *down_weight, *up_weight, *own;
 
   __device__ __forceinline__ Team(const Adapter& d, const Part& part, int rank)
@@ -58,7 +59,9 @@ struct Team {
         thread(threadIdx.x % kTeam),
         lane(threadIdx.x % 32),
         warp(threadIdx.x % kTeam / 32),
-        layout(chunks, Wide) {
+        layout(chunks, Wide),
+        of_columns(share(0, d.channels)),
+        of_block(share(first_channel, chunks * kChannels)) {
     down_weight = shared_memory() + kVectorsBytes;
     up_weight = down_weight + Wide * layout.pitch;
     own = shared_memory() + kVectorsBytes + layout.weights + team * layout.team;
@@ -99,9 +102,12 @@ struct Team {
   __device__ __forceinline__ unsigned char* rows(int buffer) const {
     return own + layout.rows_at + buffer * kTile * layout.pitch;
   }
-  // Channels from c on, of `size`.
+  // Channels from c on, of `size`, and one over that.
   __device__ __forceinline__ float count(int c, int size) const {
     return static_cast<float>(max(min(d.channels - c, size), 0));
+  }
+  __device__ __forceinline__ float share(int c, int size) const {
+    return 1.0f / static_cast<float>(max(min(d.channels - c, size), 1));
   }
 
   // --- Rows ---
@@ -173,8 +179,7 @@ struct Team {
         }
       }
       if (!normed()) return;
-      const float of_block = count(first_channel, chunks * kChannels);
-      const float mean = of_block > 0.0f ? sum_of_row(total) / of_block : 0.0f;
+      const float mean = sum_of_row(total) * of_block;
       float squares = 0.0f;
 #pragma unroll
       for (int k = 0; k < kMostChunks; ++k) {
@@ -226,7 +231,8 @@ struct Team {
     }
   }
 
-  // Of an own row, by a warp: the bottleneck, to all blocks. Lanes have two neighbouring columns, those that there are.
+  // Of an own row, by a warp: the bottleneck, to all blocks. Lanes have two neighbouring columns, those that
+  // there are.
   __device__ __forceinline__ void answer(int own_row, int m) const {
     float z[2] = {}, mean = 0.0f, rstd = 1.0f;
     const bool has_columns = lane * 2 < Wide;
@@ -238,19 +244,18 @@ struct Team {
       }
     }
     if (normed()) {
-      const float columns = static_cast<float>(d.channels);
       float squares = 0.0f;
 #pragma unroll
       for (int r = 0; r < kCluster; ++r)
         mean += moments(r)[own_row].x * count(r * chunks * kChannels, chunks * kChannels);
-      mean /= columns;
+      mean *= of_columns;
 #pragma unroll
       for (int r = 0; r < kCluster; ++r) {
         const float2 of_rank = moments(r)[own_row];
         squares +=
             of_rank.y + count(r * chunks * kChannels, chunks * kChannels) * (of_rank.x - mean) * (of_rank.x - mean);
       }
-      rstd = 1.0f / sqrtf(squares / columns + d.eps);
+      rstd = rsqrtf(squares * of_columns + d.eps);
       if (lane == 0 && m >= 0) d.statistics[m] = mean, d.statistics[d.rows + m] = rstd;
     }
     if (!has_columns) return;
@@ -261,8 +266,8 @@ struct Team {
       const ClusterVectors v = vectors();
       if (normed()) z[h] = (z[h] - mean * v.down_sum[j]) * rstd;
       // Without an adapter nothing of a row may come through: 0 times infinity is not 0.
-      a[h] = part.known && j < d.bottleneck ? activated(to_float(from_float<T>(z[h] + v.down_bias[j])), d.activation)
-                                            : 0.0f;
+      const bool inside = part.known && j < d.bottleneck;
+      a[h] = inside ? activated(to_float(from_float<T>(z[h] + v.down_bias[j])), d.activation) : 0.0f;
     }
     const uint32_t both = pack<T>(a[0], a[1]);
     auto* to = reinterpret_cast<uint32_t*>(hidden() + (rank * kOwnRows + own_row) * kUpPitch) + lane;
@@ -313,10 +318,10 @@ struct Team {
       }
     }
     if (out_normed()) {
-      const float columns = static_cast<float>(d.channels), of_warp = count(first_channel + first, own_channels);
+      const float of_warp = share(first_channel + first, own_channels);
       float mean[2], squares[2] = {};
 #pragma unroll
-      for (int h = 0; h < 2; ++h) mean[h] = of_warp > 0.0f ? quad_sum(total[h]) / of_warp : 0.0f;
+      for (int h = 0; h < 2; ++h) mean[h] = quad_sum(total[h]) * of_warp;
 #pragma unroll
       for (int block = 0; block < kMostBlocks; ++block) {
         if (block * 8 >= own_channels || block * 8 >= left) continue;
@@ -333,11 +338,11 @@ struct Team {
       const int mine = warp * 8 + lane / 4, begin = lane % 4 * chunks * kChannels;
       const float2 parts[2] = {out_moments(lane % 4, 0)[mine], out_moments(lane % 4, 1)[mine]};
       const float counts[2] = {count(begin, own_channels), count(begin + own_channels, own_channels)};
-      const float all = quad_sum(parts[0].x * counts[0] + parts[1].x * counts[1]) / columns;
+      const float all = quad_sum(parts[0].x * counts[0] + parts[1].x * counts[1]) * of_columns;
       float deviations = 0.0f;
 #pragma unroll
       for (int h = 0; h < 2; ++h) deviations += parts[h].y + counts[h] * (parts[h].x - all) * (parts[h].x - all);
-      const float rstd = 1.0f / sqrtf(quad_sum(deviations) / columns + d.out_eps);
+      const float rstd = rsqrtf(quad_sum(deviations) * of_columns + d.out_eps);
       if (lane % 4 == 0) {
         averages()[mine] = make_float2(-all * rstd, rstd);
         const int m = numbers[mine];
