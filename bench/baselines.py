@@ -19,7 +19,7 @@ import mmkernels
 from mmkernels import testing
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import adapted, adapters, conditional, fusion, launches, products, rows, text
+from . import adapted, adapters, conditional, fusion, launches, perceiver, products, rows, text
 from .problem import lacking
 from .registry import Inputs, Problem
 
@@ -254,6 +254,8 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
         return _adapted(problem, with_compile)
     if isinstance(problem, text.Text):
         return _texts(problem, with_compile)
+    if isinstance(problem, perceiver.PerceiverIO):
+        return _perceivers(problem, with_compile)
     if isinstance(problem, fusion.Fusion):
         return _networks(problem, with_compile) if problem.network else _bottleneck(problem, inputs, cuda, with_compile)
     listed = [*_ours(problem, inputs, cuda)]
@@ -671,6 +673,73 @@ def _texts(problem, with_compile):
     listed.append(Candidate("mmkernels, no grids", "floor", text.function(plain, "auto"), **floor))
     listed.append(Candidate("transformers, no grids", "floor", hugging_face, missing, **floor))
     return listed
+
+
+# --- Perceiver IO -----------------------------------------------------------------------------------------------------------
+
+
+def _perceiver_library(model):
+    """Hugging Face's model of the sizes of ours."""
+    import transformers
+
+    parts, encoder = model.config, model.config.encoder
+    fields = {
+        "num_latents": encoder["num_latents"],
+        "d_latents": encoder["latent_channels"],
+        "d_model": model.input.channels,
+        "num_blocks": encoder["num_blocks"],
+        "num_self_attends_per_block": encoder["layers_per_block"],
+        "num_self_attention_heads": encoder.get("self_heads", 8),
+        "num_cross_attention_heads": encoder.get("cross_heads", 1),
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+    kind = parts.output["kind"]
+    if kind == "tokens":
+        name = "PerceiverForMaskedLM"
+        fields |= {"vocab_size": parts.input["vocab_size"], "max_position_embeddings": parts.input["max_length"]}
+        fields |= {"qk_channels": encoder["self_qk_channels"], "v_channels": encoder["self_v_channels"]}
+    elif kind == "flow":
+        name = "PerceiverForOpticalFlow"
+        fields |= {"train_size": parts.input["shape"]}
+    elif kind == "multimodal":
+        name = "PerceiverForMultimodalAutoencoding"
+        video, sound = parts.input["modalities"]["image"], parts.input["modalities"]["audio"]
+        fields |= {
+            "num_frames": video["shape"][0],
+            "image_size": video["shape"][1] // video["patch"][1],
+            "audio_samples_per_frame": sound["shape"][0] // video["shape"][0],
+            "samples_per_patch": sound["patch"][0],
+            "output_shape": [1, *video["shape"]],
+            "output_num_channels": parts.output["channels"],
+            "_label_trainable_num_channels": parts.queries["modalities"]["label"]["channels"],
+            "num_labels": parts.output["modalities"]["label"]["num_classes"],
+        }
+    else:
+        stem, positions = parts.input["kind"], parts.input["positions"]["kind"]
+        what = "ConvProcessing" if stem == "conv_stem" else "Learned" if positions == "learned" else "Fourier"
+        name = f"PerceiverForImageClassification{what}"
+        fields |= {"image_size": parts.input["shape"][0], "num_labels": parts.output["num_classes"]}
+    weight = model.encoder.latents
+    return getattr(transformers, name)(transformers.PerceiverConfig(**fields)).to(weight.device, weight.dtype)
+
+
+def _perceiver_converted(model):
+    network = _perceiver_library(model)
+    mmkernels.convert(network)
+    return network
+
+
+def _perceivers(problem, with_compile):
+    """Ours and its plain twin, Hugging Face's, and that after `convert`."""
+    listed = [Candidate("mmkernels", "mmkernels", perceiver.function(problem, "auto"))]
+    listed.append(Candidate("eager", "baseline", perceiver.function(problem, "eager")))
+    if with_compile:
+        for name, kind, by in (("mmkernels compiled", "mmkernels", "auto"), ("torch.compile", "baseline", "eager")):
+            listed.append(Candidate(name, kind, perceiver.function(problem, by, compiler=_compiled)))
+    missing = lacking("transformers")
+    function, note = perceiver.function(problem, _perceiver_converted), "transformers after mmkernels.convert"
+    listed.append(Candidate("mmkernels convert", "mmkernels", function, missing, note))
+    return [*listed, Candidate("transformers", "baseline", perceiver.function(problem, _perceiver_library), missing)]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import adapted, adapters, conditional, fusion, products, rows, text
+from . import adapted, adapters, conditional, fusion, perceiver, products, rows, text
 from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
@@ -49,6 +49,7 @@ OtherProblem = (
     | adapters.Fused
     | conditional.Conditional
     | fusion.Fusion
+    | perceiver.PerceiverIO
     | products.Product
     | rows.Rows
     | text.Text
@@ -144,6 +145,7 @@ def _gpu_cases():
     )
     layers = (*adapted.ONE[3:], *adapted.SPLIT, adapted.SPLIT_64, *adapted.FUSE, adapted.LORA_8)
     cases += _cases(("forward", "step"), *(p._replace(dtype="bfloat16") for p in layers))
+    cases += _cases(("forward", "step"), *(p._replace(dtype="bfloat16", batch=8 * p.batch) for p in perceiver.MODELS))
     cases += _cases(("step",), *(p._replace(dtype="bfloat16", batch=32) for p in (text.BASE, text.BASE_PLAIN)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=32) for p in text.GENERATE_BASE))
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
@@ -189,6 +191,7 @@ PRESETS = {
         adapted.LORA,
         adapted.LORA_8,
     )
+    + _cases(("forward", "step"), *perceiver.MODELS)
     + _cases(("step",), text.SMALL, text.SMALL_PLAIN)
     + _cases(("forward",), *text.GENERATE)
     # Time and memory against M.

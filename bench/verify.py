@@ -7,7 +7,7 @@ import torch
 import mmkernels
 from mmkernels import testing
 
-from . import adapted, adapters, text
+from . import adapted, adapters, perceiver, text
 from .baselines import Candidate
 from .registry import Inputs, Problem
 
@@ -48,6 +48,8 @@ def errors(problem, candidate: Candidate, inputs: Inputs, wanted: tuple, actual,
     solved = candidate.solves or problem
     if solved is not problem:
         right = exact(solved, inputs, wanted)
+    if isinstance(solved, perceiver.PerceiverIO) and "convert" in candidate.name:
+        plain = None  # the library makes positions in float32: the same function, by other roundings
     if not isinstance(solved, text.Text):
         return check(candidate, actual, right, plain, kinks=isinstance(solved, adapters.Adapters | adapted.Adapted))
     if solved.beams:

@@ -67,7 +67,7 @@ def latent_attention(
         q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
     )
     chosen = _plan(q, x, w_k, w_v, num_heads)
-    name = _choose(x, backend, _preference(q, x, w_k, w_v, position, num_heads, chosen))
+    name = _choose(x, backend, _order(q, x, w_k, w_v, position, num_heads, chosen))
     if key_mask is not None and q.shape[0] == x.shape[0]:
         q = _zero_without_keys(q, key_mask)  # else their NaN would reach w_k's gradient
     if name == "reference":
@@ -107,7 +107,7 @@ def explain_latent_attention(
     """The `explain` of `latent_attention`."""
     q, x, w_k, w_v, *_ = _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale)
     chosen = _plan(q, x, w_k, w_v, num_heads)
-    name = _choose(x, backend, _preference(q, x, w_k, w_v, position, num_heads, chosen))
+    name = _choose(x, backend, _order(q, x, w_k, w_v, position, num_heads, chosen))
     detail = "" if name == "reference" else f"scores: {chosen.score}, values: {chosen.value}, {chosen.flops:.3g} operations"
     reasons = {n: _refusals(n, x) for n in _backends.NAMES}
     return _backends.Explanation("latent_attention", name, detail, reasons)
@@ -255,10 +255,15 @@ def _plan(q, x, w_k, w_v, num_heads):
 HOPPER_PREFERENCE = ("cuda", "triton", "reference")
 
 
-def _preference(q, x, w_k, w_v, position, num_heads, chosen):
-    """The order of the backends; where the sm_90 kernels run is what csrc/latent/latent_hopper_cuda.cu asks for."""
+def _order(q, x, w_k, w_v, position, num_heads, chosen):
+    """The order of the backends."""
     if not plan.absorbed(chosen) and max(w_k.shape[0], w_v.shape[0]) > num_heads * MAX_CHANNELS:
         return ("reference",)  # heads that no kernel of `ops.attention` takes
+    return _preference(q, x, position, num_heads, chosen)
+
+
+def _preference(q, x, position, num_heads, chosen):
+    """That of the absorbed form; where the sm_90 kernels run is what csrc/latent/latent_hopper_cuda.cu asks for."""
     channels = x.shape[2] + (0 if position is None else position.shape[1])
     if (
         x.device.type == "cuda"
