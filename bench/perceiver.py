@@ -105,7 +105,7 @@ class PerceiverIO(NamedTuple):
 
     def make_tensors(self, normal) -> tuple:
         """(tensors by name, options, shapes of the outputs); `normal(*shape)` makes random numbers."""
-        tensors = {name: _weight(name, p, normal) for name, p in network(self, "eager", "cpu").named_parameters()}
+        tensors = {name: _weight(name, p, normal) for name, p in network(self, "eager", "meta").named_parameters()}
         device = normal(1).device
         input, b = self.sizes.input, self.batch
         if self.kind == "tokens":
@@ -130,7 +130,7 @@ class PerceiverIO(NamedTuple):
         if pass_ == "forward":
             return ()
         # The bias of keys has no gradient, since it adds to all scores alike.
-        return tuple(n for n, _ in network(self, "eager", "cpu").named_parameters() if not n.endswith("attention.key.bias"))
+        return tuple(n for n, _ in network(self, "eager", "meta").named_parameters() if not n.endswith("attention.key.bias"))
 
     def exact(self, inputs, names: tuple) -> testing.Run:
         """Outputs and gradients in float64, by the plain twin."""
@@ -141,7 +141,7 @@ class PerceiverIO(NamedTuple):
 
     def counts(self, pass_: str) -> tuple:
         """(operations, bytes) of products: attentions by the cheapest plan, the backward twice the forward; weights once."""
-        model, b = network(self, "eager", "cpu"), self.batch
+        model, b = network(self, "eager", "meta"), self.batch
         encoder, decoder = model.encoder, model.decoder.cross
         n, d = encoder.latents.shape
         m, outputs = self._elements()
@@ -160,9 +160,9 @@ class PerceiverIO(NamedTuple):
             return (self.sizes.input["max_length"],) * 2
         if self.kind == "multimodal":
             parts = self.sizes.input["modalities"]
-            image, audio = parts["image"], parts["audio"]
-            inputs = math.prod(s // p for part in (image, audio) for s, p in zip(part["shape"], part["patch"], strict=True))
-            return inputs + 1, sum(1 if p is None else len(p) for p in _points(self, "cpu").values())
+            patches = [zip(parts[name]["shape"], parts[name]["patch"], strict=True) for name in ("audio", "image")]
+            inputs = 1 + sum(math.prod(s // p for s, p in sizes) for sizes in patches)
+            return inputs, sum(1 if p is None else len(p) for p in _points(self, "cpu").values())
         elements = math.prod(self.sizes.input["shape"])
         if self.sizes.input["kind"] == "conv_stem":
             elements //= 16
@@ -248,5 +248,5 @@ def function(problem: PerceiverIO, backend, *, compiler=lambda function: functio
 
 @functools.lru_cache(maxsize=4)
 def _library_names(problem):
-    own = network(problem, "eager", "cpu")
+    own = network(problem, "eager", "meta")
     return dict(zip(own.state_dict(), perceiver_io.to_huggingface(own), strict=True))

@@ -19,6 +19,7 @@ from bench import (
     fusion,
     launches,
     memory,
+    perceiver,
     plots,
     products,
     registry,
@@ -52,7 +53,7 @@ def test_ids_are_unique_and_passes_known(preset):
     ids = [case.id for case in cases]
     assert len(set(ids)) == len(ids)
     assert {case.pass_ for case in cases} <= set(registry.PASSES)
-    others = {"fusion_layer", "mbt", "hypergrid_t5", "conditional_attention", "ca_mtl_layer", "adapted_layer"}
+    others = {"fusion_layer", "mbt", "hypergrid_t5", "conditional_attention", "ca_mtl_layer", "adapted_layer", "perceiver_io"}
     assert {case.problem.op for case in cases} == {*ops.EXPLAINERS, *(others if preset != "quick" else ())}
 
 
@@ -145,6 +146,18 @@ def test_models_with_adapters_are_verified_beside_their_libraries(problem, pass_
     library = "peft" if problem.preset == "lora" else "adapters"
     assert {library, "mmkernels convert", "no adapters"} <= set(found)
     assert (len(found[library]["errors"]) > 1) == (pass_ == "step")
+
+
+@pytest.mark.parametrize("problem", perceiver.MODELS, ids=lambda p: p.name)
+def test_whole_perceivers_are_verified_beside_their_library(problem, monkeypatch):
+    monkeypatch.setattr(memory, "peak", lambda *_: None)
+    case = registry.Case(problem.small(), "step")
+    found = {r["candidate"]: r for r in run.run_problem([case], CPU, seconds=0.01, with_compile=False)}
+    assert {r["status"] for r in found.values()} == {"ok"}, [r.get("reason") for r in found.values()]
+    assert {"mmkernels", "eager", "mmkernels convert", "transformers"} == set(found)
+    assert any(name.startswith("gradient of encoder") for name in found["transformers"]["errors"])
+    operations, moved = problem.counts("forward")
+    assert operations > 1e9 and moved > 4e6
 
 
 @pytest.mark.parametrize("pass_", ["forward", "step"])
