@@ -181,6 +181,18 @@ def absorbed_by_hand(
     return out.transpose(1, 2).flatten(2) + (w_v @ norm_bias + b_v)
 
 
+def in_chunks(x, *, chunk, position=None, key_mask=None, **arguments):
+    """`ops.latent_attention_stream` of an input that is in memory, so that all candidates are given the same."""
+
+    def chunks():
+        for start in range(0, x.shape[1], chunk):
+            rows = slice(start, start + chunk)
+            yield x[:, rows], None if position is None else position[rows], None if key_mask is None else key_mask[:, rows]
+
+    parameters = [t for t in (x, position) if t is not None and t.requires_grad]
+    return mmkernels.ops.latent_attention_stream(chunks=chunks, parameters=parameters, **arguments)
+
+
 def perceiver_pytorch_attention(
     q, x, w_k, w_v, *, num_heads, norm_weight, norm_bias, b_v, eps=1e-5, position=None, key_mask=None
 ):
@@ -285,6 +297,10 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
         add_absorbed("eager absorbed", eager_attention)
         add_absorbed("sdpa absorbed", sdpa_padded)
         listed.append(_perceiver(problem))
+        if problem.chunk:
+            note = f"reads {problem.chunk} rows at a time, and again for gradients"
+            streamed = functools.partial(in_chunks, chunk=problem.chunk)
+            listed.insert(1, Candidate("mmkernels stream", "mmkernels", streamed, note=note))
     if cuda:
         for name in ("flash", "cudnn", "efficient"):
             add(f"sdpa {name}", _sdpa_backend(f"{name}_attention".upper()))

@@ -34,6 +34,7 @@ class Problem(NamedTuple):
     masked: bool = False  # a key mask that hides up to half of each example's keys
     bias: bool = False  # a bias (1, H, N, M) that wants a gradient
     dtype: str = "float32"
+    chunk: int = 0  # latent_attention_stream reads the input in pieces of so many rows; 0: it is no candidate
 
     id = problem_id
     torch_dtype = problem_dtype
@@ -86,6 +87,7 @@ FLOW = _latent("flow", 2048, 182528, 322, shared_queries=True)
 BYTES = _latent("language-bytes", 256, 2048, 768, 256, 1280, heads=8, shared_queries=True, masked=True)
 STARCRAFT = _latent("starcraft", 32, 512, 128, batch=32, masked=True)
 CLASSIFY = _latent("class-decoder", 1, 512, 1024, batch=16, shared_queries=True)
+STREAM, LONG_STREAM = (_latent(f"stream-{m}", 64, m, 64, shared_queries=True, chunk=4096) for m in (100_000, 1_000_000))
 LATENT_TINY = _latent("tiny", 8, 32, 16)
 
 SELF_IMAGENET = _attention("self-imagenet", 512, 512, 128, heads=8)
@@ -195,7 +197,8 @@ PRESETS = {
     + _cases(("step",), text.SMALL, text.SMALL_PLAIN)
     + _cases(("forward",), *text.GENERATE)
     # Time and memory against M.
-    + _cases(("forward",), *(IMAGENET._replace(name=f"keys-{m}", keys=m) for m in (1024, 4096, 16384, 65536))),
+    + _cases(("forward",), *(IMAGENET._replace(name=f"keys-{m}", keys=m) for m in (1024, 4096, 16384, 65536)))
+    + _cases(("forward", "step"), STREAM, LONG_STREAM),
     "gpu": _gpu_cases(),
 }
 

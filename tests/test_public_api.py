@@ -22,7 +22,7 @@ SIGNATURES = {
     ops.bottleneck_attention: "(tokens_qkv, bottleneck_qkv, *, key_masks=None, scale=None, query_rows='all', backend='auto')",
     ops.film_layer_norm: "(x, gain, bias, *, residual=None, residual_bias=None, index=None, eps=1e-05, backend='auto')",
     ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
-    "position=None, key_mask=None, scale=None, backend='auto')",
+    "position=None, key_mask=None, scale=None, dropout_p=0.0, dropout_seed=None, backend='auto')",
     ops.latent_attention_sharded: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, "
     "b_v=None, position=None, key_mask=None, scale=None, group=None, backend='auto')",
     ops.latent_attention_stream: "(q, chunks, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, "
@@ -38,12 +38,12 @@ SIGNATURES = {
     mmkernels.explain: "(op_name, *args, **kwargs)",
     mmkernels.use_backend: "(name)",
     modules.LatentCrossAttention: "(query_channels, input_channels, *, num_heads=1, qk_channels=None, v_channels=None, "
-    "output_channels=None, shape_for_attention='kv', eps=1e-05, backend='auto', device=None, dtype=None)",
+    "output_channels=None, shape_for_attention='kv', eps=1e-05, dropout=0.0, backend='auto', device=None, dtype=None)",
     modules.LatentCrossAttention.forward: "(self, queries, inputs, *, position=None, key_mask=None, query_position=None, "
     "query_mask=None, group=None)",
     modules.LatentCrossAttention.stream: "(self, queries, chunks, *, parameters=(), query_position=None, query_mask=None)",
     modules.LatentSelfAttention: "(channels, *, num_heads=8, qk_channels=None, v_channels=None, output_channels=None, "
-    "eps=1e-05, backend='auto', device=None, dtype=None)",
+    "eps=1e-05, dropout=0.0, backend='auto', device=None, dtype=None)",
     modules.LatentSelfAttention.forward: "(self, latents, *, key_mask=None)",
     modules.BottleneckFusionLayer: "(modalities, channels, *, update='mean', **options)",
     modules.BottleneckFusionLayer.forward: "(self, tokens, bottleneck=None, *, key_masks=None, rows='all')",

@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "attention/attention_list.h"
+#include "attention/dropout.h"
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/sums.h"
@@ -233,18 +234,6 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 // What depends on the lengths, once those are known.
-void set_dropout(Attention& a, const OptionalTensor& seed, double dropout_p) {
-  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p is ", dropout_p, "; it must be in [0, 1)");
-  if (dropout_p == 0.0) return;
-  STD_TORCH_CHECK(seed.has_value(), "seed is None; with dropout_p > 0 it must be an int64 tensor of one element");
-  check_dtype(*seed, "seed", ScalarType::Long);
-  check_shape(*seed, "seed", {1});
-  a.dropout = true;
-  a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  a.drop_below = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 4294967295.0));
-  a.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
-}
-
 void set_keys_in_memory(Attention& a) {
   a.load_keys = attention_kernels().load_keys;
   a.key_space = kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim));

@@ -1,4 +1,7 @@
 // Attention over a normalised input that is key and value at once. No torch here.
+//
+// With dropout qk_dim and v_dim count one channel more, the last: 1 in the keys and 0 in the queries. It leaves scores
+// as they are, and its output is the sum of a row's dropped weights.
 #pragma once
 #include "attention/attention.h"
 
@@ -7,7 +10,7 @@ namespace mmk {
 struct LatentAttention : Attention {
   Strided x;         // (B,M,Cx) in the last three dimensions
   Strided position;  // (M,C-Cx) in the last two, or no data
-  int64_t x_channels;
+  int64_t channels, x_channels;
   float eps;                   // negative: no normalisation
   Strided dx;                  // as x, or no data
   Strided dposition;           // as position, or no data

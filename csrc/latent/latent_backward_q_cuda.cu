@@ -66,6 +66,13 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
       for (int m = 0; m < Tile::kFragments; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          DropoutRow dropped{};
+          float dsum = 0.0f;
+          if (p.seed) {
+            const int64_t row = share.batch * p.rows + share.first_row + at.row(m, half);
+            dropped = dropout_row(*p.seed, row);
+            if (share.first_row + at.row(m, half) < p.rows) dsum = b.dsum[row];
+          }
 #pragma unroll
           for (int n = 0; n < Tile::kScores; ++n) {
             float ds[2];
@@ -73,7 +80,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
             for (int i = 0; i < 2; ++i) {
               const float weight =
                   ptx::exp2(fmaf(s[m][n][2 * half + i], scale, shared.keys.bias[at.score(n) + i] - shift[m][half]));
-              ds[i] = score_gradient(weight, dp[m][n][2 * half + i], delta[m][half]);
+              float dweight = dp[m][n][2 * half + i];
+              if (p.seed) dweight = (dweight + dsum) * keep_factor(p, dropped, first + at.score(n) + i);
+              ds[i] = score_gradient(weight, dweight, delta[m][half]);
             }
             store_two(shared.dscores + at.row(m, half) * Shared::kWeightPitch + at.score(n), ds[0], ds[1]);
           }
@@ -126,7 +135,7 @@ __global__ void reduce_kernel(const float* partial, int64_t parts, int64_t eleme
 
 template <class T>
 __global__ void delta_kernel(Problem p, Strided dout, Strided out, const float* dlse, int64_t dlse_batch,
-                             int64_t dlse_row, float* delta) {
+                             int64_t dlse_row, float* delta, float* dsum) {
   const int64_t row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / 32;
   if (row >= p.batch * p.rows) return;
   const int64_t b = row / p.rows, r = row % p.rows;
@@ -137,7 +146,12 @@ __global__ void delta_kernel(Problem p, Strided dout, Strided out, const float* 
     sum += to_float(from_float<T>(g[c * dout.channel])) * o[c * out.channel];
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
-  if (threadIdx.x % 32 == 0) delta[row] = sum - (dlse ? dlse[b * dlse_batch + r * dlse_row] : 0.0f);
+  if (threadIdx.x % 32 != 0) return;
+  if (p.seed) {
+    dsum[row] = g[channels(p) * dout.channel];
+    sum += dsum[row] * o[channels(p) * out.channel];
+  }
+  delta[row] = sum - (dlse ? dlse[b * dlse_batch + r * dlse_row] : 0.0f);
 }
 
 using BackwardChoice = Choice<Problem, Plan, Backward, bool>;
@@ -162,7 +176,7 @@ BackwardChoice choose_backward_q(const Problem& p, const Device& device) {
 using namespace mmk::latent;
 
 extern "C" int mmk_latent_plan_bwd_q(const Problem* p, Plan* plan) {
-  if (mmk_latent_hopper_plan_bwd_q(p, plan) == 0) return 0;
+  if (!p->seed && mmk_latent_hopper_plan_bwd_q(p, plan) == 0) return 0;
   const Device device = this_device();
   return with_type(p->type, [&](auto zero) {
     const auto choice = choose_backward_q<decltype(zero)>(*p, device);
@@ -188,11 +202,11 @@ extern "C" int mmk_latent_bwd_q(const Problem* p, const Plan* plan, const Backwa
 }
 
 extern "C" int mmk_latent_delta(const Problem* p, const Strided* dout, const Strided* out, const float* dlse,
-                                int64_t dlse_batch, int64_t dlse_row, float* delta, void* stream) {
+                                int64_t dlse_batch, int64_t dlse_row, float* delta, float* dsum, void* stream) {
   return with_type(p->type, [&](auto zero) {
     using T = decltype(zero);
     const dim3 blocks(static_cast<unsigned>(ceil_div(p->batch * p->rows, kWarps)));
     return mmk::launch(delta_kernel<T>, blocks, dim3(kThreads), 0, stream, *p, *dout, *out, dlse, dlse_batch, dlse_row,
-                       delta);
+                       delta, dsum);
   });
 }

@@ -12,7 +12,9 @@ struct BackwardXShared {
   KeyTile<T, Tile::kRows> keys;
   T *q, *dout, *weights, *dscores;  // q, dout, shift and delta twice where the buffers are doubled
   float *shift, *delta;
-  float2* exchange;  // per key and column group
+  float* dsum;          // with dropout, as delta
+  DropoutRow* dropped;  // with dropout, as delta
+  float2* exchange;     // per key and column group
   int bytes;
 
   __host__ __device__ BackwardXShared(const Problem& p, bool doubled, unsigned char* base) {
@@ -23,6 +25,8 @@ struct BackwardXShared {
     dout = arena.take<T>(columns * keys.pitch);
     shift = arena.take<float>(columns);
     delta = arena.take<float>(columns);
+    dsum = arena.take<float>(p.seed ? columns : 0);
+    dropped = arena.take<DropoutRow>(p.seed ? columns : 0);
     weights = arena.take<T>(Tile::kRows * kWeightPitch);
     dscores = arena.take<T>(Tile::kRows * kWeightPitch);
     exchange = arena.take<float2>(Tile::kRows * Tile::kColumnGroups);
@@ -37,6 +41,10 @@ struct BackwardXShared {
       const bool inside = first + i < p.rows;
       shift[start + i] = inside ? shift_of(b.lse[batch * p.rows + first + i]) : INFINITY;
       delta[start + i] = inside ? b.delta[batch * p.rows + first + i] : 0.0f;
+      if (p.seed) {
+        dsum[start + i] = inside ? b.dsum[batch * p.rows + first + i] : 0.0f;
+        dropped[start + i] = dropout_row(*p.seed, batch * p.rows + first + i);
+      }
     }
     ptx::cp_async_commit();
   }
@@ -146,7 +154,13 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
               for (int i = 0; i < 2; ++i) {
                 const int column = at.score(n) + i;
                 w[i] = ptx::exp2(fmaf(s[m][n][2 * half + i], scale, bias - shared.shift[start + column]));
-                ds[i] = p.scale * score_gradient(w[i], dp[m][n][2 * half + i], shared.delta[start + column]);
+                float dweight = dp[m][n][2 * half + i], keep = 1.0f;
+                if (p.seed) {
+                  keep = keep_factor(p, shared.dropped[start + column], first_key + row);
+                  dweight = (dweight + shared.dsum[start + column]) * keep;
+                }
+                ds[i] = p.scale * score_gradient(w[i], dweight, shared.delta[start + column]);
+                w[i] *= keep;
               }
               store_two(shared.weights + row * Shared::kWeightPitch + at.score(n), w[0], w[1]);
               store_two(shared.dscores + row * Shared::kWeightPitch + at.score(n), ds[0], ds[1]);

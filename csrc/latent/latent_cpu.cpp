@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "attention/dropout.h"
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -45,7 +46,7 @@ LatentAttention describe_input(ScalarType dtype, const Tensor& x, const Optional
     check_shape(*key_mask, "key_mask", {a.batch, a.keys});
     a.key_mask = strided(*key_mask);
   }
-  a.qk_dim = a.v_dim = channels;
+  a.channels = a.qk_dim = a.v_dim = channels;
   a.scale = static_cast<float>(scale), a.eps = static_cast<float>(eps);
   a.load_keys = latent_kernels().load_keys;
   a.key_space = latent_key_space(channels);
@@ -53,12 +54,18 @@ LatentAttention describe_input(ScalarType dtype, const Tensor& x, const Optional
   return a;
 }
 
-LatentAttention describe(const Tensor& q, const Tensor& x, const OptionalTensor& position,
-                         const OptionalTensor& key_mask, double scale, double eps) {
+// `q` is replaced where the kernels need a copy: the problem points into it.
+LatentAttention describe(Tensor& q, const Tensor& x, const OptionalTensor& position, const OptionalTensor& key_mask,
+                         double scale, double eps, const OptionalTensor& seed, double dropout_p) {
   const ScalarType dtype = check_first(q, "q", 3);
   LatentAttention a = describe_input(dtype, x, position, key_mask, q.size(1), scale, eps);
   STD_TORCH_CHECK((q.size(0) == 1 || q.size(0) == a.batch) && q.size(2) == a.qk_dim, "q has shape ", text_of_shape(q),
                   "; it must be ", text({a.batch, a.queries, a.qk_dim}), " or the same with a batch of 1");
+  set_dropout(a, seed, dropout_p);
+  if (a.dropout) {
+    q = torch::stable::pad(q, {0, 1});
+    a.key_space = latent_key_space(a.qk_dim = a.v_dim = a.channels + 1);
+  }
   Strided rows = with_one_head(strided(q));
   if (q.size(0) == 1) rows.stride[0] = 0;
   a.q = rows;
@@ -66,8 +73,8 @@ LatentAttention describe(const Tensor& q, const Tensor& x, const OptionalTensor&
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor x, OptionalTensor position, OptionalTensor key_mask, double scale,
-                                   double eps) {
-  LatentAttention a = describe(q, x, position, key_mask, scale, eps);
+                                   double eps, OptionalTensor seed, double dropout_p) {
+  LatentAttention a = describe(q, x, position, key_mask, scale, eps, seed, dropout_p);
   Tensor out = allocate(q, {a.batch, a.queries, a.v_dim}, ScalarType::Float);
   Tensor lse = allocate(q, {a.batch, a.queries}, ScalarType::Float);
   a.out = with_one_head(strided(out));
@@ -78,8 +85,9 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor x, OptionalTensor position, 
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor x,
                                             OptionalTensor position, OptionalTensor key_mask, Tensor out, Tensor lse,
-                                            double scale, double eps, int64_t wanted) {
-  LatentAttention a = describe(q, x, position, key_mask, scale, eps);
+                                            double scale, double eps, int64_t wanted, OptionalTensor seed,
+                                            double dropout_p) {
+  LatentAttention a = describe(q, x, position, key_mask, scale, eps, seed, dropout_p);
   for (const auto& [tensor, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_dtype(*tensor, name, ScalarType::Float);
     check_shape(*tensor, name, {a.batch, a.queries, a.v_dim});
@@ -120,6 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
   attention_backward({&a});
   if (sum_position) torch::stable::copy_(dposition, position_sums);
   if (a.dq_shared && a.batch == 0) torch::stable::zero_(dq);
+  if (a.dropout && (wanted & 1)) dq = torch::stable::contiguous(torch::stable::narrow(dq, 2, 0, a.channels));
   return {dq, dx, dposition};
 }
 

@@ -1,6 +1,7 @@
 // Checks, allocations and splits of the CUDA kernels of the latent family; schemas in csrc/schemas.h.
 #include "latent/latent_cuda.h"
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -26,7 +27,7 @@ void check_size(const Tensor& t, const char* name, int64_t dim, int64_t size) {
 }
 
 Problem describe(const Tensor& q, const Tensor& x, const OptionalTensor& position, const OptionalTensor& key_mask,
-                 double scale, double eps) {
+                 double scale, double eps, const OptionalTensor& seed, double dropout_p) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "x has dtype ",
                   dtype_name(type), "; it must be Float, BFloat16 or Half");
@@ -64,6 +65,15 @@ Problem describe(const Tensor& q, const Tensor& x, const OptionalTensor& positio
     p.mask_batch = key_mask->stride(0), p.mask_key = key_mask->stride(1);
   }
   p.scale = static_cast<float>(scale), p.eps = static_cast<float>(eps);
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p is ", dropout_p, "; it must be in [0, 1)");
+  if (dropout_p > 0.0) {
+    STD_TORCH_CHECK(seed.has_value(), "seed is None; with dropout_p ", dropout_p, " it must be a tensor");
+    check_like(*seed, "seed", x, ScalarType::Long, 1);
+    check_size(*seed, "seed", 0, 1);
+    p.seed = static_cast<const int64_t*>(seed->const_data_ptr());
+    p.drop_below = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
+    p.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+  }
   return p;
 }
 
@@ -72,7 +82,7 @@ Strided strided(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.st
 // The rows of q or dout as the kernels read them: as they are where they are aligned, of the problem's type and in the
 // kernels' channel order, otherwise a copy, which `keep` holds.
 QueryRows aligned_rows(const Problem& p, const Tensor& t, ScalarType type, Tensor& keep, void* stream) {
-  const int64_t vector = type == ScalarType::Float ? 4 : 8, width = t.size(2);
+  const int64_t vector = type == ScalarType::Float ? 4 : 8, width = p.content + p.position;
   auto whole = [&](int64_t stride) { return stride % vector == 0; };
   QueryRows rows{t.const_data_ptr(), t.stride(0), t.stride(1)};
   const bool direct = t.scalar_type() == type && p.position == 0 && t.stride(2) == 1 && whole(width) &&
@@ -104,10 +114,11 @@ Plan plan_for(const Problem& p, int (*planner)(const Problem*, Plan*), bool whol
 float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 std::tuple<Tensor, Tensor> latent_fwd(const Tensor& q, const Tensor& x, const OptionalTensor& position,
-                                      const OptionalTensor& key_mask, double scale, double eps) {
-  Problem p = describe(q, x, position, key_mask, scale, eps);
+                                      const OptionalTensor& key_mask, double scale, double eps,
+                                      const OptionalTensor& seed, double dropout_p) {
+  Problem p = describe(q, x, position, key_mask, scale, eps, seed, dropout_p);
   const OnDevice device(x);
-  const int64_t channels = q.size(2);
+  const int64_t channels = p.out_channels();
   Tensor out = empty(q, {p.batch, p.rows, channels}, ScalarType::Float);
   Tensor lse = empty(q, {p.batch, p.rows}, ScalarType::Float);
   if (p.batch == 0 || p.rows == 0) return {out, lse};
@@ -133,14 +144,15 @@ std::tuple<Tensor, Tensor> latent_fwd(const Tensor& q, const Tensor& x, const Op
 std::tuple<Tensor, Tensor, Tensor> latent_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
                                               const Tensor& x, const OptionalTensor& position,
                                               const OptionalTensor& key_mask, const Tensor& out, const Tensor& lse,
-                                              double scale, double eps, int64_t wanted) {
+                                              double scale, double eps, int64_t wanted, const OptionalTensor& seed,
+                                              double dropout_p) {
   enum { kQueries = 1, kInput = 2, kPosition = 4 };
-  Problem p = describe(q, x, position, key_mask, scale, eps);
+  Problem p = describe(q, x, position, key_mask, scale, eps, seed, dropout_p);
   for (const auto& [t, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_like(*t, name, x, ScalarType::Float, 3);
     check_size(*t, name, 0, p.batch);
     check_size(*t, name, 1, p.rows);
-    check_size(*t, name, 2, q.size(2));
+    check_size(*t, name, 2, p.out_channels());
   }
   for (const auto& [t, name] : {std::pair{&lse, "lse"}, {dlse ? &*dlse : &lse, "dlse"}}) {
     check_like(*t, name, x, ScalarType::Float, 2);
@@ -164,16 +176,18 @@ std::tuple<Tensor, Tensor, Tensor> latent_bwd(const Tensor& dout, const Optional
   Tensor packed_q, packed_dout, partial, table_sums;
   const Tensor dense_lse = torch::stable::contiguous(lse);
   Tensor delta = empty(q, {p.batch, p.rows}, ScalarType::Float);
+  Tensor dsum = empty(q, {p.seed ? p.batch : 0, p.rows}, ScalarType::Float);
   p.q = aligned_rows(p, q, q.scalar_type(), packed_q, device.stream);
   const Strided strided_dout = strided(dout), strided_out = strided(out);
-  check_launch(mmk_latent_delta(&p, &strided_dout, &strided_out,
-                                dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr,
-                                dlse ? dlse->stride(0) : 0, dlse ? dlse->stride(1) : 0, floats(delta), device.stream),
+  check_launch(mmk_latent_delta(
+                   &p, &strided_dout, &strided_out, dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr,
+                   dlse ? dlse->stride(0) : 0, dlse ? dlse->stride(1) : 0, floats(delta), floats(dsum), device.stream),
                "latent_bwd");
   Backward b{};
   b.dout = aligned_rows(p, dout, q.scalar_type(), packed_dout, device.stream);
   b.lse = static_cast<const float*>(dense_lse.const_data_ptr());
   b.delta = floats(delta);
+  b.dsum = floats(dsum);
   if (want_q) {
     const Plan plan = plan_for(p, mmk_latent_plan_bwd_q);
     b.dq = dq.mutable_data_ptr();

@@ -14,7 +14,8 @@ struct ForwardShared {
   static constexpr int kWeightPitch = Tile::kColumns + kVector<T>;
   KeyTile<T, Tile::kColumns> keys;
   T *q, *weights;
-  float* exchange;  // per row and score group
+  float* exchange;     // per row and score group
+  float* row_weights;  // with dropout, as many: sums of what is left of the weights
   int bytes;
 
   __host__ __device__ ForwardShared(const Problem& p, bool staged, unsigned char* base) {
@@ -23,6 +24,7 @@ struct ForwardShared {
     q = arena.take<T>(Tile::kRows * keys.pitch);
     weights = arena.take<T>(Tile::kRows * kWeightPitch);
     exchange = arena.take<float>(Tile::kRows * Tile::kScoreGroups);
+    row_weights = arena.take<float>(p.seed ? Tile::kRows * Tile::kScoreGroups : 0);
     bytes = arena.used;
   }
 };
@@ -44,6 +46,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
 #pragma unroll
   for (int i = 0; i < 2 * Tile::kFragments; ++i) top[i / 2][i % 2] = -INFINITY, total[i / 2][i % 2] = 0.0f;
 
+  for (int i = threadIdx.x; p.seed && i < Tile::kRows * Tile::kScoreGroups; i += kThreads) shared.row_weights[i] = 0.0f;
   load_rows<T>(p, p.q, share.batch, share.first_row, shared.q, Tile::kRows, pitch);
   shared.keys.fetch(p, share.batch, share.first_key);
   for (int64_t first = share.first_key; first < share.last_key; first += Tile::kColumns) {
@@ -93,11 +96,24 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
           top[m][half] = best;
           if (!at.scores) continue;
           total[m][half] *= decay[m][half];
+          DropoutRow dropped{};
+          if (p.seed) dropped = dropout_row(*p.seed, share.batch * p.rows + share.first_row + at.row(m, half));
+          float left = 0.0f;
 #pragma unroll
           for (int n = 0; n < Tile::kScores; ++n) {
-            const float w0 = ptx::exp2(s[m][n][2 * half] - zero), w1 = ptx::exp2(s[m][n][2 * half + 1] - zero);
+            float w0 = ptx::exp2(s[m][n][2 * half] - zero), w1 = ptx::exp2(s[m][n][2 * half + 1] - zero);
             total[m][half] += w0 + w1;
+            if (p.seed) {
+              w0 *= keep_factor(p, dropped, first + at.score(n));
+              w1 *= keep_factor(p, dropped, first + at.score(n) + 1);
+              left += w0 + w1;
+            }
             store_two(shared.weights + at.row(m, half) * Shared::kWeightPitch + at.score(n), w0, w1);
+          }
+          if (p.seed) {
+            left = quad_sum(left);
+            float& sum_of_row = shared.row_weights[at.row(m, half) * Tile::kScoreGroups + at.column_group];
+            if (at.t == 0) sum_of_row = sum_of_row * decay[m][half] + left;
           }
         }
       }
@@ -132,16 +148,17 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
     }
   }
   __syncthreads();
-  const int count = channels(p);
+  const int count = channels(p), pitch_out = p.out_channels();
 #pragma unroll
   for (int m = 0; m < Tile::kFragments; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = share.first_row + at.row(m, half);
       if (row >= p.rows) continue;
-      float row_total = 0.0f;
+      float row_total = 0.0f, left = 0.0f;
       for (int i = 0; i < Tile::kScoreGroups; ++i) {
         row_total += shared.exchange[at.row(m, half) * Tile::kScoreGroups + i];
+        if (p.seed) left += shared.row_weights[at.row(m, half) * Tile::kScoreGroups + i];
       }
       const int64_t place = share.batch * p.rows + row, partial = share.split * p.batch * p.rows + place;
       const bool final = plan.splits == 1;
@@ -153,6 +170,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
           f.tops[partial] = top[m][half];
           f.tops[plan.splits * p.batch * p.rows + partial] = row_total;
         }
+        if (p.seed) (final ? f.out + place * pitch_out : f.sums + partial * pitch_out)[count] = left * factor;
       }
 #pragma unroll
       for (int n = 0; n < 2 * Tile::kPairs; ++n) {
@@ -163,9 +181,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
           c = c < p.position ? c + p.content : c - p.position;
           const float value = sum[m][n][2 * half + i] * factor;
           if (final) {
-            f.out[place * count + c] = value;
+            f.out[place * pitch_out + c] = value;
           } else {
-            f.sums[partial * count + c] = value;
+            f.sums[partial * pitch_out + c] = value;
           }
         }
       }
@@ -176,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
 // One warp a row: the splits in their order.
 __global__ void merge_kernel(Problem p, int64_t splits, Forward f) {
   const int64_t rows = p.batch * p.rows, row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / 32;
-  const int count = channels(p);
+  const int count = p.out_channels();
   if (row >= rows) return;
   float top = -INFINITY, total = 0.0f;
   for (int64_t s = 0; s < splits; ++s) top = fmaxf(top, f.tops[s * rows + row]);
@@ -229,7 +247,7 @@ ForwardChoice choose_forward(const Problem& p, const Device& device) {
 using namespace mmk::latent;
 
 extern "C" int mmk_latent_plan_fwd(const Problem* p, Plan* plan) {
-  if (mmk_latent_hopper_plan_fwd(p, plan) == 0) return 0;
+  if (!p->seed && mmk_latent_hopper_plan_fwd(p, plan) == 0) return 0;
   const Device device = this_device();
   return with_type(p->type, [&](auto zero) {
     const auto choice = choose_forward<decltype(zero)>(*p, device);

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/dropout.h"
+
 namespace mmk::latent {
 
 enum class Type : int { float32, bfloat16, float16 };
@@ -25,6 +27,12 @@ struct Problem {
   int64_t mask_batch, mask_key;
   QueryRows q;
   float scale, eps;
+  const int64_t*
+      seed;  // of dropout, or null. With it `out` and `dout` have a channel more: the sum of the row's weights
+  uint32_t drop_below;
+  float keep_scale;
+
+  MMK_HOST_DEVICE int out_channels() const { return content + position + (seed ? 1 : 0); }
 };
 
 // How a kernel cuts the problem up, decided by its planner; the binding adds the splits.
@@ -36,15 +44,17 @@ struct Plan {
 };
 
 struct Forward {
-  float* out;  // (batch, rows, C) contiguous
+  float* out;  // (batch, rows, out_channels) contiguous
   float* lse;  // (batch, rows)
   float *sums,
-      *tops;  // with splits: (splits, batch, rows, C) unnormalised outputs; (2, splits, batch, rows) maxima, sums
+      *tops;  // with splits: (splits, batch, rows, out_channels) unnormalised outputs; (2, splits, batch, rows) maxima,
+              // sums
 };
 
 struct Backward {
   QueryRows dout;
   const float *lse, *delta;  // (batch, rows)
+  const float* dsum;         // (batch, rows), with dropout: the gradient of the sum of a row's weights
   void* dq;                  // (dq_batch, rows, C) contiguous; dq_batch is batch, or 1 for shared queries
   int64_t dq_batch;
   float* partial_dq;  // (splits, batch, rows, C), or null where a block's result is final
@@ -80,7 +90,7 @@ int mmk_latent_bwd_x(const mmk::latent::Problem*, const mmk::latent::Plan*, cons
 int mmk_latent_pack(const mmk::latent::Problem*, const mmk::latent::Strided* source, bool from_float, int64_t batch,
                     void* packed, int64_t pitch, void* stream);
 // delta = rowsum(dout * out) - dlse, (batch, rows), with dout as the kernels read it: rounded to the problem's type.
-// Both are float32.
+// Both are float32. With dropout the row's last channel, which no kernel rounds, goes to `dsum` as well.
 int mmk_latent_delta(const mmk::latent::Problem*, const mmk::latent::Strided* dout, const mmk::latent::Strided* out,
-                     const float* dlse, int64_t dlse_batch, int64_t dlse_row, float* delta, void* stream);
+                     const float* dlse, int64_t dlse_batch, int64_t dlse_row, float* delta, float* dsum, void* stream);
 }

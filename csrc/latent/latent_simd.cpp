@@ -12,7 +12,7 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, float* space) {
   const auto& p = static_cast<const LatentAttention&>(a);
-  const int64_t channels = a.qk_dim, ld = padded_row(channels);
+  const int64_t channels = p.channels, ld = padded_row(a.qk_dim);
   float* factors = space + kBlockKeys * ld;
   for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
     constexpr int64_t kRows = 16;  // loaded, then normalised while in the first cache level
@@ -27,6 +27,10 @@ void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, floa
         for (int64_t c = channels; c % kWidth != 0; ++c) tile[r * ld + c] = 0.0f;
       for (int64_t r = 0; p.eps >= 0.0f && r < rows; ++r)
         factors[i + done + r] = normalise(tile + r * ld, channels, p.eps);
+      for (int64_t r = 0; a.dropout && r < rows; ++r) {
+        tile[r * ld + channels] = 1.0f;
+        for (int64_t c = channels + 1; c % kWidth != 0; ++c) tile[r * ld + c] = 0.0f;
+      }
     }
   });
   block.k = block.v = space;
@@ -37,10 +41,12 @@ void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, floa
 void store_key_gradients(const Attention& a, int64_t batch, int64_t, const KeyBlock& block, const float* space,
                          float* dk, float*) {
   const auto& p = static_cast<const LatentAttention&>(a);
-  const int64_t channels = a.qk_dim, ld = padded_row(channels);
+  const int64_t channels = p.channels, ld = padded_row(a.qk_dim);
   const float* factors = space + kBlockKeys * ld;
-  for (int64_t i = 0; p.eps >= 0.0f && i < block.count; ++i)
+  for (int64_t i = 0; p.eps >= 0.0f && i < block.count; ++i) {
+    if (a.dropout) dk[i * ld + channels] = 0.0f;
     normalise_gradient(dk + i * ld, space + i * ld, channels, factors[i]);
+  }
   const int64_t length = block.end - block.begin, position_channels = channels - p.x_channels;
   auto write = [&](const Strided& to, int64_t example, int64_t first, int64_t columns) {
     if (block.count < length) std::memset(to.at(0, example, block.begin), 0, length * columns * to.item_bytes());

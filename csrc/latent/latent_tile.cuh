@@ -151,6 +151,13 @@ __device__ __forceinline__ void store_two(T* to, float first, float second) {
   }
 }
 
+// --- Dropout ---
+
+// What a weight of row `row` (counted over batch and rows) and of key `key` is multiplied by.
+__device__ __forceinline__ float keep_factor(const Problem& p, DropoutRow row, int64_t key) {
+  return dropout_bits(row, static_cast<uint32_t>(key)) < p.drop_below ? 0.0f : p.keep_scale;
+}
+
 // --- The gradient of a score ---
 
 // P from the saved log-sum-exp. A row without keys has lse -inf: +inf instead makes its weights zero.

@@ -69,10 +69,11 @@ def split_heads(tensor, num_heads):
     return torch.unflatten(tensor, -1, (num_heads, -1)).transpose(1, 2)
 
 
-def eager_attention(q, k, v, num_heads, key_mask):
+def eager_attention(q, k, v, num_heads, key_mask, dropout=0.0):
     """SDPA of (B, N, H D), (B, M, H D), (B, M, H E) -> (B, N, H E); `key_mask` bool (B, M) or None."""
     if key_mask is not None:
         check_key_mask(key_mask, k.shape[0], k.shape[1], k.device)
     q, k, v = (split_heads(t, num_heads) for t in (q, k, v))
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2)

@@ -36,6 +36,7 @@ class LatentCrossAttention(WithBackend):
         output_channels: default Dq.
         shape_for_attention: "kv" takes `input_channels` for `qk_channels`, "q" takes `query_channels`.
         eps: of both layer norms.
+        dropout: probability of dropping an attention weight while training.
         backend: a backend of `ops.latent_attention`, or "eager": plain PyTorch with SDPA.
 
     Raises ValueError for sizes that are not positive, heads that do not divide the channels, unknown names.
@@ -54,6 +55,7 @@ class LatentCrossAttention(WithBackend):
         output_channels=None,
         shape_for_attention="kv",
         eps=1e-5,
+        dropout=0.0,
         backend="auto",
         device=None,
         dtype=None,
@@ -68,13 +70,14 @@ class LatentCrossAttention(WithBackend):
         _check_sizes(
             num_heads,
             eps,
+            dropout,
             query_channels=query_channels,
             input_channels=input_channels,
             output_channels=output_channels,
             qk_channels=qk_channels,
             v_channels=v_channels,
         )
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         factory = {"device": device, "dtype": dtype}
         self.query_norm = nn.LayerNorm(query_channels, eps=eps, **factory)
         self.input_norm = nn.LayerNorm(input_channels, eps=eps, **factory)
@@ -102,7 +105,8 @@ class LatentCrossAttention(WithBackend):
         self._check(queries, inputs, position, query_position, query_mask)
         if group is not None:
             return self._finish(self._sharded(queries, inputs, position, key_mask, query_position, group), query_mask)
-        if self.backend != "eager" and self._decodes(queries, inputs):
+        dropout = self._dropout()
+        if self.backend != "eager" and dropout == 0.0 and self._decodes(queries, inputs):
             return self._decode(queries, inputs, position, key_mask, query_position, query_mask)
         out = self._from_kept(queries, inputs, position, key_mask, query_position)
         if out is None:
@@ -110,13 +114,14 @@ class LatentCrossAttention(WithBackend):
             if self.backend == "eager":
                 out = self._eager(q, inputs, position, key_mask)
             else:
-                weights = (self.key.weight, self.value.weight)
-                out = ops.latent_attention(q, inputs, *weights, position=position, key_mask=key_mask, **self._options())
+                sides = {"position": position, "key_mask": key_mask, "dropout_p": dropout}
+                out = ops.latent_attention(q, inputs, self.key.weight, self.value.weight, **sides, **self._options())
         return self._finish(out, query_mask)
 
     def _sharded(self, queries, inputs, position, key_mask, query_position, group):
         if self.backend == "eager":
             raise ValueError("backend is 'eager'; with a group it must be one of ops.latent_attention, such as 'auto'")
+        self._refuse_dropout("an input in shards")
         return ops.latent_attention_sharded(
             self._project_queries(queries, query_position),
             inputs,
@@ -142,6 +147,7 @@ class LatentCrossAttention(WithBackend):
         """
         if self.backend == "eager":
             raise ValueError("backend is 'eager'; a stream needs one of ops.latent_attention, such as 'auto' or 'reference'")
+        self._refuse_dropout("a stream")
         self._check_queries(queries, query_position)
         out = ops.latent_attention_stream(
             self._project_queries(queries, query_position),
@@ -154,6 +160,15 @@ class LatentCrossAttention(WithBackend):
         if query_mask is not None:
             check_key_mask(query_mask, out.shape[0], queries.shape[1], queries.device, "query_mask")
         return self._finish(out, query_mask)
+
+    def _dropout(self):
+        return self.dropout if self.training else 0.0
+
+    def _refuse_dropout(self, what):
+        if self._dropout() > 0.0:
+            raise ValueError(
+                f"dropout is {self.dropout}; with {what} it must be 0.0 in training: it counts the inputs as one array"
+            )
 
     def _options(self):
         return {
@@ -275,12 +290,11 @@ class LatentCrossAttention(WithBackend):
 
     def _eager(self, q, inputs, position, key_mask):
         inputs = self.input_norm(_joined(inputs, position))
-        return eager_attention(
-            q.expand(inputs.shape[0], -1, -1), self.key(inputs), self.value(inputs), self.num_heads, key_mask
-        )
+        q, k, v = q.expand(inputs.shape[0], -1, -1), self.key(inputs), self.value(inputs)
+        return eager_attention(q, k, v, self.num_heads, key_mask, self._dropout())
 
     def extra_repr(self):
-        return f"num_heads={self.num_heads}, backend={self.backend!r}"
+        return f"num_heads={self.num_heads}, dropout={self.dropout}, backend={self.backend!r}"
 
 
 class LatentSelfAttention(WithBackend):
@@ -293,6 +307,7 @@ class LatentSelfAttention(WithBackend):
         v_channels: channels of V in all heads together; default `qk_channels`.
         output_channels: default `v_channels`.
         eps: of the layer norm.
+        dropout: probability of dropping an attention weight while training.
         backend: a backend of `ops.attention`, or "eager": plain PyTorch with SDPA.
 
     Raises ValueError for sizes that are not positive, heads that do not divide the channels, unknown names.
@@ -307,6 +322,7 @@ class LatentSelfAttention(WithBackend):
         v_channels=None,
         output_channels=None,
         eps=1e-5,
+        dropout=0.0,
         backend="auto",
         device=None,
         dtype=None,
@@ -316,9 +332,15 @@ class LatentSelfAttention(WithBackend):
         v_channels = qk_channels if v_channels is None else v_channels
         output_channels = v_channels if output_channels is None else output_channels
         _check_sizes(
-            num_heads, eps, channels=channels, output_channels=output_channels, qk_channels=qk_channels, v_channels=v_channels
+            num_heads,
+            eps,
+            dropout,
+            channels=channels,
+            output_channels=output_channels,
+            qk_channels=qk_channels,
+            v_channels=v_channels,
         )
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         factory = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
         self.query = nn.Linear(channels, qk_channels, **factory)
@@ -331,14 +353,15 @@ class LatentSelfAttention(WithBackend):
         _check_tokens("latents", latents, "N", self.query.in_features, self.query.weight)
         normalised = self.norm(latents)
         q, k, v = self.query(normalised), self.key(normalised), self.value(normalised)
+        dropout = self.dropout if self.training else 0.0
         if self.backend == "eager":
-            return self.output(eager_attention(q, k, v, self.num_heads, key_mask))
+            return self.output(eager_attention(q, k, v, self.num_heads, key_mask, dropout))
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
-        out = ops.attention(q, k, v, key_mask=key_mask, backend=self.backend)
+        out = ops.attention(q, k, v, key_mask=key_mask, dropout_p=dropout, backend=self.backend)
         return self.output(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self):
-        return f"num_heads={self.num_heads}, backend={self.backend!r}"
+        return f"num_heads={self.num_heads}, dropout={self.dropout}, backend={self.backend!r}"
 
 
 def _joined(tokens, position):
@@ -360,11 +383,12 @@ def _check_tokens(name, tensor, length, channels, weight):
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be the module's, {weight.dtype}")
 
 
-def _check_sizes(num_heads, eps, **sizes):
+def _check_sizes(num_heads, eps, dropout, **sizes):
     for name, value in {"num_heads": num_heads, **sizes}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a positive integer")
     check_number("eps", eps, "a positive number", lambda eps: eps > 0.0)
+    check_number("dropout", dropout, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
     for name in ("qk_channels", "v_channels"):
         if sizes[name] % num_heads:
             raise ValueError(f"{name} is {sizes[name]}; it must be a multiple of num_heads, {num_heads}")

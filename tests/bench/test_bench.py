@@ -34,7 +34,7 @@ from bench import (
 from mmkernels import _tuning, ops
 
 CPU = torch.device("cpu")
-LATENT = registry.Problem("latent_attention", "test", 2, 5, 37, 2, 12, 12, 24, position=8, masked=True)
+LATENT = registry.Problem("latent_attention", "test", 2, 5, 37, 2, 12, 12, 24, position=8, masked=True, chunk=16)
 ATTENTION = registry.Problem("attention", "test", 2, 5, 37, 2, 12, 20, masked=True, bias=True)
 
 

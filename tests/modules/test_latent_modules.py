@@ -385,3 +385,36 @@ def test_what_a_stream_refuses():
         module.stream(torch.randn(1, 5, 11), [torch.randn(2, 7, 10)])
     with pytest.raises(ValueError, match=r"query_mask has shape \(1, 5\); it must be \(B, M\) = \(2, 5\)"):
         module.stream(torch.randn(1, 5, 12), [torch.randn(2, 7, 10)], query_mask=torch.ones(1, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_of_attention_weights(backend):
+    """While training alone; its mean over many draws is the result without."""
+    torch.manual_seed(0)
+    cross = randomise(LatentCrossAttention(12, 10, num_heads=2, qk_channels=8, v_channels=16, dropout=0.5, backend=backend))
+    own = randomise(LatentSelfAttention(12, num_heads=2, dropout=0.5, backend=backend))
+    latents, inputs = torch.randn(400, 5, 12), torch.randn(1, 40, 10).expand(400, -1, -1)
+    for module, arguments in ((cross, (latents[:1], inputs)), (own, (latents[:1].expand(400, -1, -1),))):
+        with torch.no_grad():
+            dropped = module(*arguments)
+            torch.manual_seed(7)
+            first = module(*arguments)
+            torch.manual_seed(7)
+            assert torch.equal(first, module(*arguments)) and not torch.equal(first, dropped)
+            kept = module.eval()(*arguments)
+            assert torch.equal(kept, module(*arguments))
+        noise = (dropped - kept).std(0) / 20 + 1e-6
+        assert ((dropped.mean(0) - kept[0]).abs() < 5 * noise).all()
+        assert "dropout=0.5" in repr(module)
+
+
+def test_dropout_that_is_refused():
+    module = LatentCrossAttention(12, 10, dropout=0.1, backend="reference")
+    with pytest.raises(ValueError, match="dropout is 0.1; with a stream it must be 0.0 in training"):
+        module.stream(torch.randn(1, 5, 12), [torch.randn(2, 7, 10)])
+    with pytest.raises(ValueError, match="dropout is 0.1; with an input in shards it must be 0.0 in training"):
+        module(torch.randn(1, 5, 12), torch.randn(2, 7, 10), group=object())
+    assert module.eval().stream(torch.randn(1, 5, 12), [torch.randn(2, 7, 10)]).shape == (2, 5, 12)
+    for make in (lambda p: LatentCrossAttention(12, 10, dropout=p), lambda p: LatentSelfAttention(16, dropout=p)):
+        with pytest.raises(ValueError, match=r"dropout is 1.0; it must be a number in \[0, 1\)"):
+            make(1.0)

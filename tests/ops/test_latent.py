@@ -404,16 +404,16 @@ def test_explain_tells_the_plan(generator):
 def test_what_hopper_prefers(monkeypatch):
     """The sm_90 kernels where they take the problem, else the order of every op."""
 
-    def first(capability=(9, 0), dtype=torch.bfloat16, rows=512, channels=704, stride=1, score="absorb_into_queries"):
+    def first(capability=(9, 0), dtype=torch.bfloat16, rows=512, channels=704, stride=1, score="absorb_into_queries", p=0.0):
         monkeypatch.setattr(api._backends, "platform_refusals", lambda *_: [])
         monkeypatch.setattr(api._backends, "capability", lambda _: capability)
         x = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(8, 50176, channels), stride=lambda _: stride)
         chosen = plan.Plan(score, "raw_input", 0)
-        order = api._preference(SimpleNamespace(shape=(8, rows, 64)), x, None, 1, chosen)
+        order = api._preference(SimpleNamespace(shape=(8, rows, 64)), x, None, 1, chosen, p)
         return api._choose(x, "auto", [name for name in order if name != "cpp"])
 
     assert first() == first(dtype=torch.float16) == first(rows=33, channels=3) == "cuda"
     assert first(dtype=torch.float32) == "cuda"  # for its own reason
     for other in (dict(capability=(8, 0)), dict(capability=(10, 0)), dict(rows=32), dict(channels=705), dict(stride=2)):
         assert first(**other) == "triton", other
-    assert first(score="project") == "triton"
+    assert first(score="project") == first(p=0.1) == "triton"

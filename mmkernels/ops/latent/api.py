@@ -3,7 +3,8 @@
 import torch
 
 from ... import _backends
-from .._shared.arguments import autocast_dtype, check_key_mask, check_number, check_tensor
+from .._shared import dropout
+from .._shared.arguments import autocast_dtype, check_key_mask, check_number, check_seed, check_tensor
 from ..attention import attention
 from . import autograd, plan, reference
 
@@ -25,6 +26,8 @@ def latent_attention(
     position=None,
     key_mask=None,
     scale=None,
+    dropout_p=0.0,
+    dropout_seed=None,
     backend="auto",
 ):
     """Attention of few queries over a long input that is normalised and projected on the way, never in memory.
@@ -50,6 +53,10 @@ def latent_attention(
         key_mask: bool (B, M), True where an input may be attended. A row without any gives zeros (before `b_v`, as
             in DeepMind's code) and zero gradients; NaN behind the mask never reaches the result.
         scale: default D ** -0.5.
+        dropout_p: probability in [0, 1) of dropping an attention weight; the others are divided by 1 - dropout_p. The mask
+            depends on the seed and the position (b, h, n, m) only, as that of `ops.attention`: every backend and every plan
+            drops the same elements.
+        dropout_seed: int64 tensor of one element on x's device; drawn from torch's generator when None.
         backend: "auto", "reference", "cpp", "triton" or "cuda". A named backend runs or raises.
 
     Returns:
@@ -59,28 +66,37 @@ def latent_attention(
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what is allowed.
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
-    if backend in ("auto", "cpp") and not torch.compiler.is_compiling():
+    if backend in ("auto", "cpp") and dropout_p == 0.0 and dropout_seed is None and not torch.compiler.is_compiling():
         out = _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale, backend)
         if out is not None:
             return out
     q, x, w_k, w_v, b_k, b_v, position, scale, eps = _check(
         q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
     )
+    dropout_p, seed = _check_dropout(dropout_p, dropout_seed, x.device)
     chosen = _plan(q, x, w_k, w_v, num_heads)
-    name = _choose(x, backend, _order(q, x, w_k, w_v, position, num_heads, chosen))
+    name = _choose(x, backend, _order(q, x, w_k, w_v, position, num_heads, chosen, dropout_p))
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout.draw_seed(x.device)
     if key_mask is not None and q.shape[0] == x.shape[0]:
         q = _zero_without_keys(q, key_mask)  # else their NaN would reach w_k's gradient
     if name == "reference":
+        keep = None
+        if dropout_p > 0.0:
+            keep = dropout.keep_mask(seed, (x.shape[0], num_heads, q.shape[1], x.shape[1]), dropout_p)
         out = reference.latent_attention(
-            q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
+            q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale, keep, dropout_p
         )
         return out if key_mask is None else _zero_without_keys(out, key_mask)
     absorbed = plan.absorbed(chosen)
     if absorbed:
-        out = _absorbed(name, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale)
+        out = _absorbed(
+            name, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale, seed, dropout_p
+        )
     else:
         out = _projected(
-            name, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
+            *(name, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale),
+            *(seed, dropout_p),
         )
     if b_k is not None and b_k.requires_grad and absorbed:
         out = out + b_k.sum() * 0.0  # a zero gradient, as plain autograd gives, instead of none
@@ -102,12 +118,15 @@ def explain_latent_attention(
     position=None,
     key_mask=None,
     scale=None,
+    dropout_p=0.0,
+    dropout_seed=None,
     backend="auto",
 ):
     """The `explain` of `latent_attention`."""
     q, x, w_k, w_v, *_ = _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale)
+    dropout_p, _ = _check_dropout(dropout_p, dropout_seed, x.device)
     chosen = _plan(q, x, w_k, w_v, num_heads)
-    name = _choose(x, backend, _order(q, x, w_k, w_v, position, num_heads, chosen))
+    name = _choose(x, backend, _order(q, x, w_k, w_v, position, num_heads, chosen, dropout_p))
     detail = "" if name == "reference" else f"scores: {chosen.score}, values: {chosen.value}, {chosen.flops:.3g} operations"
     reasons = {n: _refusals(n, x) for n in _backends.NAMES}
     return _backends.Explanation("latent_attention", name, detail, reasons)
@@ -144,9 +163,14 @@ def _inference(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
         return None
 
 
-def _absorbed(backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
+def _absorbed(
+    backend, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale, seed, dropout_p
+):
     absorbed = absorb_queries(q, w_k, num_heads, norm_weight)
-    return _of_absorbed(backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale)
+    return _of_absorbed(
+        *(backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale),
+        *(seed, dropout_p),
+    )
 
 
 def absorb_queries(q, w_k, num_heads, norm_weight):
@@ -158,19 +182,31 @@ def absorb_queries(q, w_k, num_heads, norm_weight):
     return absorbed.flatten(1, 2)
 
 
-def _of_absorbed(backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale):
-    out, _ = autograd.core(backend, absorbed, x, position, key_mask, scale, eps)
-    return _where_keys_are(project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v), x, key_mask)
+def _of_absorbed(
+    backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale, seed=None, dropout_p=0.0
+):
+    out, _ = autograd.core(backend, absorbed, x, position, key_mask, scale, eps, seed, dropout_p)
+    row_sum = None
+    if dropout_p > 0.0:
+        out, row_sum = out[..., :-1], out[..., -1:]
+    return _where_keys_are(project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v, row_sum), x, key_mask)
 
 
-def project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v):
-    """From what the core returns, (B, H*N, C), float32 at least, to (B, N, H*E) of w_v's dtype."""
+def project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v, row_sum=None):
+    """From what the core returns, (B, H*N, C), float32 at least, to (B, N, H*E) of w_v's dtype.
+
+    `row_sum` (B, H*N, 1): what the weights of a row sum to where that is not one.
+    """
     out = torch.unflatten(out, 1, (num_heads, -1))
     if norm_weight is not None:
         out = out * norm_weight
+    if row_sum is not None:
+        row_sum = torch.unflatten(row_sum, 1, (num_heads, -1))
     if norm_bias is not None:
-        out = out + norm_bias
+        out = out + (norm_bias if row_sum is None else row_sum * norm_bias)
     out = out.to(w_v.dtype) @ torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2)
+    if row_sum is not None and b_v is not None:
+        out, b_v = out + (row_sum * b_v.view(num_heads, 1, -1)).to(out.dtype), None
     out = out.transpose(1, 2).flatten(2)
     return out if b_v is None else out + b_v
 
@@ -201,7 +237,25 @@ def _where_keys_are(out, x, key_mask):
     return out if key_mask is None else _zero_without_keys(out, key_mask)
 
 
-def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
+def _projected(
+    backend,
+    chosen,
+    q,
+    x,
+    w_k,
+    w_v,
+    num_heads,
+    norm_weight,
+    norm_bias,
+    eps,
+    b_k,
+    b_v,
+    position,
+    key_mask,
+    scale,
+    seed,
+    dropout_p,
+):
     if position is not None:
         x = torch.cat([x, position.expand(x.shape[0], -1, -1)], -1)
     if key_mask is not None:
@@ -220,13 +274,21 @@ def _projected(backend, chosen, q, x, w_k, w_v, num_heads, norm_weight, norm_bia
         k = heads(torch.nn.functional.linear(x, w_k, b_k))
     else:
         q, k = q @ torch.unflatten(w_k, 0, (num_heads, -1)), shared
-    v = heads(torch.nn.functional.linear(x, w_v, b_v)) if chosen.value == "project" else shared
-    out = attention(q, k, v, key_mask=key_mask, scale=scale, backend=backend)
-    if chosen.value != "project":
-        out = out @ torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2)
-    out = out.transpose(1, 2).flatten(2)
-    if chosen.value != "project" and b_v is not None:
-        out = out + b_v
+    summed = chosen.value != "project" and dropout_p > 0.0 and b_v is not None  # the sums of rows are b_v's factor
+    if chosen.value == "project":
+        v = heads(torch.nn.functional.linear(x, w_v, b_v))
+    elif summed:
+        v = torch.cat([x, x.new_ones(1).expand(*x.shape[:2], 1)], -1)[:, None].expand(-1, num_heads, -1, -1)
+    else:
+        v = shared
+    out = attention(q, k, v, key_mask=key_mask, scale=scale, dropout_p=dropout_p, dropout_seed=seed, backend=backend)
+    if chosen.value == "project":
+        out = out.transpose(1, 2).flatten(2)
+    else:
+        row_sum = None
+        if summed:
+            out, row_sum = out[..., :-1], out[..., -1:].flatten(1, 2)
+        out = project_values(out.flatten(1, 2), w_v, num_heads, None, None, b_v, row_sum)
     return _where_keys_are(out, x, key_mask)
 
 
@@ -255,20 +317,21 @@ def _plan(q, x, w_k, w_v, num_heads):
 HOPPER_PREFERENCE = ("cuda", "triton", "reference")
 
 
-def _order(q, x, w_k, w_v, position, num_heads, chosen):
+def _order(q, x, w_k, w_v, position, num_heads, chosen, dropout_p):
     """The order of the backends."""
     if not plan.absorbed(chosen) and max(w_k.shape[0], w_v.shape[0]) > num_heads * MAX_CHANNELS:
         return ("reference",)  # heads that no kernel of `ops.attention` takes
-    return _preference(q, x, position, num_heads, chosen)
+    return _preference(q, x, position, num_heads, chosen, dropout_p)
 
 
-def _preference(q, x, position, num_heads, chosen):
+def _preference(q, x, position, num_heads, chosen, dropout_p=0.0):
     """That of the absorbed form; where the sm_90 kernels run is what csrc/latent/latent_hopper_cuda.cu asks for."""
     channels = x.shape[2] + (0 if position is None else position.shape[1])
     if (
         x.device.type == "cuda"
         and x.dtype in (torch.bfloat16, torch.float16)
         and plan.absorbed(chosen)
+        and dropout_p == 0.0
         and q.shape[1] * num_heads > 32
         and channels <= 704
         and all(t is None or t.stride(-1) == 1 for t in (x, position))
@@ -349,6 +412,11 @@ def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, pos
         eps = _check_eps(eps)
     scale = (w_k.shape[0] // num_heads) ** -0.5 if scale is None else check_number("scale", scale)
     return q, x, w_k, w_v, b_k, b_v, position, scale, eps
+
+
+def _check_dropout(dropout_p, dropout_seed, device):
+    dropout_p = check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
+    return dropout_p, check_seed(dropout_seed, "x", device)
 
 
 def _check_eps(eps):

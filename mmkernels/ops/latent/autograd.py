@@ -11,13 +11,13 @@ from . import reference
 
 
 @fake("latent_fwd")
-def _forward_fake(q, x, position, key_mask, scale, eps):
-    shape = (x.shape[0], q.shape[1], q.shape[2])
+def _forward_fake(q, x, position, key_mask, scale, eps, seed=None, dropout_p=0.0):
+    shape = (x.shape[0], q.shape[1], q.shape[2] + (dropout_p > 0.0))
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape[:2], dtype=torch.float32)
 
 
 @fake("latent_bwd")
-def _backward_fake(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted):
+def _backward_fake(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted, seed=None, dropout_p=0.0):
     def grad(tensor, bit):
         return q.new_empty(tensor.shape if tensor is not None and wanted & bit else (0,))
 
@@ -31,34 +31,36 @@ def _inference_fake(q, x, w_k, w_v, norm_weight, norm_bias, b_v, position, key_m
 
 class _Latent(torch.autograd.Function):
     @staticmethod
-    def forward(backend, q, x, position, key_mask, scale, eps):
-        return forward_backward("latent", backend)[0](q, x, position, key_mask, scale, eps)
+    def forward(backend, q, x, position, key_mask, scale, eps, seed, dropout_p):
+        return forward_backward("latent", backend)[0](q, x, position, key_mask, scale, eps, seed, dropout_p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, q, x, position, key_mask, ctx.scale, ctx.eps = inputs
+        ctx.backend, q, x, position, key_mask, ctx.scale, ctx.eps, seed, ctx.dropout_p = inputs
         out, lse = output
-        ctx.save_for_backward(q, x, position, key_mask, out, lse)
+        ctx.save_for_backward(q, x, position, key_mask, seed, out, lse)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, x, position, key_mask, out, lse = ctx.saved_tensors
+        q, x, position, key_mask, seed, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 7
+            return (None,) * 9
         if dout is None:
             dout = torch.zeros_like(out)
         _, need_q, need_x, need_position, *_ = ctx.needs_input_grad
         wanted = need_q * 1 + need_x * 2 + need_position * 4
         with torch.no_grad():
             dq, dx, dposition = forward_backward("latent", ctx.backend)[1](
-                dout, dlse, q, x, position, key_mask, out, lse, ctx.scale, ctx.eps, wanted
+                dout, dlse, q, x, position, key_mask, out, lse, ctx.scale, ctx.eps, wanted, seed, ctx.dropout_p
             )
         gradients = (
             None,
             dq if need_q else None,
             dx if need_x else None,
             dposition if need_position else None,
+            None,
+            None,
             None,
             None,
             None,
@@ -73,11 +75,11 @@ class _Latent(torch.autograd.Function):
         )
 
 
-def core(backend, q, x, position, key_mask, scale, eps):
+def core(backend, q, x, position, key_mask, scale, eps, seed=None, dropout_p=0.0):
     """(out, lse), both float32, on one of the kernel backends; differentiable when a gradient is wanted."""
     if torch.is_grad_enabled() and (q.requires_grad or x.requires_grad or (position is not None and position.requires_grad)):
-        return _Latent.apply(backend, q, x, position, key_mask, scale, eps)
-    return forward_backward("latent", backend)[0](q, x, position, key_mask, scale, eps)
+        return _Latent.apply(backend, q, x, position, key_mask, scale, eps, seed, dropout_p)
+    return forward_backward("latent", backend)[0](q, x, position, key_mask, scale, eps, seed, dropout_p)
 
 
 # --- An input in parts, read one after another or held by several processes ---------------------------------------------

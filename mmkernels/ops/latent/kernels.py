@@ -16,7 +16,18 @@ import triton
 import triton.language as tl
 
 from ... import _tuning
-from .._shared.kernels import LN_2, LOG2_E, ReportCase, input_precision, merge_splits, split_count, sum_splits
+from .._shared import dropout
+from .._shared.kernels import (
+    LN_2,
+    LOG2_E,
+    ReportCase,
+    dropout_keep,
+    dropout_row,
+    input_precision,
+    merge_splits,
+    split_count,
+    sum_splits,
+)
 from .._shared.registration import attach_fakes
 
 # --- Pieces of a tile -------------------------------------------------------------------------------------------------
@@ -47,10 +58,10 @@ def _load_rows(base, rows, inside, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(base, rows, inside, tiles, CX: tl.constexpr, CP: tl.constexpr, WIDTHS: tl.constexpr):
+def _store_rows(base, rows, inside, tiles, CX: tl.constexpr, CP: tl.constexpr, PITCH: tl.constexpr, WIDTHS: tl.constexpr):
     for i in tl.static_range(len(WIDTHS)):
         columns, real = _columns(_offset(WIDTHS, i), WIDTHS[i], CX, CP)
-        pointers = base + rows[:, None] * (CX + CP) + columns[None, :]
+        pointers = base + rows[:, None] * PITCH + columns[None, :]
         tl.store(pointers, tiles[i].to(base.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
 
@@ -280,6 +291,7 @@ def forward(
     x_ptr,
     position_ptr,
     mask_ptr,
+    seed_ptr,
     out_ptr,
     top_ptr,
     total_ptr,
@@ -296,6 +308,8 @@ def forward(
     split_size,
     scale,
     eps,
+    keep_scale,
+    threshold,
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -305,6 +319,7 @@ def forward(
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
     FOLD: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -314,7 +329,8 @@ def forward(
     """A tile of query rows over one split of the keys.
 
     SPLIT: writes sums of exp(s - top) xhat (S, B, R, C), top in base 2 and total (S, B, R), which `merge_splits` puts
-    together. Else out (B, R, C) and, in the place of top, the log-sum-exp.
+    together. Else out (B, R, C) and, in the place of top, the log-sum-exp. DROPOUT: out has a channel more, the sums of
+    what is left of the weights.
     """
     pid, tiles = tl.program_id(0), tl.cdiv(R, BLOCK_R)
     rows = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -329,6 +345,9 @@ def forward(
     offset = tl.full([BLOCK_R], 0.0, tl.float32)
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.full([BLOCK_R], 0.0, tl.float32)
+    left = tl.full([BLOCK_R], 0.0, tl.float32)
+    if DROPOUT:
+        low, high = dropout_row(tl.load(seed_ptr), batch * R + rows)
     last = tl.minimum((split + 1) * split_size, M)
     for start in tl.range(split * split_size, last, BLOCK_M, num_stages=STAGES):
         keys = start + tl.arange(0, BLOCK_M)
@@ -350,6 +369,9 @@ def forward(
         p = tl.exp2((s - shift[:, None]) * LOG2_E)
         shrink = tl.exp2((top - shift) * LOG2_E)
         total = total * shrink + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(dropout_keep(low[:, None], high[:, None], keys[None, :], threshold), p * keep_scale, 0.0)
+            left = left * shrink + tl.sum(p, 1)
         if FOLD:
             p *= rstd[None, :]
             offset = offset * shrink + tl.sum(p.to(dtype).to(tl.float32) * mean[None, :], 1)
@@ -363,8 +385,13 @@ def forward(
         tl.store(total_ptr + base + rows, total, mask=inside)
     else:
         tl.store(top_ptr + base + rows, top + tl.log2(total) * LN_2, mask=inside)
-        acc = _scaled(acc, 1.0 / tl.where(total == 0.0, 1.0, total), WIDTHS)
-    _store_rows(out_ptr + base * (CX + CP), rows, inside, acc, CX, CP, WIDTHS)
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        acc = _scaled(acc, inverse, WIDTHS)
+        left *= inverse
+    PITCH: tl.constexpr = CX + CP + DROPOUT
+    _store_rows(out_ptr + base * PITCH, rows, inside, acc, CX, CP, PITCH, WIDTHS)
+    if DROPOUT:
+        tl.store(out_ptr + (base + rows) * PITCH + CX + CP, left, mask=inside)
 
 
 @triton.jit
@@ -389,6 +416,8 @@ def backward_q(
     position_ptr,
     mask_ptr,
     lse_ptr,
+    seed_ptr,
+    dsum_ptr,
     dq_ptr,
     x_batch,
     x_row,
@@ -403,6 +432,8 @@ def backward_q(
     split_size,
     scale,
     eps,
+    keep_scale,
+    threshold,
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -412,6 +443,7 @@ def backward_q(
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
     FOLD: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -430,6 +462,9 @@ def backward_q(
     lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: its scores are -inf, P = 0
     delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if DROPOUT:
+        low, high = dropout_row(tl.load(seed_ptr), batch * R + rows)
+        dsum = tl.load(dsum_ptr + batch * R + rows, mask=inside, other=0.0)
     acc = _zeros(BLOCK_R, WIDTHS)
     q_total, dout_total = _row_totals(q, WIDTHS), _row_totals(dout, WIDTHS)
     offset = tl.full([BLOCK_R], 0.0, tl.float32)
@@ -450,6 +485,9 @@ def backward_q(
         else:
             raw = _cast(_normalise(raw, mean, rstd, CX + CP, WIDTHS), WIDTHS, dtype)
             s, dp = _inner_pair(q, dout, raw, WIDTHS, PRECISION)
+        if DROPOUT:
+            kept = dropout_keep(low[:, None], high[:, None], keys[None, :], threshold)
+            dp = tl.where(kept, (dp + dsum[:, None]) * keep_scale, 0.0)
         s *= scale
         p = tl.where(visible[None, :], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
         ds = p * (dp - delta[:, None])
@@ -460,7 +498,7 @@ def backward_q(
     if FOLD:
         acc = _shifted(acc, offset, WIDTHS)
     acc = _scaled(acc, tl.full([BLOCK_R], 1.0, tl.float32) * scale, WIDTHS)
-    _store_rows(dq_ptr + (split * batches + batch) * R * (CX + CP), rows, inside, acc, CX, CP, WIDTHS)
+    _store_rows(dq_ptr + (split * batches + batch) * R * (CX + CP), rows, inside, acc, CX, CP, CX + CP, WIDTHS)
 
 
 @triton.jit
@@ -472,6 +510,8 @@ def backward_x(
     position_ptr,
     mask_ptr,
     lse_ptr,
+    seed_ptr,
+    dsum_ptr,
     dx_ptr,
     dposition_ptr,
     x_batch,
@@ -486,6 +526,8 @@ def backward_x(
     batches,
     scale,
     eps,
+    keep_scale,
+    threshold,
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -495,6 +537,7 @@ def backward_x(
     MASKED: tl.constexpr,
     NORM: tl.constexpr,
     FOLD: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     WANT_X: tl.constexpr,
     WANT_POSITION: tl.constexpr,
@@ -535,7 +578,14 @@ def backward_x(
             delta = tl.load(delta_ptr + batch * R + rows, mask=inside, other=0.0)
             s, dp = _inner_pair(q, dout, xhat, WIDTHS, PRECISION)
             p = tl.where(visible[None, :], tl.exp2((s * scale - lse[:, None]) * LOG2_E), 0.0)
-            ds = p * (dp - delta[:, None]) * scale
+            if DROPOUT:
+                low, high = dropout_row(tl.load(seed_ptr), batch * R + rows)
+                dsum = tl.load(dsum_ptr + batch * R + rows, mask=inside, other=0.0)
+                kept = tl.where(dropout_keep(low[:, None], high[:, None], keys[None, :], threshold), keep_scale, 0.0)
+                ds = p * ((dp + dsum[:, None]) * kept - delta[:, None]) * scale
+                p *= kept
+            else:
+                ds = p * (dp - delta[:, None]) * scale
             grad = _accumulate(grad, tl.trans(p.to(dtype)), dout, WIDTHS, PRECISION)
             grad = _accumulate(grad, tl.trans(ds.to(dtype)), q, WIDTHS, PRECISION)
         level, slope = tl.zeros_like(mean), tl.zeros_like(mean)
@@ -666,7 +716,7 @@ def _guard(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _common(q, x, position, key_mask, scale, eps):
+def _common(q, x, position, key_mask, scale, eps, dropout_p):
     """Arguments that the three kernels share: strides, and compile-time facts."""
     channels, shared = q.shape[2], 0 if position is None else position.shape[1]
     x_unit = math.gcd(16, *x.stride()[:2])
@@ -677,6 +727,8 @@ def _common(q, x, position, key_mask, scale, eps):
     facts = dict(
         scale=scale,
         eps=eps,
+        keep_scale=1.0 / (1.0 - dropout_p),
+        threshold=dropout.threshold(dropout_p),
         CX=channels - shared,
         CP=shared,
         X_UNIT=x_unit,
@@ -685,6 +737,7 @@ def _common(q, x, position, key_mask, scale, eps):
         MASKED=key_mask is not None,
         NORM=eps >= 0,
         FOLD=eps >= 0 and x.dtype == torch.bfloat16,
+        DROPOUT=dropout_p > 0,
         PRECISION=input_precision(x.dtype),
     )
     return strides, facts
@@ -715,11 +768,13 @@ def latent_fwd(
     key_mask: torch.Tensor | None,
     scale: float,
     eps: float,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q xhat^T) xhat and its log-sum-exp; shapes in csrc/schemas.h."""
     batch, keys, _ = x.shape
     rows, channels = q.shape[1:]
-    out = q.new_empty(batch, rows, channels, dtype=torch.float32)
+    out = q.new_empty(batch, rows, channels + (dropout_p > 0), dtype=torch.float32)
     lse = q.new_empty(batch, rows, dtype=torch.float32)
     if keys == 0:
         return out.zero_(), lse.fill_(-math.inf)
@@ -730,9 +785,9 @@ def latent_fwd(
     splits, split_size = _split(batch, rows, x, tiles)
     part, top, total = out, lse, lse
     if splits > 1:
-        part = q.new_empty(splits, batch, rows, channels, dtype=torch.float32)
+        part = q.new_empty(splits, *out.shape, dtype=torch.float32)
         top, total = lse.new_empty(2, splits, batch, rows)
-    strides, facts = _common(q, x, position, key_mask, scale, eps)
+    strides, facts = _common(q, x, position, key_mask, scale, eps, dropout_p)
     with _guard(x):
         forward[(splits * batch * triton.cdiv(rows, tiles.queries),)](
             *(
@@ -740,6 +795,7 @@ def latent_fwd(
                 x,
                 position,
                 key_mask,
+                seed,
                 part,
                 top,
                 total,
@@ -771,6 +827,8 @@ def latent_bwd(
     scale: float,
     eps: float,
     wanted: int,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, x and position, those that `wanted` asks for; shapes in csrc/schemas.h."""
     batch, keys, content = x.shape
@@ -784,19 +842,23 @@ def latent_bwd(
         return dq.zero_(), dx.zero_(), dposition.to(q.dtype).zero_()
     # delta is made of the dout that dP is made of: together they must vanish where dS does.
     dout, lse = dout.to(q.dtype).contiguous(), lse.contiguous()
-    strides, facts = _common(q, x, position, key_mask, scale, eps)
-    delta = torch.empty_like(lse)
+    strides, facts = _common(q, x, position, key_mask, scale, eps, dropout_p)
+    delta, dsum = torch.empty_like(lse), None
     with _guard(x):
         row_sums[(batch * rows,)](
             *(dout, out.contiguous(), None if dlse is None else dlse.contiguous(), delta),
-            C=channels,
-            WIDTH=_width(channels),
+            C=out.shape[2],
+            WIDTH=_width(out.shape[2]),
             HAS_DLSE=dlse is not None,
         )
 
+        if dropout_p > 0:
+            dout, dsum = dout[..., :-1], dout[..., -1].float().contiguous()
+
         def inputs(tiles):
             widths = chunks(channels, tiles.head)
-            return _in_tile_order(dout, content, widths), delta, _in_tile_order(q, content, widths), x, position, key_mask, lse
+            rows_in_order = _in_tile_order(dout, content, widths), delta, _in_tile_order(q, content, widths)
+            return *rows_in_order, x, position, key_mask, lse, seed, dsum
 
         if want_q:
             tiles = _tiles("latent_bwd_q", channels, x)
@@ -855,18 +917,20 @@ def _report_case(kernel, content, shared, dtype, code, capability):
     options = dict(num_warps=launch.pop("num_warps"), num_stages=tiles.num_stages)
     constexprs = dict(
         **dict(x_column=1, position_column=1, mask_column=1),
-        **dict(CX=content, CP=shared, MASKED=False, NORM=True, PRECISION="ieee"),
+        **dict(CX=content, CP=shared, MASKED=False, NORM=True, DROPOUT=False, PRECISION="ieee"),
         FOLD=dtype == "bfloat16",
         **dict(X_UNIT=math.gcd(16, content), POSITION_UNIT=math.gcd(16, shared), Q_BATCHED=False),
         **launch,
     )
-    constexprs |= dict(mask_ptr=None) | ({} if shared else dict(position_ptr=None))  # as a launch passes them
+    constexprs |= dict(mask_ptr=None, seed_ptr=None) | ({} if shared else dict(position_ptr=None))  # as a launch passes them
     if kernel is forward:
         constexprs |= dict(SPLIT=True)
     if kernel is backward_x:
         constexprs |= dict(WANT_X=True, WANT_POSITION=shared > 0)
-    single = {"delta_ptr", "lse_ptr", "top_ptr", "total_ptr", "dposition_ptr", "dq_ptr", "scale", "eps"}
-    if kernel is forward:
+    single = {"delta_ptr", "lse_ptr", "top_ptr", "total_ptr", "dposition_ptr", "dq_ptr", "scale", "eps", "keep_scale"}
+    if kernel is not forward:
+        constexprs |= dict(dsum_ptr=None)
+    else:
         single.add("out_ptr")
     signature = {}
     for argument in kernel.arg_names:

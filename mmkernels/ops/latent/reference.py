@@ -1,7 +1,7 @@
 """The definition of the op in plain torch: any device, any float dtype, twice differentiable.
 
     xn = LayerNorm([x ; position])        K = xn Wk^T + bk        V = xn Wv^T + bv
-    out_h = softmax(scale Q_h K_h^T) V_h          (Perceiver, Jaegle et al. 2021, section 3.1)
+    out_h = dropout(softmax(scale Q_h K_h^T)) V_h          (Perceiver, Jaegle et al. 2021, section 3.1)
 
 `latent_attention` is the plain form; `core` is the part that the kernels compute in the absorbed form.
 """
@@ -9,8 +9,10 @@
 import torch
 
 
-def latent_attention(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale):
-    """q (B|1,N,H*D), x (B,M,Cx), w_k (H*D,C), w_v (H*E,C), position (M,C-Cx) -> (B,N,H*E)."""
+def latent_attention(
+    q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale, keep, dropout_p
+):
+    """q (B|1,N,H*D), x (B,M,Cx), w_k (H*D,C), w_v (H*E,C), position (M,C-Cx), keep bool (B,H,N,M) or None -> (B,N,H*E)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     out_dtype = x.dtype
     q, w_k, w_v = q.to(dtype), w_k.to(dtype), w_v.to(dtype)
@@ -27,6 +29,8 @@ def latent_attention(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k
     q, k, v = (torch.unflatten(t, -1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     scores = (q * scale) @ k.transpose(-1, -2)
     probabilities = masked_softmax(scores, None if key_mask is None else key_mask[:, None, None, :])[0]
+    if keep is not None:
+        probabilities = probabilities * keep / (1.0 - dropout_p)
     return (probabilities @ v).transpose(1, 2).flatten(2).to(out_dtype)
 
 
