@@ -392,6 +392,10 @@ def test_state_refuses(generator):
         state.update(torch.cat([x, position.expand(2, -1, -1)], -1))
     with pytest.raises(ValueError, match="chunk wants a gradient, which a LatentState does not keep"):
         state.update(x.clone().requires_grad_(), position)
+    other = LatentState(**{**weights, "q": weights["q"][:1]}, num_heads=2)
+    with pytest.raises(ValueError, match="chunk wants a gradient"):
+        other.update(x[:1].clone().requires_grad_(), position)
+    assert other.update(x, position).result().shape == (2, 9, 20)  # what was refused left nothing behind
     trained = {**weights, "w_v": weights["w_v"].clone().requires_grad_()}
     with pytest.raises(
         ValueError, match="w_v wants a gradient, which a LatentState does not keep: use ops.latent_attention_s"

@@ -68,7 +68,7 @@ class LatentState:
 
         B, Cx and Cp are those of the first chunk, dtype and device those of q. Returns the state.
         """
-        chunk, position, self._kind = self._check_chunk("chunk", chunk, position, key_mask)
+        chunk, position = self._check_chunk("chunk", chunk, position, key_mask)
         _refuse_gradient("chunk", chunk)
         _refuse_gradient("position", position)
         self._read(chunk, position, key_mask)
@@ -109,7 +109,7 @@ class LatentState:
             return finish(out, lse, w_v, self._numbers["num_heads"], *(self._tensors[n] for n in AFTER))
 
     def _check_chunk(self, name, x, position, key_mask):
-        """(x, position) as they are read, under autocast in its dtype, and (B, Cx, Cp)."""
+        """(x, position) as they are read, under autocast in its dtype."""
         q, channels = self._tensors["q"], self._tensors["w_k"].shape[1]
         check_tensor(name, x, ("B", "m", "Cx"), "q", q.device)
         if position is not None:
@@ -119,21 +119,21 @@ class LatentState:
         for what, tensor in ((name, x), ("position", position)):
             if tensor is not None and tensor.dtype != q.dtype:
                 raise TypeError(f"{what} has dtype {tensor.dtype}; it must be q's, {q.dtype}")
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         if position is not None and position.shape[0] != length:
             raise ValueError(
                 f"position has shape {tuple(position.shape)}; with {name} {tuple(x.shape)} it must be ({length}, Cp)"
             )
         if key_mask is not None:
             check_key_mask(key_mask, batch, length, q.device)
-        kind = (batch, width, 0 if position is None else position.shape[1])
+        kind = _kind(x, position)
         if self._kind is not None and kind != self._kind:
             raise ValueError(f"{name} is of {_told(*kind)}; those before it are of {_told(*self._kind)}")
         if sum(kind[1:]) != channels:
             raise ValueError(f"{name} is of {_told(*kind)}; the channels together must be those of w_k, {channels}")
         if q.shape[0] not in (1, batch):
             raise ValueError(f"{name} has batch {batch}; it must be that of q, {q.shape[0]}")
-        return x, position, kind
+        return x, position
 
     def _choose(self, x, position):
         order = api._preference(self._tensors["q"], x, position, self._numbers["num_heads"], ABSORBED)
@@ -142,6 +142,7 @@ class LatentState:
     @torch.no_grad()
     def _read(self, x, position, key_mask):
         forward, _ = autograd.core_pair(self._choose(x, position))
+        self._kind = _kind(x, position)
         self._add(*forward(self._absorbed, x, position, key_mask, self._numbers["scale"], self._numbers["eps"]))
 
     def _add(self, out, lse):
@@ -208,7 +209,7 @@ def latent_attention_stream(
     marks = []
     with torch.set_grad_enabled(torch.is_grad_enabled() and not parameters):  # with a graph that is dropped: to notice it
         for i, parts in enumerate(source):
-            x, position, state._kind = state._check_chunk(f"chunks[{i}]", *parts)
+            x, position = state._check_chunk(f"chunks[{i}]", *parts)
             for tensor in (x, position):
                 if tensor is not None and tensor.requires_grad and not parameters:
                     raise ValueError(
@@ -255,7 +256,7 @@ def explain_latent_attention_stream(
         state = LatentState(q, w_k, w_v, eps=None if eps < 0 else eps, backend=backend, **options)
         x, position = q.new_empty(q.shape[0], 0, w_k.shape[1]), None
         for parts in _Source(chunks, q.device, False):
-            x, position, _ = state._check_chunk("chunks[0]", *parts)
+            x, position = state._check_chunk("chunks[0]", *parts)
             break
     reasons = {n: _refusals(n, x, w_k.shape[1]) for n in _backends.NAMES}
     return _backends.Explanation("latent_attention_stream", state._choose(x, position), "absorbed, chunk by chunk", reasons)
@@ -399,7 +400,7 @@ class _Gradients:
                 count += 1
                 if count > len(self.marks):
                     break
-                x, position, _ = self.state._check_chunk(f"chunks[{i}]", *parts)
+                x, position = self.state._check_chunk(f"chunks[{i}]", *parts)
                 changed += self.marks[i].check(i, x, position, parts[2])
                 made = [t is not None and t.requires_grad for t in (x, position)]
                 dq_here, *dparts = self._of_chunk(dout, out, lse, absorbed, x, position, parts[2], (wanted[0], *made))
@@ -444,6 +445,10 @@ def _equal(ours, theirs):
         return ours is theirs
     same_kind = (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
     return same_kind and torch.equal(ours, theirs)
+
+
+def _kind(x, position):
+    return x.shape[0], x.shape[2], 0 if position is None else position.shape[1]
 
 
 def _told(batch, width, shared):
