@@ -45,8 +45,7 @@ class FourierPositions(nn.Module):
         """Fills the buffer; call it after `to_empty()` where the module was made on the meta device."""
         if self.features.is_meta:
             return
-        coordinates = grid_coordinates(self.index_shape, released_rounding=self.released_rounding)
-        self.features.copy_(fourier_features(coordinates, self.num_bands, self.max_resolution))
+        fill_grid_(self.features, self.index_shape, self.num_bands, self.max_resolution, self.released_rounding)
 
     def forward(self):
         """(M, Cp), row-major over the grid."""
@@ -105,11 +104,21 @@ class LearnedPositions(nn.Module):
         return self.table if self.projection is None else self.projection(self.table)
 
 
-def grid_coordinates(shape, device=None, released_rounding=False):
-    """Coordinates (M, d) in float64 of all points of a grid: linspace(-1, 1, n_i) per axis in float32, row-major."""
-    axis = _released_axis if released_rounding else _axis
-    axes = [axis(n).double().to(device) for n in shape]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+@torch.no_grad()
+def fill_grid_(features, shape, num_bands, max_resolution, released_rounding=False):
+    """Writes the Fourier features of all points of a grid into `features` (M, Cp), axis by axis: nothing else is M long.
+
+    Coordinates are linspace(-1, 1, n_i) in float32, features in float64 until they are written.
+    """
+    axes, grid = len(shape), features.view(*shape, features.shape[-1])
+    for i, (n, mu) in enumerate(zip(shape, max_resolution, strict=True)):
+        coordinates = (_released_axis if released_rounding else _axis)(n).double().to(features.device)
+        own = fourier_features(coordinates[:, None], num_bands, [mu])
+        own = own.view(*[n if j == i else 1 for j in range(axes)], -1)
+        at = axes + i * num_bands, axes + (axes + i) * num_bands
+        grid[..., i : i + 1] = own[..., :1]
+        grid[..., at[0] : at[0] + num_bands] = own[..., 1 : 1 + num_bands]
+        grid[..., at[1] : at[1] + num_bands] = own[..., 1 + num_bands :]
 
 
 def _axis(n):
@@ -127,7 +136,7 @@ def _released_axis(n):
 def index_coordinates(indices, shape):
     """Coordinates (O, d) in float64 of some points of a grid, given by flat row-major numbers (O,): -1 + 2 i / n per axis.
 
-    The released decoders place sub-sampled outputs so: the right end is never reached, other than on `grid_coordinates`.
+    The released decoders place sub-sampled outputs so: the right end is never reached, other than on a whole grid.
     """
     axes = []
     for n in reversed(shape):

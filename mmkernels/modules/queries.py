@@ -14,8 +14,8 @@ from ..ops._shared.arguments import check_integer, check_numbers
 from .kinds import build
 from .positions import (
     check_grid,
+    fill_grid_,
     fourier_features,
-    grid_coordinates,
     index_coordinates,
     position_channels,
     reset_table_,
@@ -78,11 +78,13 @@ class FourierQueries(nn.Module):
     def forward(self, latents, *, tokens=None, position=None, points=None):
         """(1, O, E), None."""
         if points is None:
-            coordinates = grid_coordinates(self.shape, latents.device, self.released_rounding)
+            features = latents.new_empty(self.count, self.channels)
+            fill_grid_(features, self.shape, self.num_bands, self.max_resolution, self.released_rounding)
         else:
             check_points(points, self.count, latents.device)
             coordinates = index_coordinates(points, self.shape)
-        return fourier_features(coordinates, self.num_bands, self.max_resolution).to(latents.dtype)[None], None
+            features = fourier_features(coordinates, self.num_bands, self.max_resolution).to(latents.dtype)
+        return features[None], None
 
 
 class InputQueries(nn.Module):
