@@ -604,7 +604,7 @@ class _Official:
             return {"kind": "tokens", "vocab_size": vocab_size, "max_length": self._size(_TABLE, 0), "channels": width}
         if self._find_all("_padding/pos_embs"):
             return self._multimodal_input()
-        if "num_bands" not in self._section("preprocessor") and not self._find_all("image_preprocessor/"):
+        if not self._section("preprocessor") and not self._find_all("image_preprocessor/"):
             return {"kind": "array", "channels": channels}
         return self._picture(channels)
 

@@ -40,7 +40,7 @@ def run_perceiver_io(config, weights, inputs, backend):
     if len(inputs) == 1:
         config = {**config, "index_shape": _only(inputs).shape[1:-1]}
     _, own = perceiver_io.read_official(config, weights)
-    model = perceiver_io.from_official(config, weights, backend=backend).eval()
+    model = perceiver_io.from_official(config, weights, backend=backend).train(config.get("is_training", False))
     steps = {}
     for name, module in perceiver_io_modules(model, config, weights).items():
         module.register_forward_hook(lambda _, args, out, name=name: steps.setdefault(name, []).append(out))
