@@ -116,6 +116,10 @@ CONFIGS = {
     "perceiver-imagenet": PerceiverConfig(),
     "perceiver-imagenet-1": PerceiverConfig(num_cross_attends=1, num_blocks=8),
     "perceiver-imagenet-unshared": PerceiverConfig(share_cross="none", share_blocks=False),
+    # The smaller model of the paper's ablations.
+    "perceiver-imagenet-ablation": PerceiverConfig(
+        latent_channels=512, num_cross_attends=2, layers_per_block=4, share_cross="none", share_blocks=False
+    ),
     "perceiver-small": PerceiverConfig(
         input_shape=(64, 64),
         num_latents=64,

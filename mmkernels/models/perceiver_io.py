@@ -346,18 +346,26 @@ def _kinetics(num_latents):
     )
 
 
-def _audioset(audio, latent_channels):
+def _clip(audio):
     """A 32-frame clip and its sound."""
     video = {"kind": "grid", "shape": [32, 224, 224], "patch": [2, 8, 8], "positions": _fourier(16)}
-    return _classifier(
-        {"kind": "multimodal", "padding": 4, "modalities": {"audio": audio, "video": video}},
-        527,
-        encoder={"num_latents": 512, "latent_channels": latent_channels, "num_blocks": 1, "layers_per_block": 12},
-    )
+    return {"kind": "multimodal", "padding": 4, "modalities": {"audio": audio, "video": video}}
+
+
+def _audioset(audio, latent_channels):
+    encoder = {"num_latents": 512, "latent_channels": latent_channels, "num_blocks": 1, "layers_per_block": 12}
+    return _classifier(_clip(audio), 527, encoder=encoder)
+
+
+def _perceiver(input, num_classes, **encoder):
+    """The first paper's model: the input is read more than once, the latents' mean is classified."""
+    return PerceiverIOConfig(input=input, encoder=encoder, output={"kind": "pooled", "num_classes": num_classes})
 
 
 GLUE = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "qqp": 2, "rte": 2, "sst2": 2, "stsb": 1}
 FLOW_SIZE = (368, 496)
+_AUDIOSET = {"latent_channels": 512, "num_cross_attends": 2, "num_blocks": 2, "layers_per_block": 8}
+_AUDIOSET |= {"share_cross": "none", "share_blocks": False}
 _IMAGE_A = {"num_latents": 512, "latent_channels": 1024, "num_blocks": 8, "layers_per_block": 6}
 _IMAGE_B = {**_IMAGE_A, "num_blocks": 1, "layers_per_block": 16, "self_widening": 4}
 # 61,440 samples of sound in 480 patches; the spectrogram's 4,800 values are a token each (how they lie is not published).
@@ -425,6 +433,13 @@ CONFIGS = {
         queries={"kind": "input"},
         output={"kind": "array"},
     ),
+    # Models of the first paper whose input is no grid with Fourier features; perceiver.py has the others.
+    "perceiver-imagenet-learned": _perceiver(
+        {"kind": "grid", "shape": [224, 224], "positions": {"kind": "learned", "channels": 128}}, 1000, **_IMAGE_A
+    ),
+    "perceiver-audioset": _perceiver(_clip(_RAW_AUDIO), 527, **_AUDIOSET),
+    "perceiver-audioset-mel": _perceiver(_clip(_MEL_AUDIO), 527, **_AUDIOSET),
+    "perceiver-modelnet40": _perceiver({"kind": "points"}, 40, num_cross_attends=2, num_blocks=2, layers_per_block=6),
     "perceiver-io-small": _classifier(
         {"kind": "grid", "shape": [64, 64], "positions": _fourier(16)},
         10,

@@ -229,6 +229,30 @@ def test_published_arrays(name, size, channels, query_channels):
     assert (model.input.size, model.input.channels, model.queries.channels) == (size, channels, query_channels)
 
 
+def test_models_of_the_first_paper():
+    """Arrays as published, and how often they are read."""
+    for name, size, channels, cross, blocks in (
+        ("imagenet-learned", 50_176, 131, 1, 1),
+        ("audioset", 13_024, 487, 2, 2),
+        ("audioset-mel", 17_344, 487, 2, 2),
+        ("modelnet40", None, 387, 2, 1),
+    ):
+        model = models.load(f"perceiver-{name}", device="meta")
+        assert (model.input.size, model.input.channels) == (size, channels), name
+        assert (len(model.encoder.cross), len(model.encoder.blocks)) == (cross, blocks), name
+        assert model.decoder is None
+
+    def cross(channels):
+        """Parameters of a cross-attend that depend on the input's channels: four linear layers and a norm."""
+        return 2 * 1024 * channels + 2 * channels**2 + 5 * channels
+
+    learned, fourier = (
+        sum(p.numel() for p in models.load(f"perceiver-imagenet-{name}", device="meta").parameters())
+        for name in ("learned", "1")
+    )
+    assert learned - fourier == 50_176 * 128 + cross(131) - cross(261)
+
+
 def test_outputs_of_kinetics():
     model = models.load("perceiver-io-kinetics", device="meta")
     assert sum(model.queries.chosen(None).values()) == 804_737
