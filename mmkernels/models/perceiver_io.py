@@ -16,7 +16,7 @@ import math
 import torch
 from torch import nn
 
-from ..modules import PerceiverDecoder, PerceiverEncoder
+from ..modules import FourierPositions, PerceiverDecoder, PerceiverEncoder
 from ..modules.backend import check_backend
 from ..modules.kinds import build, make
 from ..modules.perceiver import ACTIVATIONS
@@ -484,7 +484,15 @@ def from_official(config: dict, state_dict: dict, *, backend="auto") -> Perceive
     """A Perceiver IO with the parameters of DeepMind's Haiku modules, in the dtype of `state_dict`; see `read_official`."""
     sizes, weights = read_official(config, state_dict)
     dtype = official.common_dtype({name: t for name, t in state_dict.items() if t.is_floating_point()})
-    model = PerceiverIO(dataclasses.replace(sizes, backend=backend), dtype=dtype)
+    return _with_weights(dataclasses.replace(sizes, backend=backend), weights, dtype)
+
+
+def _with_weights(config, weights, dtype):
+    """A model that never had others."""
+    model = PerceiverIO(config, device="meta", dtype=dtype).to_empty(device=next(iter(weights.values())).device)
+    for module in model.modules():
+        if isinstance(module, FourierPositions):
+            module.reset_parameters()
     load_weights(model, weights, "state_dict")
     return model
 
@@ -956,9 +964,8 @@ def from_huggingface(config: dict, state_dict: dict, *, kind=None, image_shape=N
         state = {name if name.startswith("embedding_decoder") else prefix + name: tensor for name, tensor in state.items()}
     dtype = official.common_dtype({name: t for name, t in state.items() if t.is_floating_point()})
     sizes = dataclasses.replace(_hf_config(config, state, found, image_shape), backend=backend)
-    model = PerceiverIO(sizes, dtype=dtype)
     weights = {}
-    for name, own in model.state_dict().items():
+    for name, own in PerceiverIO(sizes, device="meta").state_dict().items():
         theirs = _hf_name(name, found)
         if theirs not in state:
             raise ValueError(f"state_dict has no {theirs!r}, which a {found} has")
@@ -967,8 +974,7 @@ def from_huggingface(config: dict, state_dict: dict, *, kind=None, image_shape=N
             weights[name] = weights[name].flatten(1)
     if state:
         raise ValueError(f"state_dict has {min(state)!r}, which a {found} of this config does not have")
-    load_weights(model, weights, "state_dict")
-    return model
+    return _with_weights(sizes, weights, dtype)
 
 
 # What the library's PerceiverConfig has where config.json says nothing.

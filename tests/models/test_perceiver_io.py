@@ -289,21 +289,13 @@ def test_backends_agree(task, backend):
     own.load_state_dict(expected.state_dict())
     results = []
     for model, dtype in ((expected, torch.float64), (own, torch.float32)):
-        output = model(
-            input_of(task, dtype=torch.float32) if dtype == torch.float32 else _double(input_of(task, dtype=torch.float32))
-        )
+        output = model(_cast(input_of(task, dtype=torch.float32), dtype))
         total(output).backward()
         parts = output if isinstance(output, dict) else {"": output}
         results.append({**parts, **{n: p.grad for n, p in model.named_parameters()}})
     for name, value in results[0].items():
-        error = float((results[1][name].double() - value).abs().max())
+        error = float((results[1][name].detach().double() - value.detach()).abs().max())
         assert error <= 3e-4 * max(1.0, float(value.abs().max())), (name, error)
-
-
-def _double(inputs):
-    if isinstance(inputs, dict):
-        return {name: t.double() for name, t in inputs.items()}
-    return inputs.double() if inputs.is_floating_point() else inputs
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -315,6 +307,65 @@ def test_examples_of_a_batch_do_not_meet(task):
         whole, alone = {"": whole}, {"": alone}
     for name in whole:
         torch.testing.assert_close(whole[name][:1], alone[name])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_autocast_and_half_precision(task):
+    """Autocast, and parameters in bfloat16, are as near to float64 as plain PyTorch is in them."""
+    inputs = input_of(task, dtype=torch.float32)
+    exact = model_of(task)(_cast(inputs, torch.float64))
+    errors = {}
+    for backend in ("eager", "auto"):
+        model = model_of(task, torch.float32, backend=backend)
+        short = model_of(task, torch.bfloat16, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = [model(inputs)]
+        outputs.append(short(_cast(inputs, torch.bfloat16)))
+        errors[backend] = [_distance(output, exact) for output in outputs]
+    assert all(own <= 2 * plain + 1e-2 for own, plain in zip(errors["auto"], errors["eager"], strict=True)), errors
+
+
+def _cast(inputs, dtype):
+    if isinstance(inputs, dict):
+        return {name: t.to(dtype) for name, t in inputs.items()}
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
+
+
+def _distance(output, exact):
+    pairs = [(output[n], t) for n, t in exact.items()] if isinstance(exact, dict) else [(output, exact)]
+    return max(float((a.double() - b).norm() / b.norm().clamp(min=1)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("task", ["modalities"])
+def test_compiles_as_a_whole(task):
+    """What stands around the attentions, which have tests of their own for it."""
+    encoder = {**ENCODER, "num_blocks": 1, "layers_per_block": 0}
+    model = model_of(task, torch.float32, encoder=encoder, backend="eager")
+    inputs, options = input_of(task, dtype=torch.float32), {}
+    if task == "modalities":
+        options = {"masks": {"label": torch.ones(2, 1, dtype=torch.bool), "audio": torch.zeros(2, 4, dtype=torch.bool)}}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert _distance(compiled(inputs, **options), model(inputs, **options)) < 1e-4
+
+
+@pytest.mark.parametrize("task", ["pixels", "learned positions", "stem", "masked words", "tasks", "flow", "modalities"])
+def test_made_without_memory(task):
+    """On the meta device first, then anywhere: everything is written by reset_parameters, buffers too."""
+    config = perceiver_io.PerceiverIOConfig(**TASKS[task][0])
+    model = perceiver_io.PerceiverIO(config, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+    model.reset_parameters()
+    assert all(tensor.isfinite().all() for tensor in (*model.parameters(), *model.buffers()))
+    torch.manual_seed(0)
+    fresh = perceiver_io.PerceiverIO(config)
+    for name, tensor in model.named_parameters():
+        other = fresh.get_parameter(name)
+        assert tensor.any() == other.any(), name
+        assert tensor.numel() < 50 or abs(float(tensor.std() / other.std().clamp(min=1e-9)) - 1) < 0.5 or not tensor.std(), (
+            name
+        )
 
 
 def test_a_flow_starts_with_zero():
