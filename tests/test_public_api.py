@@ -8,7 +8,7 @@ import torch
 
 import mmkernels
 from mmkernels import models, modules, ops
-from mmkernels.models import adapterhub, ca_mtl, hypergrid_t5, mbt, perceiver
+from mmkernels.models import adapterhub, ca_mtl, hypergrid_t5, mbt, perceiver, perceiver_io
 
 SIGNATURES = {
     ops.adapter: "(x, w_down, b_down, w_up, b_up, *, input_residual=None, residual=None, skip=False, norm_weight=None, "
@@ -125,6 +125,18 @@ SIGNATURES = {
     adapterhub.AdapterHub.load_setup: "(self, folder, *, set_active=True)",
     perceiver.from_official: "(config, state_dict, *, backend='auto')",
     perceiver.Perceiver.save_pretrained: "(self, path)",
+    perceiver_io.from_official: "(config, state_dict, *, backend='auto')",
+    perceiver_io.from_huggingface: "(config, state_dict, *, kind=None, image_shape=None, backend='auto')",
+    perceiver_io.to_huggingface: "(model)",
+    perceiver_io.PerceiverIO: "(config, *, device=None, dtype=None)",
+    perceiver_io.PerceiverIO.forward: "(self, inputs, *, key_mask=None, query_mask=None, points=None, tasks=None, masks=None)",
+    perceiver_io.PerceiverIO.encode: "(self, inputs, *, key_mask=None, masks=None)",
+    perceiver_io.PerceiverIO.decode: "(self, latents, *, tokens=None, position=None, query_mask=None, points=None, "
+    "tasks=None)",
+    perceiver_io.PerceiverIO.reconstruct: "(self, inputs, *, chunk_size=16384, key_mask=None, masks=None)",
+    perceiver_io.PerceiverIO.save_pretrained: "(self, path)",
+    modules.PerceiverEncoder.forward: "(self, inputs, *, position=None, key_mask=None)",
+    modules.PerceiverDecoder.forward: "(self, latents, queries, *, query_position=None, query_mask=None)",
 }
 
 
@@ -187,10 +199,12 @@ def test_signature(function):
                 "LatentCrossAttention",
                 "LatentSelfAttention",
                 "MultimodalEncoder",
+                "PerceiverDecoder",
+                "PerceiverEncoder",
                 "set_backend",
             },
         ),
-        (models, {"adapterhub", "ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver"}),
+        (models, {"adapterhub", "ca_mtl", "hypergrid_t5", "load", "mbt", "names", "perceiver", "perceiver_io"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

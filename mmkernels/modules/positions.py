@@ -23,16 +23,15 @@ class FourierPositions(nn.Module):
         index_shape: the grid, e.g. (224, 224); M is its product.
         num_bands: K, 0 or more.
         max_resolution: mu, one per axis; default `index_shape`.
-        released_rounding: coordinates as DeepMind's code computes them in float32 on a CPU, whose compiler fuses a product and
-            a sum: some are one unit in the last place beside the rounded ones. Checkpoints of that code are compared so.
 
     Raises ValueError for an empty or non-positive shape, negative bands, or resolutions of another length.
     """
 
-    def __init__(self, index_shape, num_bands, max_resolution=None, *, released_rounding=False, device=None, dtype=None):
+    released_rounding = False
+
+    def __init__(self, index_shape, num_bands, max_resolution=None, *, device=None, dtype=None):
         super().__init__()
         check_grid(index_shape, num_bands, max_resolution)
-        self.released_rounding = released_rounding
         max_resolution = index_shape if max_resolution is None else max_resolution
         self.index_shape, self.num_bands, self.max_resolution = tuple(index_shape), num_bands, tuple(max_resolution)
         self.channels = position_channels(index_shape, num_bands)
@@ -69,6 +68,15 @@ def reset_linear_(weight, bias=None):
 def reset_table_(table):
     """Truncated normal of deviation 0.02, cut at two: latents, learned positions and queries."""
     nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
+
+
+class ReleasedFourierPositions(FourierPositions):
+    """With coordinates as DeepMind's code computes them in float32 on a CPU, whose compiler fuses a product and a sum.
+
+    Some are a few units in the last place beside the rounded ones; numbers of that code are compared so.
+    """
+
+    released_rounding = True
 
 
 class LearnedPositions(nn.Module):

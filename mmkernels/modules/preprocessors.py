@@ -16,6 +16,7 @@ from .kinds import build
 from .positions import (
     FourierPositions,
     LearnedPositions,
+    ReleasedFourierPositions,
     check_grid,
     fourier_features,
     position_channels,
@@ -81,8 +82,9 @@ class GridInput(_Input):
         channels: of the array.
         patch: sizes along the axes, which must divide `shape`; default one element.
         projection: channels of the linear layer; default none.
-        positions: None, {"kind": "fourier", "num_bands": K, "max_resolution": mu} (see `FourierPositions`) or
-            {"kind": "learned", "channels": c, "projection": p} (see `LearnedPositions`), over the grid of tokens.
+        positions: None, {"kind": "fourier", "num_bands": K, "max_resolution": mu} (see `FourierPositions`; with
+            "released_rounding": true, `ReleasedFourierPositions`) or {"kind": "learned", "channels": c, "projection": p} (see
+            `LearnedPositions`), over the grid of tokens.
         add_positions: they are added to the content instead of appended.
 
     Raises ValueError for sizes that do not fit.
@@ -525,7 +527,8 @@ def _same(shape, kernel):
 
 
 def _fourier(grid, num_bands, max_resolution=None, released_rounding=False, **factory):
-    return FourierPositions(grid, num_bands, max_resolution, released_rounding=released_rounding, **factory)
+    kind = ReleasedFourierPositions if released_rounding else FourierPositions
+    return kind(grid, num_bands, max_resolution, **factory)
 
 
 def _learned(grid, channels, projection=None, **factory):

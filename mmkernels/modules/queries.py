@@ -62,7 +62,7 @@ class FourierQueries(nn.Module):
 
     Args:
         shape: the grid, O is its product.
-        num_bands, max_resolution, released_rounding: see `FourierPositions`.
+        num_bands, max_resolution, released_rounding: see `FourierPositions` and `ReleasedFourierPositions`.
     """
 
     def __init__(self, shape, num_bands, max_resolution=None, *, released_rounding=False, device=None, dtype=None):

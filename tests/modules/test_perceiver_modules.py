@@ -202,7 +202,7 @@ def test_released_rounding():
         plain, released = positions._axis(n), positions._released_axis(n)
         assert released.shape == plain.shape and (released - plain).abs().max() <= 2**-22
         assert n not in (1, 2, 3, 5, 9, 17) or torch.equal(released, plain)
-    made = modules.FourierPositions((7, 4), 2, released_rounding=True, **DOUBLE)()
+    made = positions.ReleasedFourierPositions((7, 4), 2, **DOUBLE)()
     assert torch.equal(made.view(7, 4, -1)[:, 0, 0], positions._released_axis(7).double())
     assert not torch.equal(made, modules.FourierPositions((7, 4), 2, **DOUBLE)())
 
