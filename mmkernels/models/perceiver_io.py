@@ -157,13 +157,9 @@ class PerceiverIO(nn.Module):
         Raises ValueError or TypeError for shapes, dtypes and names that do not fit.
         """
         latents, tokens, position = self.encode(inputs, key_mask=key_mask, masks=masks)
-        if query_mask is None and key_mask is not None and self._asks_tokens and self.config.mask_queries:
+        if query_mask is None and isinstance(self.output, TokenOutput) and self.config.mask_queries:
             query_mask = key_mask
         return self.decode(latents, tokens=tokens, position=position, query_mask=query_mask, points=points, tasks=tasks)
-
-    @property
-    def _asks_tokens(self):
-        return isinstance(self.output, TokenOutput)
 
     def encode(self, inputs, *, key_mask=None, masks=None):
         """Latents (B, N, D), and the tokens (B, M, Cx) and positions (M, Cp) or None that they read; see `forward`."""
@@ -180,6 +176,8 @@ class PerceiverIO(nn.Module):
             if query_mask is not None or points is not None:
                 raise ValueError("query_mask and points are for a model with queries; this one has none")
             return self.output(latents)
+        if points is not None and isinstance(self.output, TaskOutput):
+            raise ValueError("points is not for an output of the kind 'tasks', which takes tasks")
         if tasks is not None:
             points = torch.tensor(self.output.numbers(tasks), device=latents.device)
         needs_tokens = isinstance(self.queries, InputQueries) or getattr(self.queries, "per_token", False)

@@ -580,5 +580,7 @@ def test_arguments_of_other_models():
         modalities(input_of("modalities"), points={"video": None})
     with pytest.raises(ValueError, match="points are for a model with queries"):
         model_of("latents")(input_of("latents"), points=torch.tensor([0]))
+    with pytest.raises(ValueError, match="points is not for an output of the kind 'tasks'"):
+        model_of("tasks")(input_of("tasks"), points=torch.tensor([0]))
     with pytest.raises(ValueError, match="tokens is None"):
         model_of("flow").decode(torch.zeros(1, 7, 12, dtype=torch.float64))
