@@ -481,7 +481,7 @@ _TABLE = "trainable_position_encoding/pos_embs"
 def from_official(config: dict, state_dict: dict, *, backend="auto") -> PerceiverIO:
     """A Perceiver IO with the parameters of DeepMind's Haiku modules, in the dtype of `state_dict`; see `read_official`."""
     sizes, weights = read_official(config, state_dict)
-    dtype = official.common_dtype({name: t for name, t in state_dict.items() if t.is_floating_point()})
+    dtype = official.common_dtype({name: t for name, t in weights.items() if t.is_floating_point()})
     return _with_weights(dataclasses.replace(sizes, backend=backend), weights, dtype)
 
 
@@ -511,10 +511,13 @@ def read_official(config: dict, state_dict: dict) -> tuple:
             `video_max_resolution`, `audio_bands`, `audio_max_resolution`, `mask_probs`.
             `layer_norm_eps` (1e-5).
         state_dict: `module path/parameter` -> tensor, linear weights (in, out), convolutions (height, width, in, out), and of
-            batch norms `state/module path/../average`. Every other size is read off the tensors.
+            batch norms `state/module path/../average`. Or nested as the released files are, {module path: {parameter:
+            array}}, alone or as "params" beside "state". Every other size is read off the tensors.
 
     Raises ValueError for missing, unknown or misshapen entries.
     """
+    if isinstance(state_dict, dict) and any(isinstance(value, dict) for value in state_dict.values()):
+        state_dict = {name.removeprefix("params/"): t for name, t in official.flattened(state_dict).items()}
     official.check_mappings(config, state_dict)
     if (kind := huggingface_kind(state_dict)) is not None:
         raise ValueError(f"state_dict is that of Hugging Face's {kind}; from_huggingface reads it")

@@ -194,6 +194,18 @@ def test_nested_sections_of_the_released_scripts():
     assert loaded.config.input == model.config.input | {"channels": 3, "batch_norm": True}
 
 
+def test_nested_parameters_of_the_released_files():
+    state, nested = released(model_of("stem"), CASES["stem"][2]), {"params": {}, "state": {}}
+    for name, tensor in state.items():
+        part = "state" if name.startswith("state/") else "params"
+        module, _, parameter = name.removeprefix("state/").rpartition("/")
+        nested[part].setdefault(module, {})[parameter] = tensor.numpy()
+    flat = perceiver_io.from_official(official_config("stem"), state).state_dict()
+    for given in (nested, nested["params"] | {f"state/{module}": values for module, values in nested["state"].items()}):
+        loaded = perceiver_io.from_official(official_config("stem"), given).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in flat.items())
+
+
 @pytest.mark.parametrize(
     "case, changes, message",
     [
