@@ -330,6 +330,8 @@ class PerceiverAttention:
 
     def __init__(self, layer):
         self.layer, self.original, self.view = layer, type(layer).forward, None
+        if isinstance(layer.self.layernorm2, nn.LayerNorm) and self._plain():
+            self._view()
 
     def __call__(
         self, hidden_states, attention_mask=None, head_mask=None, inputs=None, inputs_mask=None, output_attentions=False
@@ -373,7 +375,9 @@ class PerceiverAttention:
             if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or not mask.is_floating_point():
                 return None
             key_mask = (mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2).expand(inputs.shape[0], -1)
-            if not torch.compiler.is_compiling():
+            # Looking at it waits for a GPU, which a captured graph cannot.
+            captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+            if not torch.compiler.is_compiling() and not captured:
                 some, none = torch.stack([~key_mask.all(), ~key_mask.any(1).all()]).tolist()
                 if none:  # an example without any key: the library attends to all of them alike
                     return None

@@ -168,6 +168,18 @@ def test_autocast(kind):
     assert float((actual.float() - exact).abs().max()) <= allowed
 
 
+def test_compiled():
+    plain, converted, _ = pair("PerceiverForSequenceClassification")
+    ids = input_of("PerceiverForSequenceClassification")
+    compiled = torch.compile(converted.perceiver.encoder.cross_attention.attention, fullgraph=True, backend="eager")
+    latents = converted.perceiver.embeddings(batch_size=2)
+    inputs, _, _ = plain.perceiver.input_preprocessor(ids)
+    mask = torch.zeros(2, 1, 1, 9)
+    mask[0, ..., 4:] = torch.finfo(torch.float32).min
+    expected = plain.perceiver.encoder.cross_attention.attention(latents, inputs=inputs, inputs_mask=mask)[0]
+    torch.testing.assert_close(compiled(latents, inputs=inputs, inputs_mask=mask)[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_filter():
     model = library_model("PerceiverForMaskedLM")
     report = mmkernels.convert(model, lambda name, module: "decoder" in name)

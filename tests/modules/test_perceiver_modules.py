@@ -251,6 +251,18 @@ def test_decoder(residual):
     torch.testing.assert_close(one, decoder(latents, queries[:1].expand(2, -1, -1), query_position=position))
 
 
+def test_heads_wider_than_any_kernel_takes():
+    """A query for a class reads latents of 1280 channels with one head, as Hugging Face's text classifier does."""
+    torch.manual_seed(0)
+    decoder = modules.PerceiverDecoder(16, 1280, output_channels=3)
+    latents, queries = torch.randn(2, 9, 1280), torch.randn(1, 1, 16)
+    output = decoder(latents, queries)
+    output.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(latents, queries), output, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(modules.set_backend(decoder, "eager")(latents, queries), output, rtol=1e-4, atol=1e-4)
+
+
 def test_exact_and_tanh_gelu():
     from mmkernels.modules.perceiver import Mlp
 
