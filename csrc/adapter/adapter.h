@@ -19,6 +19,7 @@ struct AdapterProblem {
   uint32_t threshold;
   float gain;
   float *mean, *rstd, *out_mean, *out_rstd;  // (rows)
+  float* hidden;                             // z (rows, r), that the forward leaves to the backward; or null
   char* out;                                 // contiguous, of x's dtype
   // Of the backward: null, or false, where not wanted. Gradients of rows are contiguous, of x's dtype.
   Strided dout;
@@ -29,6 +30,7 @@ struct AdapterProblem {
   bool is_backward() const { return dout.data != nullptr; }
   bool wants_sum() const { return dx != nullptr || dinput_residual != nullptr || wants_norm; }
   bool wants_bottleneck() const { return wants_sum() || wants_down || wants_b_down || dgate != nullptr; }
+  bool needs_hidden() const { return hidden == nullptr || !is_backward(); }  // is z computed, or read?
   bool needs_output() const { return out_weight.data != nullptr || !is_backward(); }
 };
 
@@ -42,13 +44,21 @@ struct AdapterWeights {
 // Rows order[begin] to order[end] with one adapter, and what the backward sums over them.
 struct AdapterPart {
   int64_t begin, end;
-  int64_t adapter;          // -1: none
-  const float* panels;      // its packed weights; null where there is none
-  float *up, *down, *rest;  // AdapterSums has their sizes
+  int64_t adapter;      // -1: none
+  const float* panels;  // its packed weights; null where there is none
+  float* rest;          // AdapterSums has its size
 };
 
-// Sums of a part: of the products that make the gradients of `up` (C rows) and `down` (r rows), whose rows end at whole
-// vectors of any instruction set, and of the biases and norms. Products may lie in the gradients' own memory.
+// What the rows of some parts, from order[begin] on, leave to the products that sum over them: u and the gradient of o
+// (rows, C), a and dz (rows, r), in rows of padded length. Null: not wanted.
+struct AdapterRows {
+  int64_t begin;
+  float *u, *gradient, *a, *dz;
+};
+
+// Sums of an adapter: of the products that make the gradients of `up` (C rows) and `down` (r rows), whose rows end at
+// whole vectors of any instruction set, and, of a part, of the biases and norms. Products may lie in the gradients' own
+// memory.
 struct AdapterSums {
   int64_t up_row, down_row, up, down;              // lengths of rows, sizes
   int64_t b_up = 0, b_down, norm, out_norm, rest;  // places in `rest`; of a norm the weight, then the bias
@@ -64,11 +74,12 @@ struct AdapterSums {
         rest(out_norm + 2 * down_row) {}
 };
 
-// What the parts of one adapter have summed becomes gradients: columns `first` to `last`. Null: not wanted.
+// What has been summed of one adapter becomes gradients: columns `first` to `last`. Null: not wanted.
 struct AdapterGradient {
   AdapterWeights weights;
   const AdapterPart* parts;
   int64_t count, first, last;
+  const float *down, *up;           // the products' sums, if there are parts
   char *ddown, *dup;                // contiguous, of x's dtype
   float *db_down, *db_up, *dscale;  // dscale: (C)
 };
@@ -78,7 +89,10 @@ struct AdapterKernels {
   void (*pack)(const AdapterProblem&, const AdapterWeights&, float* panels);
   int64_t (*space)(const AdapterProblem&);
   void (*forward)(const AdapterProblem&, const AdapterPart&, float* space);
-  void (*backward)(const AdapterProblem&, const AdapterPart&, float* space);
+  void (*backward)(const AdapterProblem&, const AdapterPart&, const AdapterRows&, float* space);
+  // Adds the products of `count` parts of one adapter to its sums (null: not wanted), columns `first` to `last` of C.
+  void (*products)(const AdapterProblem&, const AdapterRows&, const AdapterPart* parts, int64_t count, int64_t first,
+                   int64_t last, bool accumulate, float* down, float* up);
   void (*finish)(const AdapterProblem&, const AdapterGradient&);
 };
 

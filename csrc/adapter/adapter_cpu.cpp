@@ -180,7 +180,7 @@ class Parts {
       if (rows == 0) continue;
       const int64_t step = ceil_div(rows, ceil_div(rows, size)), adapter = g < call.adapters ? g : -1;
       for (int64_t i = 0; i < rows; i += step)
-        parts.push_back({begin + i, begin + std::min(i + step, rows), adapter, nullptr, nullptr, nullptr, nullptr});
+        parts.push_back({begin + i, begin + std::min(i + step, rows), adapter, nullptr, nullptr});
       if (adapter >= 0) used.push_back(g);
     }
     first.push_back(static_cast<int64_t>(parts.size()));
@@ -198,18 +198,20 @@ class Parts {
 
   int64_t count() const { return static_cast<int64_t>(parts.size()); }
 
-  // run(part, scratch memory) for every part.
+  // run(part, scratch memory) for every part from `begin` to `end`.
   template <class F>
-  void run(int64_t threads, const F& run) const {
-    const int64_t workers = std::min(threads, count()), size = round_up(kernels().space(call_.p), 16) + stride_;
-    const Space space(workers * size);
-    std::vector<int64_t> packed(workers, -1);
-    for_parts(count(), workers, [&](int64_t i, int64_t worker) {
-      AdapterPart part = parts[i];
-      float *const panels = space.at(worker * size), *const scratch = panels + stride_;
+  void run(int64_t threads, int64_t begin, int64_t end, const F& run) {
+    const int64_t size = round_up(kernels().space(call_.p), 16) + stride_;
+    if (packed_.empty()) {
+      packed_.assign(std::min(threads, count()), -1);
+      scratch_ = Space(static_cast<int64_t>(packed_.size()) * size);
+    }
+    for_parts(end - begin, static_cast<int64_t>(packed_.size()), [&](int64_t i, int64_t worker) {
+      AdapterPart part = parts[begin + i];
+      float *const panels = scratch_.at(worker * size), *const scratch = panels + stride_;
       if (part.adapter >= 0 && part.panels == nullptr) {
-        if (packed[worker] != part.adapter) kernels().pack(call_.p, call_.weights(part.adapter), panels);
-        packed[worker] = part.adapter, part.panels = panels;
+        if (packed_[worker] != part.adapter) kernels().pack(call_.p, call_.weights(part.adapter), panels);
+        packed_[worker] = part.adapter, part.panels = panels;
       }
       run(part, scratch);
     });
@@ -218,38 +220,39 @@ class Parts {
  private:
   const Call& call_;
   int64_t stride_;
-  Space shared_;
+  Space shared_, scratch_;
+  std::vector<int64_t> packed_;  // the adapter whose weights a worker has
 };
 
-// Memory for the sums of a product: of the first part of an adapter in the gradient itself, where that is given.
+// Where the products of an adapter are summed: in the gradient itself, where that is given.
 class Products {
  public:
-  Products(Parts& parts, int64_t size, float* gradient, float* AdapterPart::* sums) {
-    const int64_t groups = static_cast<int64_t>(parts.first.size()) - 1;
-    int64_t others = 0;
-    const auto is_first = [&](int64_t g, int64_t part) { return gradient != nullptr && part == parts.first[g]; };
-    const auto for_each = [&](const auto& f) {
-      for (int64_t g = 0; g < groups; ++g)
-        for (int64_t part = parts.first[g]; part < parts.first[g + 1]; ++part)
-          if (parts.parts[part].adapter >= 0) f(g, part);
-    };
-    for_each([&](int64_t g, int64_t part) { others += !is_first(g, part); });
-    space_ = Space(others * size), others = 0;
-    for_each([&](int64_t g, int64_t part) {
-      parts.parts[part].*sums = is_first(g, part) ? gradient + g * size : space_.at(others++ * size);
-    });
+  Products(const Parts& parts, int64_t adapters, int64_t size, float* gradient)
+      : size_(size), gradient_(gradient), slots_(adapters, 0) {
+    int64_t used = 0;
+    for (int64_t a = 0; a < adapters; ++a) slots_[a] = used, used += parts.first[a + 1] > parts.first[a];
+    if (gradient == nullptr) space_ = Space(used * size);
+  }
+
+  float* of(int64_t adapter) const {
+    if (size_ == 0) return nullptr;
+    return gradient_ == nullptr ? space_.at(slots_[adapter] * size_) : gradient_ + adapter * size_;
   }
 
  private:
+  int64_t size_;
+  float* gradient_;
+  std::vector<int64_t> slots_;
   Space space_;
 };
 
-std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, OptionalTensor residual, Tensor w_down,
-                                   OptionalTensor b_down, Tensor w_up, OptionalTensor b_up, OptionalTensor norm_weight,
-                                   OptionalTensor norm_bias, OptionalTensor out_weight, OptionalTensor out_bias,
-                                   OptionalTensor scale, OptionalTensor gate, OptionalTensor index, OptionalTensor seed,
-                                   int64_t skip, int64_t activation, double eps, double out_eps, double factor,
-                                   double dropout_p) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, OptionalTensor residual,
+                                           Tensor w_down, OptionalTensor b_down, Tensor w_up, OptionalTensor b_up,
+                                           OptionalTensor norm_weight, OptionalTensor norm_bias,
+                                           OptionalTensor out_weight, OptionalTensor out_bias, OptionalTensor scale,
+                                           OptionalTensor gate, OptionalTensor index, OptionalTensor seed, int64_t skip,
+                                           int64_t activation, double eps, double out_eps, double factor,
+                                           double dropout_p, bool save) {
   Call call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_weight, out_bias,
             scale, gate, index, seed, skip, activation, eps, out_eps, factor, dropout_p);
   call.complete();
@@ -257,7 +260,10 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
   const int64_t norms = norm_weight.has_value() + out_weight.has_value();
   Tensor out = allocate(x, {x.size(0), p.length, p.channels});
   Tensor statistics = allocate(x, {2 * norms, x.size(0), p.length}, ScalarType::Float);
-  if (p.rows == 0) return {out, statistics};
+  Tensor hidden =
+      save ? allocate(x, {x.size(0), p.length, p.bottleneck}, ScalarType::Float) : allocate(x, {0}, ScalarType::Float);
+  if (p.rows == 0) return {out, statistics, hidden};
+  if (save) p.hidden = static_cast<float*>(hidden.mutable_data_ptr());
   float* const numbers = static_cast<float*>(statistics.mutable_data_ptr());
   p.mean = numbers, p.rstd = numbers + p.rows;
   p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
@@ -266,21 +272,21 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
   int64_t groups = 0;
   for (int64_t a = 0; a < call.adapters; ++a) groups += call.begins[a + 1] > call.begins[a];
   const int64_t most = Parts::are_many(groups, threads) ? 512 : 96;
-  const Parts parts(call, std::min(round_up(ceil_div(p.rows, 4 * threads), 12), most), threads);
-  parts.run(threads, [&](const AdapterPart& part, float* space) { kernels().forward(p, part, space); });
-  return {out, statistics};
+  Parts parts(call, std::min(round_up(ceil_div(p.rows, 4 * threads), 12), most), threads);
+  parts.run(threads, 0, parts.count(),
+            [&](const AdapterPart& part, float* space) { kernels().forward(p, part, space); });
+  return {out, statistics, hidden};
 }
 
-// Rows whose sums for the weights' gradients are one: by sizes alone, so that bits do not depend on threads. Sums of
-// few rows cost as much as their products.
+// Rows whose sums for the gradients of biases and norms are one: by sizes alone, so that bits do not depend on threads.
 int64_t backward_part(int64_t rows) { return rows <= 256 ? 64 : std::clamp<int64_t>(rows / 16, 128, 512); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor residual, Tensor w_down,
          OptionalTensor b_down, Tensor w_up, OptionalTensor b_up, OptionalTensor norm_weight, OptionalTensor norm_bias,
          OptionalTensor out_weight, OptionalTensor out_bias, OptionalTensor scale, OptionalTensor gate,
-         OptionalTensor index, OptionalTensor seed, Tensor statistics, int64_t skip, int64_t activation, double eps,
-         double out_eps, double factor, double dropout_p, int64_t wanted) {
+         OptionalTensor index, OptionalTensor seed, Tensor statistics, OptionalTensor hidden, int64_t skip,
+         int64_t activation, double eps, double out_eps, double factor, double dropout_p, int64_t wanted) {
   Call call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_weight, out_bias,
             scale, gate, index, seed, skip, activation, eps, out_eps, factor, dropout_p);
   call.complete();
@@ -293,6 +299,12 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   float* const numbers = const_cast<float*>(floats(statistics));
   p.mean = numbers, p.rstd = numbers + p.rows;
   p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
+  if (hidden.has_value()) {
+    check_dtype(*hidden, "hidden", ScalarType::Float);
+    check_shape(*hidden, "hidden", {x.size(0), p.length, r});
+    hidden = as_contiguous(*hidden);
+    p.hidden = const_cast<float*>(floats(*hidden));
+  }
 
   const OptionalTensor* const given[kGradients] = {nullptr,   &input_residual, &residual,    nullptr,    &b_down,
                                                    nullptr,   &b_up,           &norm_weight, &norm_bias, &out_weight,
@@ -327,26 +339,53 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   const int64_t item = call.dtype == ScalarType::Float ? 4 : 2;
   const Space rest(parts.count() * at.rest);
   const bool in_place = call.dtype == ScalarType::Float && r == at.up_row && channels == at.down_row;
-  const Products up(parts, p.wants_up ? at.up : 0, in_place ? floats_of(5) : nullptr, &AdapterPart::up);
-  const Products down(parts, p.wants_down ? at.down : 0, in_place ? floats_of(3) : nullptr, &AdapterPart::down);
+  const Products up(parts, call.adapters, p.wants_up ? at.up : 0, in_place ? floats_of(5) : nullptr);
+  const Products down(parts, call.adapters, p.wants_down ? at.down : 0, in_place ? floats_of(3) : nullptr);
   for (int64_t i = 0; i < parts.count(); ++i) parts.parts[i].rest = rest.at(i * at.rest);
-  parts.run(threads, [&](const AdapterPart& part, float* space) { kernels().backward(p, part, space); });
+
+  // Rows and the products that sum over them in turn, a few parts at a time: while they lie in cache, or, where the
+  // sums do not, so many that these are seldom read and written.
+  const int64_t step = threads == 1 ? 1 : 2 * threads, most = backward_part(p.rows);
+  const int64_t together = at.up + at.down < 128 * 1024 ? step : std::max(step, ceil_div(1024, most));
+  const int64_t wide = padded_row(channels), narrow = padded_row(r);
+  const int64_t space = std::min(together * most, p.rows) * (p.wants_up || p.wants_down);
+  const Space u(p.wants_down ? space * wide : 0), gradient(p.wants_up ? space * wide : 0);
+  const Space a(p.wants_up ? space * narrow : 0), dz(p.wants_down ? space * narrow : 0);
+  for (int64_t begin = 0; begin < parts.count(); begin += together) {
+    const int64_t end = std::min(begin + together, parts.count());
+    const AdapterRows rows{parts.parts[begin].begin, u.at(0), gradient.at(0), a.at(0), dz.at(0)};
+    parts.run(threads, begin, end,
+              [&](const AdapterPart& part, float* scratch) { kernels().backward(p, part, rows, scratch); });
+    if (space == 0) continue;
+    std::vector<int64_t> runs;  // of parts with one adapter: where each begins
+    for (int64_t i = begin; i < end; ++i)
+      if (i == begin || parts.parts[i].adapter != parts.parts[i - 1].adapter) runs.push_back(i);
+    runs.push_back(end);
+    const int64_t tile = 96, tiles = ceil_div(channels, tile);
+    for_parts((static_cast<int64_t>(runs.size()) - 1) * tiles, threads, [&](int64_t i, int64_t) {
+      const int64_t first = runs[i / tiles], last = runs[i / tiles + 1], column = i % tiles * tile;
+      const int64_t adapter = parts.parts[first].adapter;
+      if (adapter >= 0)
+        kernels().products(p, rows, &parts.parts[first], last - first, column, std::min(column + tile, channels),
+                           first > parts.first[adapter], down.of(adapter), up.of(adapter));
+    });
+  }
   const bool of_weights = p.wants_down || p.wants_b_down || p.wants_up || p.wants_b_up;
   if (of_weights) {
     const Space scales(to[11] == nullptr ? 0 : call.adapters * channels);
-    const int64_t step = 192, pieces = ceil_div(channels, step);
-    for_parts(call.adapters * pieces, (call.adapters + parts.count()) * at.up < 200000 ? 1 : threads,
-              [&](int64_t i, int64_t) {
-                const int64_t a = i / pieces, column = i % pieces * step;
-                AdapterGradient g{call.weights(a), parts.parts.data() + parts.first[a],
-                                  parts.first[a + 1] - parts.first[a], column, std::min(column + step, channels)};
-                if (to[3] != nullptr) g.ddown = to[3] + a * r * channels * item;
-                if (to[4] != nullptr) g.db_down = floats_of(4) + a * r;
-                if (to[5] != nullptr) g.dup = to[5] + a * r * channels * item;
-                if (to[6] != nullptr) g.db_up = floats_of(6) + a * channels;
-                if (to[11] != nullptr) g.dscale = scales.at(a * channels);
-                kernels().finish(p, g);
-              });
+    const int64_t width = 192, pieces = ceil_div(channels, width);
+    for_parts(call.adapters * pieces, call.adapters * at.up < 200000 ? 1 : threads, [&](int64_t i, int64_t) {
+      const int64_t a = i / pieces, column = i % pieces * width;
+      AdapterGradient g{call.weights(a), parts.parts.data() + parts.first[a], parts.first[a + 1] - parts.first[a],
+                        column,          std::min(column + width, channels),  down.of(a),
+                        up.of(a)};
+      if (to[3] != nullptr) g.ddown = to[3] + a * r * channels * item;
+      if (to[4] != nullptr) g.db_down = floats_of(4) + a * r;
+      if (to[5] != nullptr) g.dup = to[5] + a * r * channels * item;
+      if (to[6] != nullptr) g.db_up = floats_of(6) + a * channels;
+      if (to[11] != nullptr) g.dscale = scales.at(a * channels);
+      kernels().finish(p, g);
+    });
     if (to[11] != nullptr) {
       // (1 or A, 1 or C) from (A, C): first over the adapters, then over the channels.
       const bool each = scale->size(0) == call.adapters, wide = scale->size(1) == channels;

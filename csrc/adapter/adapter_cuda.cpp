@@ -179,12 +179,14 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, OptionalTensor residual, Tensor w_down,
-                                   OptionalTensor b_down, Tensor w_up, OptionalTensor b_up, OptionalTensor norm_weight,
-                                   OptionalTensor norm_bias, OptionalTensor out_weight, OptionalTensor out_bias,
-                                   OptionalTensor scale, OptionalTensor gate, OptionalTensor index, OptionalTensor seed,
-                                   int64_t skip, int64_t activation, double eps, double out_eps, double factor,
-                                   double dropout_p) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, OptionalTensor residual,
+                                           Tensor w_down, OptionalTensor b_down, Tensor w_up, OptionalTensor b_up,
+                                           OptionalTensor norm_weight, OptionalTensor norm_bias,
+                                           OptionalTensor out_weight, OptionalTensor out_bias, OptionalTensor scale,
+                                           OptionalTensor gate, OptionalTensor index, OptionalTensor seed, int64_t skip,
+                                           int64_t activation, double eps, double out_eps, double factor,
+                                           double dropout_p, bool save) {
+  STD_TORCH_CHECK(!save, "save is true; on a GPU the bottleneck is made again, and it must be false");
   const OnDevice device(x);
   Call call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_weight, out_bias,
             scale, gate, index, seed, skip, activation, eps, out_eps, factor, dropout_p);
@@ -192,7 +194,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
   Tensor out = empty(x, {call.batch, d.length, d.channels}, call.type);
   const int64_t numbers = 2 * (norm_weight ? 1 : 0) + 2 * (out_weight ? 1 : 0);
   Tensor statistics = empty(x, {numbers, call.batch, d.length}, ScalarType::Float);
-  if (d.rows == 0) return {out, statistics};
+  const Tensor nothing = empty(x, {0}, ScalarType::Float);
+  if (d.rows == 0) return {out, statistics, nothing};
   d.out = out.mutable_data_ptr(), d.statistics = floats(statistics);
   if (const int clusters = mmk_adapter_cluster_forward_slots(call.dtype, &d)) {
     if (index && d.group_rows >= kLongExample) {
@@ -216,7 +219,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor input_residual, Opti
   const int64_t tiles = call.pieces(d.tile, d.adapters + 2);
   check_blocks(tiles, "adapter_fwd");
   check_launch(mmk_adapter_forward(call.dtype, &d, tiles, device.stream), "adapter_fwd");
-  return {out, statistics};
+  return {out, statistics, nothing};
 }
 
 enum { kX, kInput, kResidual, kDown, kDownBias, kUp, kUpBias, kNorm, kNormBias, kOut, kOutBias, kScale, kGate, kAll };
@@ -224,8 +227,9 @@ enum { kX, kInput, kResidual, kDown, kDownBias, kUp, kUpBias, kNorm, kNormBias, 
 Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor residual, Tensor w_down,
                    OptionalTensor b_down, Tensor w_up, OptionalTensor b_up, OptionalTensor norm_weight,
                    OptionalTensor norm_bias, OptionalTensor out_weight, OptionalTensor out_bias, OptionalTensor scale,
-                   OptionalTensor gate, OptionalTensor index, OptionalTensor seed, Tensor statistics, int64_t skip,
-                   int64_t activation, double eps, double out_eps, double factor, double dropout_p, int64_t wanted) {
+                   OptionalTensor gate, OptionalTensor index, OptionalTensor seed, Tensor statistics, OptionalTensor,
+                   int64_t skip, int64_t activation, double eps, double out_eps, double factor, double dropout_p,
+                   int64_t wanted) {
   const OnDevice device(x);
   Call call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_weight, out_bias,
             scale, gate, index, seed, skip, activation, eps, out_eps, factor, dropout_p);

@@ -23,7 +23,7 @@ struct Panels {
     b_down = 0;
     b_up = b_down + narrow;
     down = b_up + wide;
-    up = down + channels * narrow;
+    up = down + (p.needs_hidden() ? channels * narrow : 0);
     up_back = up + (p.needs_output() ? bottleneck * wide : 0);
     down_back = up_back + (p.is_backward() && p.wants_bottleneck() ? channels * narrow : 0);
     size = down_back + (p.is_backward() && p.wants_sum() ? bottleneck * wide : 0);
@@ -59,7 +59,7 @@ void pack(const AdapterProblem& p, const AdapterWeights& w, float* panels) {
   const bool forth = at.up < at.up_back, back = at.up_back < at.down_back;
   load_vector(panels + at.b_down, w.b_down, bottleneck);
   load_vector(panels + at.b_up, w.b_up, channels);
-  pack_panels(panels + at.down, w.down, w.down.stride[3], w.down.stride[2], channels, bottleneck);
+  if (at.down < at.up) pack_panels(panels + at.down, w.down, w.down.stride[3], w.down.stride[2], channels, bottleneck);
   if (forth) pack_panels(panels + at.up, w.up, w.up.stride[3], w.up.stride[2], bottleneck, channels);
   if (back) pack_panels(panels + at.up_back, w.up, w.up.stride[2], w.up.stride[3], channels, bottleneck);
   if (at.down_back < at.size)
@@ -185,19 +185,27 @@ void input_rows(const Block& block, const Scratch& s, const float* bias, bool wa
   }
 }
 
-// z = u down^T + b_down and a = gate act(z).
+// z = u down^T + b_down, or what the forward saved of it, and a = gate act(z).
 void bottleneck(const Block& block, const Scratch& s, const Panels& at, const float* panels) {
-  gemm<false>({s.u, s.wide, panels + at.down, kPanel, at.channels * kPanel, s.z, s.narrow, kPanel}, block.count,
-              at.bottleneck, at.channels, false);
-  const int64_t kind = block.p.activation;
+  const AdapterProblem& p = block.p;
+  if (p.needs_hidden())
+    gemm<false>({s.u, s.wide, panels + at.down, kPanel, at.channels * kPanel, s.z, s.narrow, kPanel}, block.count,
+                at.bottleneck, at.channels, false);
   for (int64_t i = 0; i < block.count; ++i) {
     float *const z = s.z + i * s.narrow, *const a = s.a + i * s.narrow;
+    float* const saved = p.hidden == nullptr ? nullptr : p.hidden + block.row(i) * at.bottleneck;
     const float gate = s.gate[i];
-    for (int64_t c = 0; c < at.bottleneck; c += kWidth) {
-      const Vec v = load(z + c) + load(panels + at.b_down + c);
+    for_vectors(at.bottleneck, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+      Vec v;
+      if (p.needs_hidden()) {
+        v = load(z + c) + load(panels + at.b_down + c);
+        if (saved != nullptr) store(saved + c, v, lanes);
+      } else {
+        v = load(saved + c, lanes);
+      }
       store(z + c, v);
-      store(a + c, activated(kind, v) * gate);
-    }
+      store(a + c, activated(p.activation, v) * gate);
+    });
   }
 }
 
@@ -246,6 +254,8 @@ void forward_of(const AdapterProblem& p, const AdapterPart& part, float* space) 
     if (part.panels != nullptr) {
       bottleneck(block, s, at, part.panels);
       add_branch(block, s, at, part.panels);
+    } else if (p.hidden != nullptr) {
+      for (int64_t i = 0; i < block.count; ++i) std::fill_n(p.hidden + block.row(i) * p.bottleneck, p.bottleneck, 0.0f);
     }
     for (int64_t i = 0; i < block.count; ++i) {
       const int64_t row = block.row(i);
@@ -402,8 +412,8 @@ void sum_rows(const Block& block, const Scratch& s, const AdapterSums& at, float
 }
 
 template <class T>
-void backward_of(const AdapterProblem& p, const AdapterPart& part, float* space) {
-  const Scratch s(p, space);
+void backward_of(const AdapterProblem& p, const AdapterPart& part, const AdapterRows& rows, float* space) {
+  Scratch s(p, space);
   const Panels at(p);
   const AdapterSums sums(p.channels, p.bottleneck);
   const float* const panels = part.panels;
@@ -414,21 +424,20 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, float* space)
   std::fill_n(part.rest, sums.rest, 0.0f);
   for (int64_t begin = part.begin; begin < part.end; begin += step) {
     const Block block{p, begin, std::min(step, part.end - begin)};
-    const bool accumulate = begin > part.begin;
+    const int64_t place = begin - rows.begin;
+    if (rows.u != nullptr) s.u = rows.u + place * s.wide;
+    if (rows.gradient != nullptr) (p.dropout ? s.dropped : s.dy) = rows.gradient + place * s.wide;
+    if (rows.a != nullptr) s.a = rows.a + place * s.narrow;
+    if (rows.dz != nullptr) s.da = rows.dz + place * s.narrow;
     load_gates(block, s);
-    if (again || out_norm) input_rows<T>(block, s, !branch || p.dropout ? nullptr : panels + at.b_up, out_norm, true);
+    if ((again && (p.needs_hidden() || p.wants_down)) || out_norm)
+      input_rows<T>(block, s, !branch || p.dropout ? nullptr : panels + at.b_up, out_norm, true);
     if (again) bottleneck(block, s, at, panels);
     if (branch && out_norm) add_branch(block, s, at, panels);
     output_rows<T>(block, s, sums, part.rest, branch);
     const float* const gradient = p.dropout ? s.dropped : s.dy;  // of o
-    if (branch && p.wants_up)
-      gemm<true>({gradient, s.wide, s.a, s.narrow, kPanel, part.up, sums.up_row, kPanel}, columns, p.bottleneck,
-                 block.count, accumulate);
     if (branch && p.wants_bottleneck())
       bottleneck_backward(block, s, at, panels, gradient, p.wants_b_down ? part.rest + sums.b_down : nullptr);
-    if (branch && p.wants_down)
-      gemm<true>({s.da, s.narrow, s.u, s.wide, kPanel, part.down, sums.down_row, kPanel}, p.bottleneck, columns,
-                 block.count, accumulate);
     if (!p.wants_sum()) continue;
     if (branch)
       gemm<false>({s.da, s.narrow, panels + at.down_back, kPanel, p.bottleneck * kPanel, s.y, s.wide, kPanel},
@@ -443,32 +452,55 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, float* space)
 
 // --- Gradients of the weights --------------------------------------------------------------------------------------
 
+// Sums of a block after those of the one before it: the order is that of the rows, whoever takes which columns when.
+void products(const AdapterProblem& p, const AdapterRows& rows, const AdapterPart* parts, int64_t count, int64_t first,
+              int64_t last, bool accumulate, float* down, float* up) {
+  const AdapterSums at(p.channels, p.bottleneck);
+  const int64_t wide = padded_row(p.channels), narrow = padded_row(p.bottleneck);
+  for (const AdapterPart* part = parts; part < parts + count; ++part) {
+    const int64_t step = even_block(*part, p.channels);
+    for (int64_t begin = part->begin; begin < part->end; begin += step, accumulate = true) {
+      const int64_t depth = std::min(step, part->end - begin), place = begin - rows.begin;
+      if (up != nullptr)
+        gemm<true>({rows.gradient + place * wide + first, wide, rows.a + place * narrow, narrow, kPanel,
+                    up + first * at.up_row, at.up_row, kPanel},
+                   last - first, p.bottleneck, depth, accumulate);
+      if (down != nullptr)
+        gemm<true>({rows.dz + place * narrow, narrow, rows.u + place * wide + first, wide, kPanel, down + first,
+                    at.down_row, kPanel},
+                   p.bottleneck, last - first, depth, accumulate);
+    }
+  }
+}
+
 template <class T>
 void finish_of(const AdapterProblem& p, const AdapterGradient& g) {
   const AdapterSums at(p.channels, p.bottleneck);
   const AdapterWeights& w = g.weights;
   const int64_t r = p.bottleneck;
-  const auto total = [&](float* AdapterPart::* sums, int64_t place, auto lanes) MMK_INLINE_LAMBDA {
+  const auto total = [&](int64_t place, auto lanes) MMK_INLINE_LAMBDA {
     Vec sum{};
-    for (int64_t part = 0; part < g.count; ++part) sum += load(g.parts[part].*sums + place, lanes);
+    for (int64_t part = 0; part < g.count; ++part) sum += load(g.parts[part].rest + place, lanes);
     return sum;
   };
-  const bool done = g.count == 1 && reinterpret_cast<char*>(g.parts->down) == g.ddown;
+  const auto of = [&](const float* sums, int64_t place, auto lanes)
+                      MMK_INLINE_LAMBDA { return g.count == 0 ? Vec{} : load(sums + place, lanes); };
+  const bool done = g.count > 0 && reinterpret_cast<const char*>(g.down) == g.ddown;
   for (int64_t i = 0; g.ddown != nullptr && !done && i < r; ++i) {
     T* const to = reinterpret_cast<T*>(g.ddown) + i * p.channels + g.first;
     for_vectors(g.last - g.first, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
-      store(to + c, total(&AdapterPart::down, i * at.down_row + g.first + c, lanes), lanes);
+      store(to + c, of(g.down, i * at.down_row + g.first + c, lanes), lanes);
     });
   }
   for (int64_t c = g.first; c < g.last; ++c) {
     // Without rows there is no gradient, whatever the scale is.
     const float scale = g.count == 0 ? 0.0f : w.factor * (w.scale.data == nullptr ? 1.0f : element(w.scale, 0, c));
     T* const to = g.dup == nullptr ? nullptr : reinterpret_cast<T*>(g.dup) + c * r;
-    const bool done = scale == 1.0f && g.count == 1 && reinterpret_cast<char*>(g.parts->up) == g.dup;
+    const bool done = scale == 1.0f && reinterpret_cast<const char*>(g.up) == g.dup;
     Sum product;  // of the sums and the weight: what a factor on the weight has
     if ((to != nullptr && !done) || g.dscale != nullptr)
       for_vectors(r, [&](int64_t i, int k, auto lanes) MMK_INLINE_LAMBDA {
-        const Vec sum = total(&AdapterPart::up, c * at.up_row + i, lanes);
+        const Vec sum = of(g.up, c * at.up_row + i, lanes);
         if (to != nullptr) store(to + i, sum * scale, lanes);
         if (g.dscale == nullptr) return;
         float up[kWidth];
@@ -476,7 +508,7 @@ void finish_of(const AdapterProblem& p, const AdapterGradient& g) {
         product.part[k] += sum * load(up);
       });
     if (g.db_up == nullptr && g.dscale == nullptr) continue;
-    const float db_up = total(&AdapterPart::rest, at.b_up + c, Rest{1})[0];
+    const float db_up = total(at.b_up + c, Rest{1})[0];
     if (g.db_up != nullptr) g.db_up[c] = db_up * scale;
     if (g.dscale != nullptr && g.count == 0)
       g.dscale[c] = 0.0f;
@@ -484,9 +516,8 @@ void finish_of(const AdapterProblem& p, const AdapterGradient& g) {
       g.dscale[c] = w.factor * (product.total() + (w.b_up.data == nullptr ? 0.0f : db_up * element(w.b_up, 0, c)));
   }
   if (g.db_down != nullptr && g.first == 0)
-    for_vectors(r, [&](int64_t i, int, auto lanes) MMK_INLINE_LAMBDA {
-      store(g.db_down + i, total(&AdapterPart::rest, at.b_down + i, lanes), lanes);
-    });
+    for_vectors(r, [&](int64_t i, int, auto lanes)
+                       MMK_INLINE_LAMBDA { store(g.db_down + i, total(at.b_down + i, lanes), lanes); });
 }
 
 void forward(const AdapterProblem& p, const AdapterPart& part, float* space) {
@@ -496,11 +527,11 @@ void forward(const AdapterProblem& p, const AdapterPart& part, float* space) {
                                : forward_of<Half>)(p, part, space);
 }
 
-void backward(const AdapterProblem& p, const AdapterPart& part, float* space) {
+void backward(const AdapterProblem& p, const AdapterPart& part, const AdapterRows& rows, float* space) {
   const DType dtype = p.x.dtype;
   (dtype == DType::kFloat32    ? backward_of<float>
    : dtype == DType::kBFloat16 ? backward_of<BFloat16>
-                               : backward_of<Half>)(p, part, space);
+                               : backward_of<Half>)(p, part, rows, space);
 }
 
 void finish(const AdapterProblem& p, const AdapterGradient& gradient) {
@@ -513,6 +544,6 @@ void finish(const AdapterProblem& p, const AdapterGradient& gradient) {
 }  // namespace
 
 extern const AdapterKernels adapter_kernels;
-const AdapterKernels adapter_kernels = {panels_space, pack, space, forward, backward, finish};
+const AdapterKernels adapter_kernels = {panels_space, pack, space, forward, backward, products, finish};
 
 }  // namespace mmk::MMK_ISA

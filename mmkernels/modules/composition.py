@@ -276,12 +276,20 @@ class Place:
         """h, r, LN -> the sub-layer's output, with more rows where a Parallel is reached first."""
         active = self.active
         setup = active.setup
-        if setup is None or self.layer in active.skip_layers or not self._has(setup):
+        if setup is None or self.layer in active.skip_layers:
             return _ended(hidden, residual, norm)
-        if active.compat == "adapters" and not self._is_plain_stack(setup):
+        name = setup.children[0] if type(setup) is Stack and len(setup.children) == 1 else None
+        if isinstance(name, str):  # as it mostly is: a small batch waits for what is looked at here
+            adapters = self.owner.adapters
+            out = adapters[name](hidden, residual, norm) if name in adapters else _ended(hidden, residual, norm)
+        elif not self._has(setup):
+            return _ended(hidden, residual, norm)
+        elif active.compat == "adapters" and not self._is_plain_stack(setup):
             out = self._as_library(setup, hidden, residual, norm)
         else:
             out = self._run(setup, hidden, residual, norm, True)[0]
+        if out.dtype == hidden.dtype == residual.dtype:
+            return out
         # under autocast h has its dtype and r has not: the sum is r's, as in the model without adapters
         return out.to(torch.promote_types(hidden.dtype, residual.dtype))
 

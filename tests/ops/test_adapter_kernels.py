@@ -68,8 +68,8 @@ def test_a_number_that_is_no_adapters(backend, generator):
     for number in (-1, 7):
         index[1, 2] = number
         given = (x, None, None, *weights, None, None, None, None, None, None, index, None)
-        out, statistics = forward(*given, *options)
-        results[number] = out, backward(torch.ones_like(x), *given, statistics, *options, 0b1111000)
+        out, statistics, _ = forward(*given, *options, False)
+        results[number] = out, backward(torch.ones_like(x), *given, statistics, None, *options, 0b1111000)
     (none, of_none), (wrong, of_wrong) = results[-1], results[7]
     assert torch.equal(none[1, 2], x[1, 2]) and wrong[1, 2].isnan().all()
     wrong[1, 2] = none[1, 2]

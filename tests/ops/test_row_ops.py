@@ -101,8 +101,8 @@ def registered(op, backend):
     return forward_backward(family, backend, name)
 
 
-def arguments(op, tensors):
-    """Of the registered forward, with the place of its tensors by name."""
+def arguments(op, tensors, save=False):
+    """Of the registered forward, with the place of its tensors by name; `save` is that of an adapter."""
     if op == "gelu":
         return [tensors["x"], tensors["bias"], True]
     if op == "grid":
@@ -112,11 +112,11 @@ def arguments(op, tensors):
         return [tensors["row"], tensors["column"]]
     if op == "adapter":
         weights = [tensors[n] for n in ("w_down", "b_down", "w_up", "b_up", "weight", "bias", "weight", "bias")]
-        rest = [tensors["scale"][None], tensors["gate"], None, torch.tensor([3]), 3, 1, 1e-5, 1e-6, 2.0, 0.3]
+        rest = [tensors["scale"][None], tensors["gate"], None, torch.tensor([3]), 3, 1, 1e-5, 1e-6, 2.0, 0.3, save]
         return [tensors["x"], tensors["input_residual"], None, *weights, *rest]
     if op == "bank":
         rows, index = [tensors["x"], None, tensors["residual"]], torch.arange(tensors["x"].shape[0]) % 4 - 1
-        return [*rows, tensors["w_down"], None, tensors["w_up"], *(None,) * 7, index, None, 1, 4, 1e-5, 1e-6, 1.0, 0.0]
+        return [*rows, tensors["w_down"], None, tensors["w_up"], *(None,) * 7, index, None, 1, 4, 1e-5, 1e-6, 1.0, 0.0, save]
     if op == "fusion":
         return [tensors["query"], tensors["outputs"], tensors["residual"][..., 0], torch.tensor([3]), 0.5, 0.3]
     return [[tensors["x"], tensors["x2"]], *(tensors[n] for n in ("residual", "residual_bias", "gain", "bias")), None, 1e-5]
@@ -133,7 +133,8 @@ def gradient_arguments(op, tensors, results, incoming):
     if op in ("adapter", "bank"):
         given = arguments(op, tensors)
         wanted = sum(1 << i for i, t in enumerate(given[:13]) if t is not None)
-        return [incoming[0], *given[:15], results[1], *given[15:], wanted]
+        hidden = results[2] if results[2].numel() else None
+        return [incoming[0], *given[:15], results[1], hidden, *given[15:-1], wanted]
     if op == "fusion":
         return [incoming[0], tensors["query"], tensors["outputs"], results[1], torch.tensor([3]), 0.5, 0.3, 7]
     return [*incoming, [results[1]], *results[2:], tensors["gain"], None, 0, 15]
@@ -145,7 +146,7 @@ def test_opcheck(backend, generator, op):
     forward, backward = registered(op, backend)
     first = next(iter(tensors))
     tensors[first] = tensors[first].mT.contiguous().mT
-    inputs = arguments(op, tensors)
+    inputs = arguments(op, tensors, save=backend == "cpp")
     results = forward(*inputs)
     results = results if isinstance(results, tuple) else (results,)
     incoming = torch.ones(1).expand_as(results[0]), torch.randn(results[0].shape, generator=generator)

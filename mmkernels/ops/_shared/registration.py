@@ -64,6 +64,14 @@ def known_signature(function):
     return function
 
 
+def apply(function, *arguments):
+    """`function.apply(*arguments)` of an autograd function, without what torch does first at every call, which takes longer
+    than a small kernel: it binds the arguments to a signature, and looks into them for what functorch has left."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """Passes gradients on and ties them to what they depend on, so that differentiating them again raises."""
 

@@ -80,6 +80,15 @@ def adapter(
         TypeError, ValueError, IndexError: an argument is wrong; the message names it, what it was and what is allowed.
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
+    if not torch.compiler.is_compiling() and gate is index is None and dropout_p == 0.0:
+        norms = norm_weight, norm_bias, out_norm_weight, out_norm_bias
+        weights = w_down, b_down, w_up, b_up
+        try:
+            call = _small(x, weights, norms, input_residual, residual, skip, eps, out_eps, activation, scale, backend)
+            if call is not None:
+                return autograd.adapter("cpp", call[0], None, None, call[1])
+        except Exception:
+            pass  # what is wrong is said below
     call = _prepare(
         x,
         w_down,
@@ -119,6 +128,53 @@ def adapter(
     else:
         out = autograd.adapter(name, given, index, seed, options)
     return out if x.dim() == 3 else out.view(x.shape)
+
+
+def _small(x, weights, norms, input_residual, residual, skip, eps, out_eps, activation, scale, backend):
+    """(tensors of autograd.NAMES, options) of one adapter on a CPU, or None where the long way must decide.
+
+    A small problem costs what its calls cost, so sizes and dtypes are checked by the native op alone: what it refuses goes the
+    long way, which runs it or says what is wrong.
+    """
+    if type(x) is not torch.Tensor or x.dim() != 3 or torch.is_autocast_enabled("cpu") or type(skip) is not bool:
+        return None
+    out_eps = eps if out_eps is None else out_eps
+    if not (type(eps) is type(out_eps) is float and 0.0 < eps < _INFINITY and 0.0 < out_eps < _INFINITY):
+        return None
+    if (norms[1] is not None and norms[0] is None) or (norms[3] is not None and norms[2] is None):
+        return None
+    factor = 1.0
+    if not isinstance(scale, torch.Tensor):
+        factor, scale = check_number("scale", scale), None
+    elif scale.dim() > 1:
+        return None
+    else:
+        scale = scale.reshape(1, -1)
+    terms = () if residual is None else residual if isinstance(residual, (tuple, list)) else (residual,)
+    flags, added = 0, None
+    if skip and norms[0] is not None:
+        flags = 4
+    elif skip:
+        terms = (x, *terms) if input_residual is None else (x, input_residual, *terms)
+    for term in terms:
+        if term is None:
+            return None
+        if term is x and not flags & 1:
+            flags |= 1
+        elif term is input_residual and not flags & 2:
+            flags |= 2
+        elif added is None:
+            added = term
+        else:
+            return None
+    given = (x, input_residual, added, *weights, *norms, scale, None)
+    for tensor in given:
+        if tensor is not None and not tensor.is_cpu:
+            return None  # one on "meta" among the others would take the call there
+    order = _backends.preference(x.dtype)
+    if _backends.choose("adapter", backend, order, lambda name: _refusals(name, x, weights[0])) != "cpp":
+        return None
+    return given, (flags, reference.ACTIVATIONS.index(activation), eps, out_eps, factor, 0.0)
 
 
 def explain_adapter(x, w_down, b_down, w_up, b_up, *, backend="auto", **options):
@@ -236,6 +292,7 @@ def _refusals(name, x, w_down):
     return reasons
 
 
+_INFINITY = float("inf")
 MOST_FUSED = 4096  # adapters that the GPU kernels of adapter_fusion take
 
 

@@ -2,12 +2,12 @@
 gradients around them.
 
 They serve `cpp` and `cuda`; `mmkernels_triton::` and, in tests, `mmkernels_emulator::` have the same signatures. Saved are the
-inputs and the norms' statistics (the backward makes the bottleneck again), or the weights of the fusion.
+inputs and the norms' statistics, on a CPU the bottleneck as well (a GPU makes it again), or the weights of the fusion.
 """
 
 import torch
 
-from .._shared.registration import fake, forward_backward, known_signature, once_differentiable
+from .._shared.registration import apply, fake, forward_backward, once_differentiable
 
 # The differentiable arguments of both ops, in their order.
 NAMES = ("x", "input_residual", "residual", "w_down", "b_down", "w_up", "b_up")
@@ -18,9 +18,12 @@ X, INPUT_RESIDUAL, RESIDUAL, OUT_WEIGHT = 0, 1, 2, 9
 @fake("adapter_fwd")
 def _forward_fake(*arguments):
     given = dict(zip(NAMES, arguments, strict=False))
-    x = given["x"]
+    x, save = given["x"], arguments[-1]
     norms = 2 * (given["norm_weight"] is not None) + 2 * (given["out_weight"] is not None)
-    return x.new_empty(x.shape), x.new_empty((norms, *x.shape[:-1]), dtype=torch.float32)
+    rows = x.shape[:-1]
+    hidden = (*rows, given["w_down"].shape[-2]) if save else (0,)
+    numbers = (x.new_empty(shape, dtype=torch.float32) for shape in ((norms, *rows), hidden))
+    return x.new_empty(x.shape), *numbers
 
 
 @fake("adapter_bwd")
@@ -43,7 +46,6 @@ def empty_gradients(given, wanted):
     )
 
 
-@known_signature
 class _Adapter(torch.autograd.Function):
     """`places`: of each of NAMES among `tensors`, -1 for None. A tensor stands there once, whoever shares it (Pfeiffer's
     adapter has one LayerNorm in two places)."""
@@ -51,22 +53,23 @@ class _Adapter(torch.autograd.Function):
     @staticmethod
     def forward(backend, places, options, index, seed, *tensors):
         given = [tensors[i] if i >= 0 else None for i in places]
-        return forward_backward("adapter", backend)[0](*given, index, seed, *options)
+        return forward_backward("adapter", backend)[0](*given, index, seed, *options, backend == "cpp")
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.backend, ctx.places, ctx.options, index, seed, *tensors = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(index, seed, output[1], *tensors)
+        _, statistics, hidden = output
+        ctx.mark_non_differentiable(statistics, hidden)
+        ctx.save_for_backward(index, seed, statistics, hidden if ctx.backend == "cpp" else None, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dout, _):
+    def backward(ctx, dout, *_):
         needs, places, skip = ctx.needs_input_grad[5:], ctx.places, ctx.options[0]
         if dout is None:
             return (None,) * (5 + len(needs))
-        index, seed, statistics, *tensors = ctx.saved_tensors
-        need = [i >= 0 and needs[i] for i in places]
+        index, seed, statistics, hidden, *tensors = ctx.saved_tensors
+        need = [place >= 0 and needs[place] for place in places]
         # Where nothing normalises y its gradient is dout; x and input_residual have one gradient unless only one of them
         # is added again.
         alike = (skip & 1) == (skip >> 1 & 1)
@@ -79,7 +82,8 @@ class _Adapter(torch.autograd.Function):
         with torch.no_grad():
             given = [tensors[i] if i >= 0 else None for i in places]
             wanted = sum(1 << i for i, is_asked in enumerate(asked) if is_asked)
-            found = forward_backward("adapter", ctx.backend)[1](dout, *given, index, seed, statistics, *ctx.options, wanted)
+            call = forward_backward("adapter", ctx.backend)[1]
+            found = call(dout, *given, index, seed, statistics, hidden, *ctx.options, wanted)
             for i, place in enumerate(places):
                 if not need[i]:
                     continue
@@ -88,7 +92,8 @@ class _Adapter(torch.autograd.Function):
                     grad = dout
                 elif i == INPUT_RESIDUAL and alike:
                     grad = found[X]
-                grad = grad.to(tensors[place].dtype)
+                dtype = tensors[place].dtype
+                grad = grad if grad.dtype == dtype else grad.to(dtype)
                 gradients[place] = grad if gradients[place] is None else gradients[place] + grad
         gradients = (*(None,) * 5, *gradients)
         return once_differentiable("mmkernels.ops.adapter", gradients, (dout, *tensors))
@@ -104,7 +109,7 @@ class _Adapter(torch.autograd.Function):
 def adapter(backend, given, index, seed, options):
     """(B,T,C) on one of the kernel backends; `given`: the tensors of NAMES, or None. Differentiable when that is wanted."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
-        return forward_backward("adapter", backend)[0](*given, index, seed, *options)[0]
+        return forward_backward("adapter", backend)[0](*given, index, seed, *options, False)[0]
     tensors, places = [], []
     for t in given:
         if t is None:
@@ -118,7 +123,7 @@ def adapter(backend, given, index, seed, options):
         else:
             tensors.append(t)
         places.append(place)
-    return _Adapter.apply(backend, tuple(places), options, index, seed, *tensors)[0]
+    return apply(_Adapter, backend, tuple(places), options, index, seed, *tensors)[0]
 
 
 @fake("adapter_fusion_fwd")
@@ -132,7 +137,6 @@ def _fusion_backward_fake(dout, query, outputs, weights, seed, scale, dropout_p,
     return tuple(query.new_empty(shape if wanted & 1 << i else (0,)) for i, shape in enumerate(shapes))
 
 
-@known_signature
 class _Fusion(torch.autograd.Function):
     """`unused`, which adds one number to all scores of a row where there is no dropout, has gradients of zero."""
 
@@ -175,5 +179,5 @@ def adapter_fusion(backend, query, outputs, offset, unused, seed, scale, dropout
     """(B,T,C) and weights (B,T,A) of query (B,T,C), outputs (B,T,A,C) and offset (B,T) on one of the kernel backends."""
     given = [query, outputs, offset, *unused]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        return _Fusion.apply(backend, scale, dropout_p, seed, *given)
+        return apply(_Fusion, backend, scale, dropout_p, seed, *given)
     return forward_backward("adapter", backend, "adapter_fusion")[0](query, outputs, offset, seed, scale, dropout_p)

@@ -964,14 +964,18 @@ class _Call:
 
 def adapter_fwd(*arguments):
     """`mmkernels_triton::adapter_fwd`; csrc/schemas.h has the contract."""
-    given, (index, seed, skip, activation, eps, out_eps, factor, dropout_p) = arguments[: len(NAMES)], arguments[len(NAMES) :]
+    given, (index, seed, skip, activation, *numbers, save) = arguments[: len(NAMES)], arguments[len(NAMES) :]
+    eps, out_eps, factor, dropout_p = numbers
+    if save:
+        raise ValueError("save is True; on a GPU the bottleneck is made again, and it must be False")
     call = _Call(given, index, skip, activation)
     x = call.x
     out = x.new_empty(x.shape)
     norms = 2 * (call.norm_weight is not None) + 2 * (call.out_weight is not None)
     statistics = x.new_empty((norms, *x.shape[:-1]), dtype=torch.float32)
+    nothing = x.new_empty(0, dtype=torch.float32)
     if out.numel() == 0:
-        return out, statistics
+        return out, statistics, nothing
     tile = _row_tile(call.channels, call.bottleneck, x.dtype)
     wide = call.bottleneck > tile["BLOCK_R"]
     with torch.cuda.device_of(x):
@@ -1006,7 +1010,7 @@ def adapter_fwd(*arguments):
             **call.mode(mode),
             **tile,
         )
-    return out, statistics
+    return out, statistics, nothing
 
 
 X, INPUT, RESIDUAL, W_DOWN, B_DOWN, W_UP, B_UP, NORM_WEIGHT, NORM_BIAS, OUT_WEIGHT, OUT_BIAS, SCALE, GATE = range(len(NAMES))
@@ -1014,7 +1018,7 @@ X, INPUT, RESIDUAL, W_DOWN, B_DOWN, W_UP, B_UP, NORM_WEIGHT, NORM_BIAS, OUT_WEIG
 
 def adapter_bwd(dout, *arguments):
     """`mmkernels_triton::adapter_bwd`; csrc/schemas.h has the contract."""
-    given, (index, seed, statistics, skip, activation, *_) = arguments[: len(NAMES)], arguments[len(NAMES) :]
+    given, (index, seed, statistics, _, skip, activation, *_) = arguments[: len(NAMES)], arguments[len(NAMES) :]
     factor, dropout_p, wanted = arguments[-3:]
     call = _Call(given, index, skip, activation)
     x, gate, out_weight = call.x, call.gate, call.out_weight
@@ -1238,8 +1242,11 @@ _TENSORS = (
 )
 _OPTIONS = "int skip, int activation, float eps, float out_eps, float factor, float dropout_p"
 _SCHEMAS = {
-    adapter_fwd: f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
-    adapter_bwd: f"(Tensor dout, {_TENSORS}, Tensor statistics, {_OPTIONS}, int wanted) -> ({', '.join(['Tensor'] * 13)})",
+    adapter_fwd: f"({_TENSORS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
+    adapter_bwd: (
+        f"(Tensor dout, {_TENSORS}, Tensor statistics, Tensor? hidden, {_OPTIONS}, int wanted) -> "
+        f"({', '.join(['Tensor'] * 13)})"
+    ),
 }
 for _function, _schema in _SCHEMAS.items():
     _name = f"mmkernels_triton::{_function.__name__}"
