@@ -39,7 +39,8 @@ def convert(model: nn.Module, filter_fn=None) -> Report:
         model: with bottleneck adapters or LoRA layers (`adapters.init(model)`, `peft.get_peft_model`), or a Perceiver of
             transformers. What a call cannot do (gating scores, fusion attentions or attention probabilities asked for, head
             masks, DoRA, merged weights, dropout of a LoRA layer in training, a Stack of several LoRA layers, ...) the library
-            goes on computing; and everything of other methods, (IA)³ and prefixes.
+            goes on computing; and everything of other methods, (IA)³ and prefixes. The
+            attention of BERT and RoBERTa models of `adapters` is transformers' own where nothing stands in it.
         filter_fn: (name, module) -> whether to convert it; default all.
 
     Returns:
@@ -71,6 +72,8 @@ def _kind_of_module(module):
     if hasattr(module, "bottleneck_layer_forward") and hasattr(module, "adapters_config"):
         hooked = getattr(module, "is_layer_hooked", False)
         return "bottleneck_layer_forward", LibraryPlace, "it is a hook on a layer" if hooked else ""
+    if library == "adapters" and hasattr(module, "prefix_tuning") and _plain_attention(module) is not None:
+        return "forward", LibraryAttention, ""
     if library == "adapters" and hasattr(module, "adapter_modules_name"):
         parts = [part for part in module.adapter_modules.values() if isinstance(part, nn.Module)] or [module]
         kinds = {type(part).__name__ for part in parts} if len(module.adapter_modules) else ()
@@ -208,6 +211,36 @@ def _our_block(node):
     if kind == "Fuse":
         options["name"] = node.name
     return composition.BLOCKS[kind](*children, **options)
+
+
+# Classes of transformers whose `forward` the library repeats with prefixes and repeated rows between its lines.
+ATTENTIONS = {
+    f"{model}{kind}" for model in ("Bert", "Roberta", "XLMRoberta") for kind in ("SelfAttention", "SdpaSelfAttention")
+}
+
+
+def _plain_attention(layer):
+    """The class of transformers that the library's attention extends, where it is one of ATTENTIONS."""
+    bases = (c for c in type(layer).__mro__ if c.__module__.startswith("transformers.") and "forward" in vars(c))
+    plain = next(bases, None)
+    return plain if plain is not None and plain.__name__ in ATTENTIONS else None
+
+
+class LibraryAttention:
+    """attention of `adapters`, as transformers has it where it has no prefixes and repeats no rows"""
+
+    def __init__(self, layer):
+        self.layer, self.original, self.plain = layer, type(layer).forward, _plain_attention(layer).forward
+        names = type(layer.prefix_tuning).get_active_setup.__globals__  # the library's, without importing it
+        self.setup = names["AdapterSetup"]
+
+    def __call__(self, *args, **kwargs):
+        layer, prefixes = self.layer, self.layer.prefix_tuning
+        setup = self.setup.get_context()
+        setup = prefixes.adapters_config.active_setup if setup is None else setup.adapter_setup
+        # the library's copies queries, keys and values, whether there are rows to repeat or not
+        alone = setup is None or (setup.parallel_channels == 1 and prefixes.get_active_setup() is None)
+        return (self.plain if alone else self.original)(layer, *args, **kwargs)
 
 
 class LibraryLora:

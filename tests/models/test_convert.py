@@ -83,7 +83,7 @@ def test_adapters(preset):
     converted = copy.deepcopy(plain)
     before = {n: t.clone() for n, t in converted.state_dict().items()}
     report = mmkernels.convert(converted)
-    assert len(report.replaced) == 4 and not report.kept
+    assert len(report.replaced) == 6 and not report.kept  # two places and the attention of two layers
     after = converted.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
     for name, setup in SETUPS.items():
@@ -198,10 +198,32 @@ def test_methods_of_adapters_that_stay():
     assert {why.partition(":")[0] for why in report.kept.values()} == {"it has IA3", "it has PrefixTuningLayer"}
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta"])
+def test_attention_with_and_without_prefixes(kind, attention):
+    config = getattr(transformers, f"{kind}Config")(**BERT | {"attn_implementation": attention})
+    plain = getattr(transformers, f"{kind}Model")(config)
+    adapters.init(plain)
+    plain.add_adapter("a", config="seq_bn")
+    for name in ("p", "q"):
+        plain.add_adapter(name, config=adapters.PrefixTuningConfig(bottleneck_size=4, prefix_length=3))
+    converted = copy.deepcopy(randomized(plain))
+    report = mmkernels.convert(converted)
+    assert sum("attention" in what for what in report.replaced.values()) == 2
+    outputs = []
+    for setup in (None, "a", "p", L.Stack("p", "a"), L.Parallel("p", "q")):
+        for model in (plain, converted):
+            model.set_active_adapters(setup)
+        check_same(plain, converted)
+        outputs.append(results(plain)["output"])
+    assert not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[1], outputs[3])  # prefixes matter
+
+
 def test_filter_and_wrong_model():
     model = library_model("double_seq_bn")
     report = mmkernels.convert(model, lambda name, module: "layer.0" in name)
-    assert set(report.replaced) == {"encoder.layer.0.attention.output", "encoder.layer.0.output"}
+    names = "attention.self", "attention.output", "output"
+    assert set(report.replaced) == {f"encoder.layer.0.{name}" for name in names}
     with pytest.raises(TypeError, match="model is a dict"):
         mmkernels.convert({})
     assert str(mmkernels.convert(torch.nn.Linear(2, 2))) == "nothing to convert"
