@@ -266,10 +266,15 @@ def _demo(arguments):
 
 def _mad_x(arguments):
     from ..models import InputError
+    from ..models.adapterhub.hub import check_name
     from .data.text import TextTask, read_file
 
     texts = {}
     for language, path in arguments.text:
+        try:
+            check_name(language)
+        except ValueError as error:
+            raise InputError(f"--text has the language {language!r}, but it names an adapter: {error}") from error
         texts.setdefault(language, []).append(path)
     source = arguments.source or next(iter(texts))
     dev = dict(arguments.dev)

@@ -512,6 +512,8 @@ def test_wrong_names_and_setups():
         (lambda: hub.set_active("d"), "adapter 'd' is unknown; known are 'a', 'b', 'c'"),
         (lambda: hub.set_active(Fuse("a", "c")), "fusion 'a,c' is unknown; known are 'a,b'"),
         (lambda: hub.add_adapter("a"), "name is 'a', which is taken"),
+        (lambda: hub.add_adapter("training"), "name is 'training'; it must be a word without dots"),
+        (lambda: hub.add_head("keys"), "name is 'keys'; it must be a word without dots"),
         (lambda: hub.add_adapter("d.e"), "without dots"),
         (lambda: hub.add_adapter("d", "pfeifer"), "config is 'pfeifer'; allowed are 'seq_bn'"),
         (lambda: hub.add_adapter("d", width=3), "unknown option 'width'"),

@@ -240,6 +240,7 @@ def test_mad_x_and_resuming_it(languages, tmp_path, monkeypatch, capsys):
         (["--dev", "fr=x"], "--dev has en, de, fr; it must have each language of --text once: en, de"),
         (["--dev", "de=x"], "--dev has en, de, de; it must have each"),
         (["--text", "task=x"], "--text has the language 'task', which is the name of the task's adapter"),
+        (["--text", "keys=x"], "--text has the language 'keys', but it names an adapter: name is 'keys'; it must be a word"),
         (["--text", "de=none"], "none cannot be read as UTF-8 text"),
         (["--train", "none.tsv"], "none.tsv cannot be read"),
         (["--model", "none"], "--model is none, which is no folder with a config.json"),

@@ -5,6 +5,7 @@ from torch import nn
 
 from ...modules import composition
 from ...modules.adapter import (
+    AdapterBank,
     AdapterConfig,
     AdapterFusion,
     FusionConfig,
@@ -18,6 +19,12 @@ from ..registry import InputError
 from .folders import Folders
 from .heads import HEADS, PredictionHead, represented, shift_right
 from .layouts import NAMES, patch, patch_calls, patch_embeddings
+
+
+def check_name(name) -> None:
+    """Raises ValueError for what cannot name an adapter or a head: they are modules in an `nn.ModuleDict`."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(AdapterBank(), name):
+        raise ValueError(f"name is {name!r}; it must be a word without dots that nn.ModuleDict does not use itself")
 
 
 class AdapterHub(Folders):
@@ -62,7 +69,7 @@ class AdapterHub(Folders):
         """A new adapter at every place that its config names.
 
         Args:
-            name: without dots.
+            name: see `check_name`.
             config: the name of a preset, a dict of options, or an AdapterConfig; `changes` are options that differ from it.
 
         Raises ValueError for a name that is taken and options that are unknown.
@@ -70,8 +77,7 @@ class AdapterHub(Folders):
         config = AdapterConfig.of(config, **changes)
         if name in self.configs:
             raise ValueError(f"name is {name!r}, which is taken; delete_adapter frees it")
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"name is {name!r}; it must be a word without dots that nn.ModuleDict does not use itself")
+        check_name(name)
         if config.inv_adapter and self._invertible() is None:
             raise ValueError(f"inv_adapter is {config.inv_adapter!r}; a {type(self.base).__name__} has no place for one")
         factory = self._factory()
@@ -152,10 +158,11 @@ class AdapterHub(Folders):
 
         That of a language model begins with the model's own embeddings, where the model ties the two.
 
-        Raises ValueError for an unknown kind or option, and InputError on a model that has a head of its own.
+        Raises ValueError for what `check_name` refuses and unknown kinds and options, InputError on a model with its own head.
         """
         if self.has_own_head:
             raise InputError(f"model is a {type(self.model).__name__}, which has a head; add_head needs a model without one")
+        check_name(name)
         if head_type not in HEADS:
             raise ValueError(f"head_type is {head_type!r}; allowed are {', '.join(map(repr, HEADS))}")
         if self.channels is None:

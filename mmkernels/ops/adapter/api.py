@@ -46,7 +46,8 @@ def adapter(
         pre-LN models             the same without the two norms
 
     A residual that is x or input_residual itself, as the same tensor object, is not read twice, and its gradients are made as
-    one. Sums are float32. The backward makes the bottleneck again: saved are the inputs and up to four numbers a row.
+    one. Sums are float32. Saved for the backward are the inputs, up to four numbers a row and, on a CPU, the bottleneck before
+    its activation, float32 (..., r).
 
     Args:
         x: (..., C): examples (B, T, C), packed rows (N, C); float32, bfloat16 or float16 (`reference` takes every float
