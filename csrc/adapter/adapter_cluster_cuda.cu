@@ -33,20 +33,25 @@ constexpr int kStages = 3, kTurns = 2;
 // was told of rows and gathered of them; vectors.
 constexpr int kNumbered = 4, kNumbers = 16, kStatisticsAt = kNumbers + kNumbered * 3 * kMostRows * 8;
 constexpr int kAveragesAt = kStatisticsAt + kNumbered * kStatistics * kMostRows * 4;
-constexpr int kRowSums = kAveragesAt + kTurns * 2 * kMostRows * 8, kHiddenSums = kRowSums + kThreads / kPieces * 8;
+constexpr int kRowSums = kAveragesAt + kTurns * 2 * kMostRows * 8, kHiddenSums = kRowSums + kMostRows * 8;
 constexpr int kHiddenVectors = kHiddenSums + 2 * kMostHidden * 4;
 constexpr int kChannelVectors = kHiddenVectors + 3 * kMostHidden * 4;
 constexpr int kPartial = kChannelVectors + 2 * kMostChunks * kChannels * 4;
 
+// Rows of a weight beside W_up: ones, and b_up times factor in two parts.
+constexpr int kBesides = 8;
+
 int64_t bytes_of(const Layout& l) {
-  const int64_t rows = int64_t{l.tile} * kRowBytes, weights = int64_t{l.chunks} * (l.wide + kChannels) * kRowBytes;
+  const int64_t rows = int64_t{l.tile} * kRowBytes;
+  const int64_t weights = int64_t{l.chunks} * (l.wide + kChannels + (l.slots == 3 ? kBesides : 0)) * kRowBytes;
   return kPartial + 2 * int64_t{l.tile} * (l.wide + 8) * 4 + kTurns * 2 * rows + weights +
          kStages * l.slots * l.chunks * rows;
 }
 
 #ifdef MMK_CLUSTERS
 
-template <class T, int Tile, int Wide>
+// Plain: there are no norms, and the rows are those of x.
+template <class T, int Tile, int Wide, bool Plain>
 struct Pass {
   static constexpr int V = kWide<T>, kSteps = Wide / 16, kFragments = Tile / 16, kPitch = Wide + 8;
   static constexpr int kOwnRows = Tile / kCluster;             // whose bottleneck this block adds up
@@ -62,7 +67,7 @@ struct Pass {
   int lane, warp;
 
   __device__ __forceinline__ Pass(const Adapter& d)
-      : d(d), chunks(Layout(d, Tile).chunks), slots(Layout(d, Tile).slots), part(d) {
+      : d(d), chunks(Layout(d, Tile).chunks), slots(Plain ? 2 : Layout(d, Tile).slots), part(d) {
     rank = ptx::cluster_rank();
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     first_channel = rank * chunks * kChannels;
@@ -73,8 +78,10 @@ struct Pass {
     numbered = tile % kNumbered, turn = tile % kTurns, here = stage_at(tile % kStages);
   }
 
-  __device__ __forceinline__ bool normed() const { return d.norm_weight.data; }
-  __device__ __forceinline__ bool out_normed() const { return d.out_weight.data; }
+  __device__ __forceinline__ bool normed() const { return !Plain && d.norm_weight.data; }
+  __device__ __forceinline__ bool out_normed() const { return !Plain && d.out_weight.data; }
+  __device__ __forceinline__ bool input() const { return !Plain && d.input_residual.data; }
+  __device__ __forceinline__ bool added() const { return !Plain && d.residual.data && !input(); }
 
   // Where things lie, always from the beginning of shared memory: pointers in registers would be too many.
   template <class Type>
@@ -86,7 +93,7 @@ struct Pass {
   __device__ __forceinline__ float2* averages(Norm norm) const {
     return shared_at<float2>(kAveragesAt) + (turn * 2 + norm) * kMostRows;
   }
-  // Sums of g dout and of its product with y, (rank, group of threads, own row).
+  // Sums of g dout and of its product with y, (rank, own row).
   static __device__ __forceinline__ float2* row_sums() { return shared_at<float2>(kRowSums); }
   static __device__ __forceinline__ float* hidden_sums() { return shared_at<float>(kHiddenSums); }
   // Partial products for this block's own rows, (matrix, rank, own row, bottleneck).
@@ -101,8 +108,11 @@ struct Pass {
   __device__ __forceinline__ unsigned char* up_chunk(int k) const {
     return shared_memory() + kDown + (chunks * Wide + k * kChannels) * kRowBytes;
   }
+  __device__ __forceinline__ unsigned char* besides_chunk(int k) const {
+    return shared_memory() + kDown + (chunks * (Wide + kChannels) + k * kBesides) * kRowBytes;
+  }
   __device__ __forceinline__ int stage_at(int stage) const {
-    return kDown + chunks * ((Wide + kChannels) * kRowBytes + stage * slots * kRowsBytes);
+    return kDown + chunks * ((Wide + kChannels + (slots == 3 ? kBesides : 0)) * kRowBytes + stage * slots * kRowsBytes);
   }
   __device__ __forceinline__ int chunk_at(Slot slot, int k) const { return here + (slot * chunks + k) * kRowsBytes; }
   __device__ __forceinline__ unsigned char* chunk(Slot slot, int k) const {
@@ -133,6 +143,13 @@ struct Pass {
         d, part, first_channel, chunks, vectors,
         [&](int j, int i) { return reinterpret_cast<T*>(down_chunk(i / kChannels) + j * kRowBytes) + i % kChannels; },
         [&](int i, int j) { return reinterpret_cast<T*>(up_chunk(0) + i * kRowBytes) + j; });
+    if (!out_normed()) return;
+    for (int i = threadIdx.x; i < chunks * kChannels * kBesides; i += kThreads) {
+      const int row = i / (chunks * kChannels), channel = i % (chunks * kChannels);
+      const T large = from_float<T>(up_bias(channel));
+      T* to = reinterpret_cast<T*>(besides_chunk(channel / kChannels) + row * kRowBytes) + channel % kChannels;
+      *to = row == 1 ? large : from_float<T>(row == 0 ? 1.0f : row == 2 ? up_bias(channel) - to_float(large) : 0.0f);
+    }
   }
   __device__ __forceinline__ float& up_bias(int channel) const {
     return shared_at<float>(kChannelVectors)[channel];
@@ -205,45 +222,51 @@ struct Pass {
     ptx::cp_async_commit();
   }
 
-  // x becomes s, normalised if there is a norm; the other rows what y is added; dout is multiplied by the second norm's
-  // gain g, and of it come the sums of g dout and of g dout times what of y is known.
+  // x becomes s, normalised if there is a norm; other rows what y is added, where that is not s alone; dout is
+  // multiplied by the second norm's gain: g.
   __device__ __forceinline__ void prepare() const {
-    float of_gradient = 0.0f, of_product = 0.0f;
-    const bool input = d.input_residual.data, added = d.residual.data && !input;
+    const int own = threadIdx.x / kPieces % Tile;
+    const float rstd = normed() ? statistic(kRstd, own) : 1.0f, shift = normed() ? -statistic(kMean, own) * rstd : 0.0f;
     each_piece([&](int k, int row, int c, int piece) {
-      if (c >= d.channels || number(row) < 0) return;
       const int at = row * kRowBytes + piece * 16;
-      T *x = reinterpret_cast<T*>(chunk(kX, k) + at), *gradient = reinterpret_cast<T*>(chunk(kGradient, k) + at);
-      T* beside = reinterpret_cast<T*>(chunk(kOther, k) + at);
-      float s[V], rest[V] = {};
-      load_piece<T, V>(s, x, V, true);
-      if (input || added) load_piece<T, V>(rest, beside, V, true);
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        if (input) s[e] = to_float(from_float<T>(s[e] + rest[e])), rest[e] = 0.0f;
-        if (d.skip & 1) rest[e] += s[e];
-        if (normed()) s[e] = (s[e] - statistic(kMean, row)) * statistic(kRstd, row);
+      auto *x = reinterpret_cast<uint4*>(chunk(kX, k) + at), *beside = reinterpret_cast<uint4*>(chunk(kOther, k) + at);
+      uint4 s = *x;
+      if (input() || (added() && (d.skip & 1))) {
+        const uint4 more = *beside;
+        const uint4 sum = make_uint4(add_pair<T>(s.x, more.x), add_pair<T>(s.y, more.y), add_pair<T>(s.z, more.z),
+                                     add_pair<T>(s.w, more.w));
+        if (input()) {
+          s = sum;
+        } else {
+          *beside = sum;
+        }
       }
-      if (input || normed()) store_elements<T, V>(x, 0, s);
+      if (normed()) {
+        const auto normalised = [&](uint32_t pair) {
+          const float2 both = unpack<T>(pair);
+          return pack<T>(both.x * rstd + shift, both.y * rstd + shift);
+        };
+        s = make_uint4(normalised(s.x), normalised(s.y), normalised(s.z), normalised(s.w));
+      }
+      if (input() || normed()) *x = s;
       if (!out_normed()) return;
-      store_elements<T, V>(beside, 0, rest);
-      float g[V], gain[V], bias[V];
+      T* gradient = reinterpret_cast<T*>(chunk(kGradient, k) + at);
+      float g[V], gain[V];
       load_piece<T, V>(g, gradient, V, true);
       load_piece<float, V>(gain, &out_gain(c - first_channel), V, true);
-      load_piece<float, V>(bias, &up_bias(c - first_channel), V, true);
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        g[e] = to_float(from_float<T>(g[e] * gain[e]));
-        of_gradient += g[e], of_product += g[e] * (rest[e] + bias[e]);
-      }
+      for (int e = 0; e < V; ++e) g[e] *= gain[e];
       store_elements<T, V>(gradient, 0, g);
     });
-    if (!out_normed()) return;
-    of_gradient = sum_of_row(of_gradient), of_product = sum_of_row(of_product);
-    const int row = threadIdx.x / kPieces % Tile, group = threadIdx.x / kPieces / Tile;
-    if (threadIdx.x % kPieces == 0)
-      ptx::store_async(row_sums() + (rank * kGroups + group) * kOwnRows + row % kOwnRows,
-                       make_float2(of_gradient, of_product), gathered(), row / kOwnRows);
+  }
+
+  // What y is added: rows of a slot, which are a row's scale times shorter and shifted where they are normalised.
+  __device__ __forceinline__ bool has_rest() const { return (d.skip & 1) || added(); }
+  __device__ __forceinline__ Slot rest() const { return added() ? kOther : kX; }
+  __device__ __forceinline__ float2 rest_scale(int row) const {
+    const float rstd = statistic(kRstd, row);
+    if (!normed() || added()) return make_float2(1.0f, 0.0f);
+    return make_float2(rstd > 0.0f ? 1.0f / rstd : 0.0f, statistic(kMean, row));
   }
 
   // --- Products ---
@@ -285,6 +308,49 @@ struct Pass {
     }
   }
 
+  // Sums over this quarter's channels of g and of g times what of y is known, by a warp, to the rows' owners. Of the
+  // product of g and the rows that y is added the diagonal counts.
+  __device__ __forceinline__ void sum_rows() const {
+    float of_besides[kFragments][4] = {}, of_rest[kFragments][2][4] = {};
+    const unsigned char *gradient = chunk(kGradient, 0), *added_rows = chunk(rest(), 0), *besides = besides_chunk(0);
+#pragma unroll 1
+    for (int k = 0; k < chunks; ++k) {
+#pragma unroll
+      for (int s = 0; s < kChunkBytes / 32; ++s) {
+        uint32_t e[2];
+        ptx::ldmatrix_x2(e, besides + lane % 8 * kRowBytes + lane / 8 % 2 * 16 + s * 32);
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) {
+          const Operand<T> g = load_left<T>(gradient + f * 16 * kRowBytes + s * 32);
+          multiply<T>(of_besides[f], g, e[0], e[1]);
+          if (!has_rest()) continue;
+          uint32_t b[4];
+          load_right<T, true>(b, added_rows, kRowBytes, f * 16, s);
+          multiply<T>(of_rest[f][0], g, b[0], b[1]);
+          multiply<T>(of_rest[f][1], g, b[2], b[3]);
+        }
+      }
+      gradient += kRowsBytes, added_rows += kRowsBytes, besides += kBesides * kRowBytes;
+    }
+    const int line = lane / 4, quarter = lane % 4;
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = f * 16 + half * 8 + line;
+        const float2 scale = rest_scale(row);
+        const float *e = of_besides[f] + half * 2, *r = of_rest[f][half] + half * 2;
+        const float diagonal = quarter == line / 2 ? (line % 2 ? r[1] : r[0]) * scale.x : 0.0f;
+        const float of_gradient = quad_sum(quarter == 0 ? e[0] : 0.0f);
+        float of_product = quad_sum((quarter == 0 ? e[1] : quarter == 1 ? e[0] : 0.0f) + diagonal);
+        if (has_rest()) of_product += of_gradient * scale.y;
+        if (quarter == 0)
+          ptx::store_async(row_sums() + rank * kOwnRows + row % kOwnRows, make_float2(of_gradient, of_product),
+                           gathered(), row / kOwnRows);
+      }
+    }
+  }
+
   // Lanes have two neighbouring columns of the bottleneck, those that there are.
   __device__ __forceinline__ bool has_columns() const { return lane * 2 < Wide; }
 
@@ -320,7 +386,7 @@ struct Pass {
   // Bytes that come in an exchange: of two matrices or one, and of what of a bottleneck is told.
   __device__ __forceinline__ void expect(bool first) const {
     if (threadIdx.x != 0) return;
-    const int of_row = (first ? 2 : 1) * Wide * 4 + (first && out_normed() ? kGroups * 8 : 0);
+    const int of_row = (first ? 2 : 1) * Wide * 4 + (first && out_normed() ? 8 : 0);
     const int answers = first && !out_normed() ? 2 : 1, averages = (first && out_normed()) || normed() ? 8 : 0;
     ptx::mbarrier_expect(gathered(), kCluster * kOwnRows * of_row);
     ptx::mbarrier_expect(told(), Tile * (answers * Wide * 2 + averages));
@@ -368,7 +434,7 @@ struct Pass {
       own_pair(own_row, 0) = make_float2(z[0], z[1]), own_pair(own_row, 1) = make_float2(slopes[0], slopes[1]);
     // g dout y summed: of what was known before the bottleneck was, and of the bottleneck.
     float of_gradient = 0.0f, of_product = a[0] * da[0] * d.factor + a[1] * da[1] * d.factor;
-    if (lane < kCluster * kGroups) {
+    if (lane < kCluster) {
       const float2 sums = row_sums()[lane * kOwnRows + own_row];
       of_gradient = sums.x, of_product += sums.y;
     }
@@ -388,11 +454,14 @@ struct Pass {
     tell_gradient(rank * kOwnRows + own_row, da, slopes, z, dz_sum);
   }
 
-  // body(channel of the quarter, row, place in a slot's chunks, two sums) for two neighbouring elements after another
-  // of left (rows, bottleneck) times a weight.
+  static constexpr int kAcross = kWarps / kFragments;
+  // Of the two rows that a lane has of products.
+  __device__ __forceinline__ int product_row(int half) const { return warp / kAcross * 16 + lane / 4 + half * 8; }
+
+  // body(channel of the quarter, half of the rows, place in a slot's chunks, two sums) for two neighbouring elements
+  // after another of left (rows, bottleneck) times a weight.
   template <bool Up, class Body>
   __device__ __forceinline__ void expand(const unsigned char* left, Body body) const {
-    constexpr int kAcross = kWarps / kFragments;
     const int row = warp / kAcross * 16;
     Operand<T> a[kSteps];
 #pragma unroll
@@ -412,59 +481,72 @@ struct Pass {
         multiply<T>(acc[0], a[s], b[0], b[1]);
         multiply<T>(acc[1], a[s], b[2], b[3]);
       }
+      const int c = column + lane % 4 * 2, at = k * kRowsBytes + product_row(0) * kRowBytes + c * 2;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int m = row + lane / 4 + half * 8, c = column + n * 8 + lane % 4 * 2;
-          const float sums[2] = {acc[n][half * 2], acc[n][half * 2 + 1]};
-          body(k * kChannels + c, m, k * kRowsBytes + m * kRowBytes + c * static_cast<int>(sizeof(T)), sums);
-        }
+        for (int half = 0; half < 2; ++half)
+          body(k * kChannels + c + n * 8, half, at + half * 8 * kRowBytes + n * 16,
+               make_float2(acc[n][half * 2], acc[n][half * 2 + 1]));
       }
     }
   }
 
-  __device__ __forceinline__ void load_pair(float (&to)[2], Slot slot, int at) const {
-    load_elements<T, 2>(to, reinterpret_cast<const T*>(chunk(slot, 0) + at), 0, 1, true);
+  __device__ __forceinline__ float2 load_pair(Slot slot, int at) const {
+    return unpack<T>(*reinterpret_cast<const uint32_t*>(chunk(slot, 0) + at));
   }
-  __device__ __forceinline__ void store_pair(Slot slot, int at, const float (&from)[2]) const {
-    store_elements<T, 2>(reinterpret_cast<T*>(chunk(slot, 0) + at), 0, from);
+  __device__ __forceinline__ void store_pair(Slot slot, int at, float2 pair) const {
+    *reinterpret_cast<uint32_t*>(chunk(slot, 0) + at) = pack<T>(pair.x, pair.y);
   }
 
-  // The result again, and through its norm: dl.
+  // The result again, and through its norm: dl = (g - average - (y - mean) rstd average_normed) rstd. Zeros in rows
+  // that there are not.
   __device__ __forceinline__ void through_norm() const {
-    const float without = part.adapter == d.adapters ? 0.0f : NAN;
-    expand<true>(hidden(), [&](int channel, int row, int at, const float (&sums)[2]) {
-      const bool inside = first_channel + channel < d.channels && number(row) >= 0;
-      const float mean = statistic(kOutMean, row), rstd = statistic(kOutRstd, row);
-      const float2 average = averages(kOfResult)[row];
-      float g[2], rest[2];
-      load_pair(g, kGradient, at), load_pair(rest, kOther, at);
+    float rstd[2], of_y[2], shift[2], scale[2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float o = part.known ? sums[e] * d.factor + up_bias(channel + e) : without;
-        const float y = (o + rest[e] - mean) * rstd;
-        g[e] = (g[e] - average.x - y * average.y) * rstd;
-        if (!inside) g[e] = 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      const int row = product_row(half);
+      const float2 average = averages(kOfResult)[row], of_rest = rest_scale(row);
+      const bool inside = number(row) >= 0;
+      rstd[half] = inside ? statistic(kOutRstd, row) : 0.0f, scale[half] = of_rest.x;
+      of_y[half] = inside ? -average.y * rstd[half] * rstd[half] : 0.0f;
+      const float known = (has_rest() ? of_rest.y : 0.0f) - statistic(kOutMean, row);
+      shift[half] = inside ? known * of_y[half] - average.x * rstd[half] : 0.0f;
+    }
+    expand<true>(hidden(), [&](int channel, int half, int at, float2 sums) {
+      const float2 bias = *reinterpret_cast<const float2*>(&up_bias(channel));
+      float2 y = make_float2(sums.x * d.factor + bias.x, sums.y * d.factor + bias.y), g = load_pair(kGradient, at);
+      if (has_rest()) {
+        const float2 more = load_pair(rest(), at);
+        y.x += more.x * scale[half], y.y += more.y * scale[half];
       }
+      g.x = g.x * rstd[half] + (y.x * of_y[half] + shift[half]);
+      g.y = g.y * rstd[half] + (y.y * of_y[half] + shift[half]);
       store_pair(kGradient, at, g);
     });
   }
 
   // dx, in the place of x.
   __device__ __forceinline__ void through_down() const {
-    expand<false>(dhidden(), [&](int, int row, int at, const float (&sums)[2]) {
-      float ds[2] = {sums[0], sums[1]}, other[2];
-      if (normed()) {
-        load_pair(other, kX, at);
-        const float2 average = averages(kOfInput)[row];
+    float rstd[2], of_x[2], shift[2];
+    if (normed()) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) ds[e] = (ds[e] - average.x - other[e] * average.y) * statistic(kRstd, row);
+      for (int half = 0; half < 2; ++half) {
+        const int row = product_row(half);
+        const float2 average = averages(kOfInput)[row];
+        rstd[half] = statistic(kRstd, row);
+        of_x[half] = -average.y * rstd[half], shift[half] = -average.x * rstd[half];
+      }
+    }
+    expand<false>(dhidden(), [&](int, int half, int at, float2 ds) {
+      if (normed()) {
+        const float2 x = load_pair(kX, at);
+        ds.x = ds.x * rstd[half] + (x.x * of_x[half] + shift[half]);
+        ds.y = ds.y * rstd[half] + (x.y * of_x[half] + shift[half]);
       }
       if (d.skip & 1) {
-        load_pair(other, kGradient, at);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) ds[e] += other[e];
+        const float2 dl = load_pair(kGradient, at);
+        ds.x += dl.x, ds.y += dl.y;
       }
       store_pair(kX, at, ds);
     });
@@ -480,9 +562,9 @@ struct Pass {
   }
 };
 
-template <class T, int Tile, int Wide>
+template <class T, int Tile, int Wide, bool Plain>
 __device__ __forceinline__ void one_pass(const Adapter& d) {
-  using Own = Pass<T, Tile, Wide>;
+  using Own = Pass<T, Tile, Wide, Plain>;
   Own pass(d);
   if (pass.part.adapter > d.adapters + 1) return;
   if (threadIdx.x == 0) {
@@ -523,6 +605,8 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         pass.template multiply_partially<0>(warp * 16);
       } else if (warp < 2 * Own::kSteps) {
         pass.template multiply_partially<1>((warp - Own::kSteps) * 16);
+      } else if (warp == 2 * Own::kSteps && pass.out_normed()) {
+        pass.sum_rows();
       }
     }
     if (ends) {
@@ -626,47 +710,60 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
 
 #endif
 
-template <class T, int Tile, int Wide>
+template <class T, int Tile, int Wide, bool Plain>
 __global__ void __launch_bounds__(kThreads, 1) cluster_backward_kernel(const __grid_constant__ Adapter d) {
 #ifdef MMK_CLUSTERS
-  one_pass<T, Tile, Wide>(d);
+  one_pass<T, Tile, Wide, Plain>(d);
 #endif
 }
 
-template <class T, int Tile>
-int start_tile(const Adapter& d, void* stream) {
-  const Layout layout(d, Tile);
-  const auto launch_wide = [&](auto kernel) {
-    return launch_clusters(kCluster, kernel, dim3(static_cast<unsigned>(d.parts * kCluster)), dim3(kThreads),
-                           bytes_of(layout), stream, d);
-  };
-  if (layout.wide == 32) return launch_wide(cluster_backward_kernel<T, Tile, 32>);
-  if (layout.wide == 48) return launch_wide(cluster_backward_kernel<T, Tile, 48>);
-  return launch_wide(cluster_backward_kernel<T, Tile, 64>);
+// body(kernel, bytes of shared memory)
+template <class T, int Tile, bool Plain, class Body>
+int with_wide(const Layout& layout, Body body) {
+  const int64_t bytes = bytes_of(layout);
+  if (layout.wide == 32) return body(cluster_backward_kernel<T, Tile, 32, Plain>, bytes);
+  if (layout.wide == 48) return body(cluster_backward_kernel<T, Tile, 48, Plain>, bytes);
+  return body(cluster_backward_kernel<T, Tile, 64, Plain>, bytes);
 }
 
-template <class T>
-int start(const Adapter& d, void* stream) {
-  if (d.parts * kCluster > INT_MAX) return 1;
-  return d.tile == 32 ? start_tile<T, 32>(d, stream) : start_tile<T, 16>(d, stream);
+template <class Body>
+int with_kernel(Dtype dtype, const Adapter& d, int tile, Body body) {
+  const Layout layout(d, tile);
+  const auto with_tile = [&](auto zero, auto plain) {
+    using T = decltype(zero);
+    return tile == 32 ? with_wide<T, 32, decltype(plain)::value>(layout, body)
+                      : with_wide<T, 16, decltype(plain)::value>(layout, body);
+  };
+  const auto with_type = [&](auto plain) {
+    return dtype == Dtype::bf16 ? with_tile(bf16{}, plain) : with_tile(fp16{}, plain);
+  };
+  const bool plain = layout.slots == 2 && !d.norm_weight.data;
+  return plain ? with_type(std::true_type{}) : with_type(std::false_type{});
 }
 
 }  // namespace
 }  // namespace mmk::adapter
 
-int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter) {
+int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, int* clusters) {
   using namespace mmk::adapter;
   const Adapter& d = *adapter;
   const bool input = d.input_residual.data, added = d.residual.data && d.out_weight.data;
-  // By the time model a norm of the result alone is faster in two passes: what is element by element bounds this one.
-  if (d.out_weight.data && !d.norm_weight.data) return 0;
   if (!served_by_clusters(dtype, d) || (input && added) || (input ? d.skip % 3 != 0 : d.skip > 1)) return 0;
-  for (int tile = kMostRows; tile >= 16; tile /= 2)
-    if (bytes_of(Layout(d, tile)) <= mmk_shared_memory()) return tile;
+  for (int tile = kMostRows; tile >= 16; tile /= 2) {
+    if (bytes_of(Layout(d, tile)) > mmk_shared_memory()) continue;
+    *clusters = with_kernel(dtype, d, tile, [](auto kernel, int64_t bytes) {
+      return mmk::most_clusters(kCluster, kernel, dim3(kThreads), bytes);
+    });
+    return *clusters ? tile : 0;
+  }
   return 0;
 }
 
 int mmk_adapter_cluster_backward(mmk::Dtype dtype, const mmk::adapter::Adapter* d, void* stream) {
-  return dtype == mmk::Dtype::bf16 ? mmk::adapter::start<mmk::bf16>(*d, stream)
-                                   : mmk::adapter::start<mmk::fp16>(*d, stream);
+  using namespace mmk::adapter;
+  if (d->parts * kCluster > INT_MAX) return 1;
+  return with_kernel(dtype, *d, d->tile, [&](auto kernel, int64_t bytes) {
+    return mmk::launch_clusters(kCluster, kernel, dim3(static_cast<unsigned>(d->parts * kCluster)), dim3(kThreads),
+                                bytes, stream, *d);
+  });
 }

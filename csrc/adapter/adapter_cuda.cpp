@@ -294,9 +294,10 @@ Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, Optiona
   if (index) call.group(x, device.stream, "adapter_bwd");
   const bool want_norm = want(kNorm) || want(kNormBias), want_out = want(kOut) || want(kOutBias);
   const bool want_weights = want(kDown) || want(kDownBias) || want(kUp) || want(kUpBias) || want(kScale);
-  const bool one_pass =
-      (d.tile = !want_norm && !want_out && !want(kInput) && !want(kGate) ? mmk_adapter_cluster_tile(call.dtype, &d)
-                                                                         : 0) != 0;
+  int clusters = 0;
+  if (!want_norm && !want_out && !want(kInput) && !want(kGate))
+    d.tile = mmk_adapter_cluster_tile(call.dtype, &d, &clusters);
+  const bool one_pass = clusters != 0;
   if (!one_pass) call.choose_tile(true, "adapter_bwd");
   d.dx = pointer(kX), d.dinput = pointer(kInput);
   if (want(kResidual) && !out_weight) torch::stable::copy_(grads[kResidual], dout);
@@ -326,13 +327,14 @@ Gradients backward(Tensor dout, Tensor x, OptionalTensor input_residual, Optiona
     if (!out_weight) d.dy = const_cast<void*>(d.dout);
   }
 
-  // As many parts as occupy the device twice; in one pass as there are clusters, twice as many where adapters differ.
-  const int64_t processors = std::max(1, mmk_multiprocessors()), width = call.dtype == Dtype::fp32 ? 32 : 64;
-  const int64_t wish = one_pass ? std::max<int64_t>(1, processors / 4) * (index ? 2 : 1)
-                                : ceil_div(2 * processors, ceil_div(c, width) * ceil_div(r, width));
-  const int64_t step = one_pass ? d.tile : 64;
-  d.part = step * ceil_div(d.rows, step * wish);
-  d.parts = call.pieces(d.part, one_pass ? d.adapters + 2 : d.adapters);
+  if (one_pass) {
+    call.choose_parts(d.tile, clusters, d.adapters + 2);
+  } else {  // as many as occupy the device twice
+    const int64_t processors = std::max(1, mmk_multiprocessors()), width = call.dtype == Dtype::fp32 ? 32 : 64;
+    const int64_t wish = ceil_div(2 * processors, ceil_div(c, width) * ceil_div(r, width));
+    d.part = 64 * ceil_div(d.rows, 64 * wish);
+    d.parts = call.pieces(d.part, d.adapters);
+  }
   d.down_parts = numbers(want(kDown), {d.parts, r, c}), d.bias_parts = numbers(want(kDownBias), {d.parts, r});
   d.up_parts = numbers(want(kUp) || want(kScale), {d.parts, c, r});
   d.dl_parts = numbers(want(kUpBias) || want(kScale), {d.parts, c});

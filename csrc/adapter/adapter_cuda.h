@@ -66,8 +66,9 @@ int mmk_adapter_sums(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, voi
 // Clusters of multiprocessors that the device runs the forward by clusters on; 0 where it does not serve.
 int mmk_adapter_cluster_forward_slots(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter);
 int mmk_adapter_cluster_forward(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, void* stream);
-// Rows of a tile of the backward in one pass, by clusters of multiprocessors; 0 where it does not serve.
-int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter);
+// Rows of a tile of the backward in one pass, and the clusters that the device runs at a time; 0 where it does not
+// serve.
+int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, int* clusters);
 // dx, dy and the parts' sums.
 int mmk_adapter_cluster_backward(mmk::Dtype dtype, const mmk::adapter::Adapter* adapter, void* stream);
 // Where groups begin (A + 3) and the items in their order.
