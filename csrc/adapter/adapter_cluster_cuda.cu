@@ -16,8 +16,8 @@ constexpr int kThreads = 512, kWarps = kThreads / 32, kMostRows = 32;
 
 // Rows of a stage. `kOther` is input_residual or residual, then what y is added.
 enum Slot { kX, kGradient, kOther };
-enum Statistic { kMean, kRstd, kOutMean, kOutRstd, kStatistics };
-// Of a row: what a norm's gradient subtracts, by itself and times the normalised row.
+enum Statistic { kMean, kRstd, kDeviation, kOutMean, kOutRstd, kStatistics };  // kDeviation: 1 / rstd
+// Of a norm's gradient in a row: what the normalised element is multiplied by, and what is added.
 enum Norm { kOfResult, kOfInput };
 
 struct Layout {
@@ -90,7 +90,7 @@ struct Pass {
   }
   static __device__ __forceinline__ uint64_t* gathered() { return shared_at<uint64_t>(0); }
   static __device__ __forceinline__ uint64_t* told() { return shared_at<uint64_t>(8); }
-  __device__ __forceinline__ float2* averages(Norm norm) const {
+  __device__ __forceinline__ float2* coefficients(Norm norm) const {
     return shared_at<float2>(kAveragesAt) + (turn * 2 + norm) * kMostRows;
   }
   // Sums of g dout and of its product with y, (rank, own row).
@@ -180,7 +180,10 @@ struct Pass {
     if (threadIdx.x >= Tile || place >= part.rows) return row;
     row.m = row_of(d, part.begin + place);
     const float* from = d.statistics + row.m;
-    if (normed()) row.found[kMean] = from[0], row.found[kRstd] = from[d.rows], from += 2 * d.rows;
+    if (normed()) {
+      row.found[kMean] = from[0], row.found[kRstd] = from[d.rows], row.found[kDeviation] = 1.0f / from[d.rows];
+      from += 2 * d.rows;
+    }
     if (out_normed()) row.found[kOutMean] = from[0], row.found[kOutRstd] = from[d.rows];
     return row;
   }
@@ -264,9 +267,8 @@ struct Pass {
   __device__ __forceinline__ bool has_rest() const { return (d.skip & 1) || added(); }
   __device__ __forceinline__ Slot rest() const { return added() ? kOther : kX; }
   __device__ __forceinline__ float2 rest_scale(int row) const {
-    const float rstd = statistic(kRstd, row);
     if (!normed() || added()) return make_float2(1.0f, 0.0f);
-    return make_float2(rstd > 0.0f ? 1.0f / rstd : 0.0f, statistic(kMean, row));
+    return make_float2(statistic(kDeviation, row), statistic(kMean, row));
   }
 
   // --- Products ---
@@ -315,7 +317,7 @@ struct Pass {
     const unsigned char *gradient = chunk(kGradient, 0), *added_rows = chunk(rest(), 0), *besides = besides_chunk(0);
 #pragma unroll 1
     for (int k = 0; k < chunks; ++k) {
-#pragma unroll
+#pragma unroll(Wide < 64 ? kChunkBytes / 32 : 1)  // registers
       for (int s = 0; s < kChunkBytes / 32; ++s) {
         uint32_t e[2];
         ptx::ldmatrix_x2(e, besides + lane % 8 * kRowBytes + lane / 8 % 2 * 16 + s * 32);
@@ -379,8 +381,8 @@ struct Pass {
     for (int r = 0; r < kCluster; ++r)
       ptx::store_async(reinterpret_cast<uint32_t*>(tile + row * kRowBytes) + lane, both, told(), r);
   }
-  __device__ __forceinline__ void tell(Norm norm, int row, float plain, float with_normed) const {
-    if (lane < kCluster) ptx::store_async(averages(norm) + row, make_float2(plain, with_normed), told(), lane);
+  __device__ __forceinline__ void tell(Norm norm, int row, float factor, float more) const {
+    if (lane < kCluster) ptx::store_async(coefficients(norm) + row, make_float2(factor, more), told(), lane);
   }
 
   // Bytes that come in an exchange: of two matrices or one, and of what of a bottleneck is told.
@@ -405,8 +407,8 @@ struct Pass {
       if (has_columns()) plain += dz[h] * down_sum(lane * 2 + h), with_normed += dz[h] * z[h];
     }
     if (!normed()) return;
-    const float columns = static_cast<float>(d.channels);
-    tell(kOfInput, row, sum_of_warp(plain) / columns, sum_of_warp(with_normed) / columns);
+    const float share = -statistic(kRstd, row) / static_cast<float>(d.channels);
+    tell(kOfInput, row, sum_of_warp(with_normed) * share, sum_of_warp(plain) * share);
   }
 
   // Of an own row, by a warp: the bottleneck, and its gradient or, with a norm of the result, what that norm subtracts.
@@ -421,8 +423,8 @@ struct Pass {
       const int j = lane * 2 + h;
       const bool inside = part.known && j < d.bottleneck && number(row) >= 0;
       const float rounded = inside ? to_float(from_float<T>(z[h] + down_bias(j))) : 0.0f;
-      a[h] = inside ? activated(rounded, d.activation) : 0.0f;
-      slopes[h] = inside ? slope(rounded, d.activation) : 0.0f;
+      a[h] = slopes[h] = 0.0f;
+      if (inside) activate(rounded, d.activation, a[h], slopes[h]);
     }
     tell(hidden(), row, a);
     if (!out_normed()) {
@@ -440,8 +442,11 @@ struct Pass {
     }
     of_gradient = sum_of_warp(of_gradient), of_product = sum_of_warp(of_product);
     const float mean = statistic(kOutMean, row), rstd = statistic(kOutRstd, row);
-    const float columns = static_cast<float>(d.channels);
-    tell(kOfResult, row, of_gradient / columns, (of_product - mean * of_gradient) * rstd / columns);
+    const float share = -rstd / static_cast<float>(d.channels);
+    const float factor = (of_product - mean * of_gradient) * rstd * rstd * share;
+    const float more = ((has_rest() ? rest_scale(row).y : 0.0f) - mean) * factor + of_gradient * share;
+    const bool inside = number(row) >= 0;
+    tell(kOfResult, row, inside ? factor : 0.0f, inside ? more : 0.0f);
   }
   __device__ __forceinline__ void answer_again(int own_row, float (&dz_sum)[2]) const {
     ptx::mbarrier_wait(gathered(), parity);
@@ -502,16 +507,13 @@ struct Pass {
   // The result again, and through its norm: dl = (g - average - (y - mean) rstd average_normed) rstd. Zeros in rows
   // that there are not.
   __device__ __forceinline__ void through_norm() const {
-    float rstd[2], of_y[2], shift[2], scale[2];
+    float rstd[2], scale[2];
+    float2 of_row[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = product_row(half);
-      const float2 average = averages(kOfResult)[row], of_rest = rest_scale(row);
-      const bool inside = number(row) >= 0;
-      rstd[half] = inside ? statistic(kOutRstd, row) : 0.0f, scale[half] = of_rest.x;
-      of_y[half] = inside ? -average.y * rstd[half] * rstd[half] : 0.0f;
-      const float known = (has_rest() ? of_rest.y : 0.0f) - statistic(kOutMean, row);
-      shift[half] = inside ? known * of_y[half] - average.x * rstd[half] : 0.0f;
+      rstd[half] = statistic(kOutRstd, row), scale[half] = rest_scale(row).x,
+      of_row[half] = coefficients(kOfResult)[row];
     }
     expand<true>(hidden(), [&](int channel, int half, int at, float2 sums) {
       const float2 bias = *reinterpret_cast<const float2*>(&up_bias(channel));
@@ -520,29 +522,26 @@ struct Pass {
         const float2 more = load_pair(rest(), at);
         y.x += more.x * scale[half], y.y += more.y * scale[half];
       }
-      g.x = g.x * rstd[half] + (y.x * of_y[half] + shift[half]);
-      g.y = g.y * rstd[half] + (y.y * of_y[half] + shift[half]);
+      g.x = g.x * rstd[half] + (y.x * of_row[half].x + of_row[half].y);
+      g.y = g.y * rstd[half] + (y.y * of_row[half].x + of_row[half].y);
       store_pair(kGradient, at, g);
     });
   }
 
   // dx, in the place of x.
   __device__ __forceinline__ void through_down() const {
-    float rstd[2], of_x[2], shift[2];
+    float rstd[2];
+    float2 of_row[2];
     if (normed()) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = product_row(half);
-        const float2 average = averages(kOfInput)[row];
-        rstd[half] = statistic(kRstd, row);
-        of_x[half] = -average.y * rstd[half], shift[half] = -average.x * rstd[half];
-      }
+      for (int half = 0; half < 2; ++half)
+        rstd[half] = statistic(kRstd, product_row(half)), of_row[half] = coefficients(kOfInput)[product_row(half)];
     }
     expand<false>(dhidden(), [&](int, int half, int at, float2 ds) {
       if (normed()) {
         const float2 x = load_pair(kX, at);
-        ds.x = ds.x * rstd[half] + (x.x * of_x[half] + shift[half]);
-        ds.y = ds.y * rstd[half] + (x.y * of_x[half] + shift[half]);
+        ds.x = ds.x * rstd[half] + (x.x * of_row[half].x + of_row[half].y);
+        ds.y = ds.y * rstd[half] + (x.y * of_row[half].x + of_row[half].y);
       }
       if (d.skip & 1) {
         const float2 dl = load_pair(kGradient, at);

@@ -102,6 +102,16 @@ __device__ __forceinline__ float slope(float z, int activation) {
   return 1.0f;
 }
 
+// Both, with what they share.
+__device__ __forceinline__ void activate(float z, int activation, float& a, float& of_z) {
+  if (activation == 2) {
+    const float e = expf(z * z * -0.5f), probability = normal_probability(z, e);
+    a = z * probability, of_z = probability + z * (e * kNormalDensity);
+  } else {
+    a = activated(z, activation), of_z = slope(z, activation);
+  }
+}
+
 // V elements of which `valid` exist; zeros behind them.
 template <class T, int V>
 __device__ __forceinline__ void load_piece(float (&to)[V], const T* from, int valid, bool by_vector) {

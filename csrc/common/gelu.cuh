@@ -9,6 +9,8 @@ namespace mmk {
 constexpr float kGeluLinear = 1.5957691216057308f,
                 kGeluCubic = kGeluLinear * 0.044715f;  // of 2 sqrt(2/pi) (y + 0.044715 y^3)
 
+constexpr float kNormalDensity = 0.3989422804f;  // at 0
+
 // The normal distribution at y, where e = exp(-y^2/2).
 __device__ __forceinline__ float normal_probability(float y, float e) {
   const float u = 1.0f / (fabsf(y) * 0.4f + 1.0f);
@@ -40,7 +42,7 @@ __device__ __forceinline__ float gelu_slope(float y) {
     return sigmoid + (square > 100.0f ? y * 0.0f : near);
   }
   const float e = expf(square * -0.5f);
-  return normal_probability(y, e) + y * (e * 0.3989422804f);
+  return normal_probability(y, e) + y * (e * kNormalDensity);
 }
 
 }  // namespace mmk
