@@ -50,9 +50,13 @@ int64_t bytes_of(const Layout& l) {
 
 #ifdef MMK_CLUSTERS
 
-// Plain: there are no norms, and the rows are those of x.
-template <class T, int Tile, int Wide, bool Plain>
+// What a kernel serves, known as it is compiled. kPlain: no norms, the rows of x; kPfeiffer: two norms and a second
+// input, whose sum with x is added to the result.
+enum class Place { kAny, kPlain, kPfeiffer };
+
+template <class T, int Tile, int Wide, Place kPlace>
 struct Pass {
+  static constexpr bool kPlain = kPlace == Place::kPlain, kPfeiffer = kPlace == Place::kPfeiffer;
   static constexpr int V = kWide<T>, kSteps = Wide / 16, kFragments = Tile / 16, kPitch = Wide + 8;
   static constexpr int kOwnRows = Tile / kCluster;             // whose bottleneck this block adds up
   static constexpr int kGroups = kThreads / (Tile * kPieces);  // of threads that have the same rows
@@ -67,7 +71,12 @@ struct Pass {
   int lane, warp;
 
   __device__ __forceinline__ Pass(const Adapter& d)
-      : d(d), chunks(Layout(d, Tile).chunks), slots(Plain ? 2 : Layout(d, Tile).slots), part(d) {
+      : d(d),
+        chunks(Layout(d, Tile).chunks),
+        slots(kPlain      ? 2
+              : kPfeiffer ? 3
+                          : Layout(d, Tile).slots),
+        part(d) {
     rank = ptx::cluster_rank();
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     first_channel = rank * chunks * kChannels;
@@ -78,10 +87,11 @@ struct Pass {
     numbered = tile % kNumbered, turn = tile % kTurns, here = stage_at(tile % kStages);
   }
 
-  __device__ __forceinline__ bool normed() const { return !Plain && d.norm_weight.data; }
-  __device__ __forceinline__ bool out_normed() const { return !Plain && d.out_weight.data; }
-  __device__ __forceinline__ bool input() const { return !Plain && d.input_residual.data; }
-  __device__ __forceinline__ bool added() const { return !Plain && d.residual.data && !input(); }
+  __device__ __forceinline__ bool normed() const { return kPfeiffer || (!kPlain && d.norm_weight.data); }
+  __device__ __forceinline__ bool out_normed() const { return kPfeiffer || (!kPlain && d.out_weight.data); }
+  __device__ __forceinline__ bool input() const { return kPfeiffer || (!kPlain && d.input_residual.data); }
+  __device__ __forceinline__ bool skips() const { return kPfeiffer || (d.skip & 1); }
+  __device__ __forceinline__ bool added() const { return !kPlain && !input() && d.residual.data; }
 
   // Where things lie, always from the beginning of shared memory: pointers in registers would be too many.
   template <class Type>
@@ -234,7 +244,7 @@ struct Pass {
       const int at = row * kRowBytes + piece * 16;
       auto *x = reinterpret_cast<uint4*>(chunk(kX, k) + at), *beside = reinterpret_cast<uint4*>(chunk(kOther, k) + at);
       uint4 s = *x;
-      if (input() || (added() && (d.skip & 1))) {
+      if (input() || (added() && skips())) {
         const uint4 more = *beside;
         const uint4 sum = make_uint4(add_pair<T>(s.x, more.x), add_pair<T>(s.y, more.y), add_pair<T>(s.z, more.z),
                                      add_pair<T>(s.w, more.w));
@@ -264,7 +274,7 @@ struct Pass {
   }
 
   // What y is added: rows of a slot, which are a row's scale times shorter and shifted where they are normalised.
-  __device__ __forceinline__ bool has_rest() const { return (d.skip & 1) || added(); }
+  __device__ __forceinline__ bool has_rest() const { return skips() || added(); }
   __device__ __forceinline__ Slot rest() const { return added() ? kOther : kX; }
   __device__ __forceinline__ float2 rest_scale(int row) const {
     if (!normed() || added()) return make_float2(1.0f, 0.0f);
@@ -543,7 +553,7 @@ struct Pass {
         ds.x = ds.x * rstd[half] + (x.x * of_row[half].x + of_row[half].y);
         ds.y = ds.y * rstd[half] + (x.y * of_row[half].x + of_row[half].y);
       }
-      if (d.skip & 1) {
+      if (skips()) {
         const float2 dl = load_pair(kGradient, at);
         ds.x += dl.x, ds.y += dl.y;
       }
@@ -561,9 +571,9 @@ struct Pass {
   }
 };
 
-template <class T, int Tile, int Wide, bool Plain>
+template <class T, int Tile, int Wide, Place kPlace>
 __device__ __forceinline__ void one_pass(const Adapter& d) {
-  using Own = Pass<T, Tile, Wide, Plain>;
+  using Own = Pass<T, Tile, Wide, kPlace>;
   Own pass(d);
   if (pass.part.adapter > d.adapters + 1) return;
   if (threadIdx.x == 0) {
@@ -709,35 +719,38 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
 
 #endif
 
-template <class T, int Tile, int Wide, bool Plain>
+template <class T, int Tile, int Wide, Place kPlace>
 __global__ void __launch_bounds__(kThreads, 1) cluster_backward_kernel(const __grid_constant__ Adapter d) {
 #ifdef MMK_CLUSTERS
-  one_pass<T, Tile, Wide, Plain>(d);
+  one_pass<T, Tile, Wide, kPlace>(d);
 #endif
 }
 
 // body(kernel, bytes of shared memory)
-template <class T, int Tile, bool Plain, class Body>
+template <class T, int Tile, Place kPlace, class Body>
 int with_wide(const Layout& layout, Body body) {
   const int64_t bytes = bytes_of(layout);
-  if (layout.wide == 32) return body(cluster_backward_kernel<T, Tile, 32, Plain>, bytes);
-  if (layout.wide == 48) return body(cluster_backward_kernel<T, Tile, 48, Plain>, bytes);
-  return body(cluster_backward_kernel<T, Tile, 64, Plain>, bytes);
+  if (layout.wide == 32) return body(cluster_backward_kernel<T, Tile, 32, kPlace>, bytes);
+  if (layout.wide == 48) return body(cluster_backward_kernel<T, Tile, 48, kPlace>, bytes);
+  return body(cluster_backward_kernel<T, Tile, 64, kPlace>, bytes);
 }
 
 template <class Body>
 int with_kernel(Dtype dtype, const Adapter& d, int tile, Body body) {
   const Layout layout(d, tile);
-  const auto with_tile = [&](auto zero, auto plain) {
+  const auto with_place = [&](auto zero, auto place) {
     using T = decltype(zero);
-    return tile == 32 ? with_wide<T, 32, decltype(plain)::value>(layout, body)
-                      : with_wide<T, 16, decltype(plain)::value>(layout, body);
+    constexpr Place kPlace = decltype(place)::value;
+    return tile == 32 ? with_wide<T, 32, kPlace>(layout, body) : with_wide<T, 16, kPlace>(layout, body);
   };
-  const auto with_type = [&](auto plain) {
-    return dtype == Dtype::bf16 ? with_tile(bf16{}, plain) : with_tile(fp16{}, plain);
+  const auto with_type = [&](auto place) {
+    return dtype == Dtype::bf16 ? with_place(bf16{}, place) : with_place(fp16{}, place);
   };
-  const bool plain = layout.slots == 2 && !d.norm_weight.data;
-  return plain ? with_type(std::true_type{}) : with_type(std::false_type{});
+  const bool norms = d.norm_weight.data && d.out_weight.data, plain = layout.slots == 2 && !d.norm_weight.data;
+  if (plain) return with_type(std::integral_constant<Place, Place::kPlain>{});
+  if (norms && d.input_residual.data && d.skip == 3)
+    return with_type(std::integral_constant<Place, Place::kPfeiffer>{});
+  return with_type(std::integral_constant<Place, Place::kAny>{});
 }
 
 }  // namespace
