@@ -6,6 +6,7 @@ once and every output written once. Both belong to the problem, not to a candida
 
 import functools
 import json
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -211,12 +212,17 @@ def predict(
 
 # Of a multiprocessor, each clock: bytes from L2, multiply-adds by mma.sync, lanes of instructions.
 CLOCK, L2_BYTES, PRODUCTS, LANES = 1.7e9, 24, 1300, 128
-SHARED = 227 * 1024  # bytes a block may have
-# Instructions an element of the result: counted by hand from the source for tiles of 128 rows, read off the machine code
-# (instructions a warp, of a tile of 32 rows and a quarter of its channels) for the backward in one pass.
-FORWARD_LANES, NORM_LANES, ROWS_LANES, WEIGHT_LANES = 13, 16, 29, 19
-# Tiles of 16 rows, which 1024 channels with two norms have, cost an estimated 1.3 of that.
-ONE_PASS = {"every warp": 410, "two norms": 785, "a product's": 240, "of channels": 165, "of rows": 300}
+# Instructions a warp has for a tile, read off the machine code of the kernels by clusters, compiled with a place's options and
+# relu as constants. Forward, 32 rows: for a block's whole tile, and more for every 64 of its channels. Backward, by the rows
+# of a tile: what all 16 warps do (with 32 rows 768 channels; (32, 1024) where that fits, 16 rows of 1024 otherwise), what
+# warps do that add up a row, and those that multiply 16 columns of the bottleneck, 16 channels, and sums of rows.
+FORWARD = {"alone": (387, 141), "houlsby": (595, 243), "pfeiffer": (719, 327)}
+ALL_WARPS = {"alone": (280, 331), "houlsby": (595, 447), "pfeiffer": (647, 502)}
+OF_ROW = {"alone": (167, 118), "houlsby": (252, 194), "pfeiffer": (330, 258)}
+OF_COLUMNS, OF_CHANNELS, OF_SUMS = {32: (95, 37), 16: (70, 26)}, {32: 154, 16: 112}, {32: (140, 59), 16: (80, 76)}
+BRANCHES = 1.1  # the options that a place has not; an estimate
+# Seconds before a part's first tile: its weights come, and the cluster meets. An estimate.
+PART = 2e-6
 
 
 class Work(NamedTuple):
@@ -228,6 +234,7 @@ class Work(NamedTuple):
     products: float
     lanes: float
     multiprocessors: int = 132
+    parts: float = 0.0  # that a cluster has, one after another
 
     def seconds(self, gpu: Gpu) -> tuple:
         """(time, what bounds it): resources are used at the same time, nothing is lost to latencies."""
@@ -235,76 +242,39 @@ class Work(NamedTuple):
         times = {"memory": self.memory / (gpu.bandwidth * gpu.copy_share), "L2": self.l2 / (clocks * L2_BYTES)}
         times |= {"products": self.products / (clocks * PRODUCTS), "instructions": self.lanes / (clocks * LANES)}
         bound = max(times, key=times.get)
-        return times[bound], bound
-
-
-@functools.cache
-def _resident(kernel: str) -> int:
-    """Blocks that the registers of the committed kernel report let a multiprocessor of sm_90 have."""
-    from mmkernels.kernel_report import REPORT
-
-    rows = json.loads(REPORT.read_text())["kernels"]
-    return next(row["blocks"] for row in rows if row["name"] == f"cuda/adapter/{kernel}" and row["arch"] == 90)
-
-
-def _adapter_tile(c: int, r: int, copies: int, resident: bool) -> int:
-    """Rows of a tile as csrc/adapter/adapter_cuda.cpp chooses them for many rows; 0: they do not fit."""
-    blocks = _resident(("backward" if copies == 2 else "forward") + "_kernel<bf16>")
-    room = (SHARED + 1024) // blocks - 1024
-    kept = -(-c // 64) if resident else 0
-    for tile in (128, 64, 32):
-        if 8192 + (copies - 1) * 2048 + 2 * (64 + tile) * 144 + (-(-r // 64) * copies + kept) * tile * 144 <= room:
-            return tile
-    return 0
+        return times[bound] + self.parts * PART, bound
 
 
 def adapter_launches(problem, pass_: str) -> list:
-    """The launches of `forward` or `backward` of a 16-bit adapter with frozen norms, inputs in L2 once for each pass over
-    them and both weights once a tile."""
-    m, c, r = problem.batch * problem.length, problem.channels, problem.bottleneck
-    alone, normed = problem.place == "alone", problem.place == "pfeiffer"
-    array, weight, product = 2 * m * c, 2 * r * c, m * c * r
-    inputs, norms = (1 if alone else 2), (0 if alone else 2 if normed else 1)
+    """The launches of `forward` or `backward` of a 16-bit adapter with frozen norms that clusters serve: at most 1024
+    channels and a bottleneck of 64. Inputs come from L2 once; clusters of four leave four multiprocessors without work."""
+    if problem.bottleneck > 64 or problem.channels > 1024:
+        raise ValueError(f"no model of {problem.channels} channels and a bottleneck of {problem.bottleneck}")
+    m, c, r, place = problem.batch * problem.length, problem.channels, problem.bottleneck, problem.place
+    array, weight, product, inputs = 2 * m * c, 2 * r * c, m * c * r, 1 if place == "alone" else 2
+    chunks, wide = -(-c // 256), max(32, -(-r // 16) * 16)
+    clusters = 32
+    parts = clusters
+    if problem.adapters:  # which examples have in turn
+        parts = problem.adapters * math.ceil(2 * clusters / problem.adapters)
+    order = [Work("order of rows", 0, 0, 0, 0)] if problem.adapters else []
+    blocks = dict(multiprocessors=4 * clusters, parts=parts / clusters)
     if pass_ == "forward":
-        tile = _adapter_tile(c, r, 1, True) if normed else 0
-        # With a norm in front a tile stays; else x comes for the product and for the sum, and y once more to its norm.
-        reads = inputs if tile else (3 if normed else 1) * inputs + (not normed) + (not alone)
-        tile = tile or _adapter_tile(c, r, 1, False)
-        l2 = reads * array + -(-m // tile) * 2 * weight
-        lanes = m * c * (FORWARD_LANES + NORM_LANES * norms)
-        return [Work("forward", (inputs + 1) * array + 2 * weight * max(problem.adapters, 1), l2, 2 * product, lanes)]
-    if r <= 64 and c <= 1024 and norms != 1:
-        wide = max(32, -(-r // 16) * 16)
-        warps = 16 * (ONE_PASS["every warp"] + ONE_PASS["two norms"] * (norms == 2))
-        warps += (wide // 16) * (3 if norms else 2) * ONE_PASS["a product's"] + 12 * ONE_PASS["of channels"]
-        warps += 8 * ONE_PASS["of rows"] * (1.5 if norms else 1)
-        if norms and c > 768:
-            warps *= 1.3
-        parts = 33 + (33 + problem.adapters if problem.adapters else 0)
-        sums = 8 * r * c * parts  # float32, of both weights
-        moved = (inputs + 2) * array
-        # Clusters of four leave up to four multiprocessors of a chip without work.
-        work = Work(
-            "one pass", moved + sums, moved + sums, (5 + 2 * bool(norms)) * product, m / 32 * 4 * 32 * warps * c / 768, 128
-        )
-        return [work, Work("sums of parts", 0, sums, 0, 0)]
-    tile = _adapter_tile(c, r, 2, False)
-    reads = 3 if alone else 4 * inputs + 5 if normed else 7
-    lanes = m * c * (ROWS_LANES + 2 * NORM_LANES * norms)
-    small = 2 * 2 * m * r  # the bottleneck and its gradient
-    rows = Work(
-        "rows",
-        (inputs + 2 + (not alone)) * array + small,
-        reads * array + -(-m // tile) * (3 if alone else 4) * weight,
-        (3 + (not alone)) * product,
-        lanes,
-    )
-    reads = (2 if normed else 1) + 1
-    chunks = -(-c // 64)
-    weights = Work(
-        "weights", reads * array + small, reads * -(-r // 64) * array + small * chunks, 2 * product, m * c * WEIGHT_LANES
-    )
-    return [rows, weights, Work("sums of parts", 0, 8 * r * c * 22, 0, 0)]
+        fixed, of_chunk = FORWARD[place]
+        warps = m / 32 * 4 * 4 * (fixed + of_chunk * chunks) * BRANCHES
+        moved = (inputs + 1) * array + 2 * weight * max(problem.adapters, 1)
+        if problem.length >= 1024:
+            order = []
+        return [*order, Work("forward", moved, inputs * array + 2 * weight * parts, 2 * product, 32 * warps, **blocks)]
+    norms, wide_rows = place != "alone", chunks > 3
+    tile = 16 if norms and wide_rows else 32  # what fits shared memory
+    of_columns, of_sums = (a + b * chunks for a, b in (OF_COLUMNS[tile], OF_SUMS[tile]))
+    warps = 16 * ALL_WARPS[place][wide_rows] + tile // 4 * OF_ROW[place][wide_rows] + 4 * chunks * OF_CHANNELS[tile]
+    warps += wide // 16 * (3 if norms else 2) * of_columns + norms * of_sums
+    sums = 8 * r * c * parts  # float32, of both weights
+    moved = (inputs + 2 + (place == "houlsby")) * array + sums
+    work = Work("one pass", moved, moved, (5 + 2 * norms) * product, m / tile * 4 * 32 * warps * BRANCHES, **blocks)
+    return [*order, work, Work("sums of parts", 0, sums, 0, 0)]
 
 
 def _predict_adapter(problem, pass_: str, gpu: Gpu = H200) -> Prediction:

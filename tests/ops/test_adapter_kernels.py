@@ -103,10 +103,11 @@ def test_the_widest_bottlenecks(on, generator):
             adapter(**tensors, backend="cuda")
 
 
-# What the backward in one pass serves: places of a norm before, of two and of none; channels of one block of the cluster
-# and of four that end anywhere; bottlenecks of one and of four sixteens; rows of one tile, of several, in parts.
-ONE_PASS = {
+# What clusters serve: places of a norm before, behind, of two and of none; channels of one block of the cluster and of four
+# that end anywhere; bottlenecks of one and of four sixteens; rows of one tile, of several a team, in parts.
+CLUSTERS = {
     "alone": ((1, 150, 264), 48, dict(terms=("x",))),
+    "many tiles": ((1, 300, 24), 5, dict(norms="out", terms=("x", "extra"))),
     "no residual": ((1, 9, 8), 3, {}),
     "a residual beside": ((2, 41, 72), 12, dict(norms="in out", terms=("x", "extra"))),
     "Houlsby": ((2, 41, 136), 40, dict(norms="out", terms=("x", "extra"))),
@@ -120,12 +121,12 @@ ONE_PASS = {
 
 @pytest.mark.parametrize("shared, copies", [(232448, "late"), (120000, "random")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("problem", ONE_PASS)
-def test_backward_in_one_pass(on, generator, monkeypatch, problem, dtype, shared, copies):
+@pytest.mark.parametrize("problem", CLUSTERS)
+def test_clusters(on, generator, monkeypatch, problem, dtype, shared, copies):
     on("cuda")
     monkeypatch.setenv("MMKERNELS_EMULATOR_SHARED", str(shared))
     monkeypatch.setenv("MMKERNELS_EMULATOR_COPIES", copies)
-    shape, bottleneck, made = ONE_PASS[problem]
+    shape, bottleneck, made = CLUSTERS[problem]
     tensors = make(generator, shape, bottleneck, dtype, **made)
     if "index" in tensors:
         tensors["index"][0, ::7] = -1
@@ -135,7 +136,17 @@ def test_backward_in_one_pass(on, generator, monkeypatch, problem, dtype, shared
     check(generator, tensors, "cuda", wanted, terms=made.get("terms", ()), activation="gelu", scale=0.5)
 
 
-def test_one_pass_repeats_to_the_bit(on, generator, monkeypatch):
+def test_clusters_of_long_examples(on, generator, monkeypatch):
+    """Whose parts are found by example, without an order of rows; rows between those of another tensor."""
+    on("cuda")
+    monkeypatch.setenv("MMKERNELS_EMULATOR_MULTIPROCESSORS", "8")
+    tensors = make(generator, (2, 1030, 8), 4, torch.bfloat16, bank=3, norms="out", terms=("x",))
+    tensors["index"] = torch.tensor([2, 0])
+    tensors["x"] = torch.stack([tensors["x"], tensors["x"]], 1)[:, 0]
+    check(generator, tensors, "cuda", wanted_of(tensors)[:5], terms=("x",))
+
+
+def test_clusters_repeat_to_the_bit(on, generator, monkeypatch):
     """Whatever order warps and copies come in; compute capability 8 has the other kernels, which round elsewhere."""
     on("cuda")
     made = dict(norms="in out", terms=("x", "input_residual"), bank=2, index="rows")
@@ -143,12 +154,13 @@ def test_one_pass_repeats_to_the_bit(on, generator, monkeypatch):
     cotangent = torch.randn(2, 75, 136, generator=generator).bfloat16()
     names = ("x", "input_residual", "w_down", "b_down", "w_up", "b_up")
 
-    def gradients(**environment):
+    def results(**environment):
         with monkeypatch.context() as patched, testing.poisoned_memory():
             for name, value in environment.items():
                 patched.setenv(f"MMKERNELS_EMULATOR_{name}", str(value))
-            return testing.run(adapter, tensors, names, cotangent, backend="cuda", terms=made["terms"]).gradients
+            return testing.run(adapter, tensors, names, cotangent, backend="cuda", terms=made["terms"])
 
-    first, second, other = gradients(), gradients(SEED=7, COPIES="random"), gradients(CAPABILITY=8)
-    assert all(torch.equal(first[name], second[name]) for name in names)
-    assert not all(torch.equal(first[name], other[name]) for name in names)
+    first, second, other = results(), results(SEED=7, COPIES="random"), results(CAPABILITY=8)
+    assert torch.equal(first.output, second.output) and not torch.equal(first.output, other.output)
+    assert all(torch.equal(first.gradients[name], second.gradients[name]) for name in names)
+    assert not all(torch.equal(first.gradients[name], other.gradients[name]) for name in names)
