@@ -39,8 +39,8 @@ def convert(model: nn.Module, filter_fn=None) -> Report:
         model: with bottleneck adapters or LoRA layers (`adapters.init(model)`, `peft.get_peft_model`), or a Perceiver of
             transformers. What a call cannot do (gating scores, fusion attentions or attention probabilities asked for, head
             masks, DoRA, merged weights, dropout of a LoRA layer in training, a Stack of several LoRA layers, ...) the library
-            goes on computing; and everything of other methods, (IA)³ and prefixes. The
-            attention of BERT and RoBERTa models of `adapters` is transformers' own where nothing stands in it.
+            goes on computing; and everything of other methods, (IA)³ and prefixes. The attention of BERT and RoBERTa models of
+            `adapters` is transformers' own where nothing stands in it.
         filter_fn: (name, module) -> whether to convert it; default all.
 
     Returns:
