@@ -30,13 +30,15 @@ struct Projections {
   Strided out;                                             // (B,N,H*E) in the last three
 };
 
+constexpr int64_t kProjectionColumns = 128;
+
 struct LatentKernels {
   LoadKeys* load_keys;
   StoreKeyGradients* store_key_gradients;
   int64_t (*projection_space)(const Projections&);
-  // kChunkRows rows of one head.
-  void (*absorb)(const Projections&, int64_t batch, int64_t head, int64_t row, float* space);
-  void (*project)(const Projections&, int64_t batch, int64_t head, int64_t row, float* space);
+  // kChunkRows of the rows that a head has in `examples` examples, and kProjectionColumns columns of the result.
+  void (*absorb)(const Projections&, int64_t examples, int64_t head, int64_t row, int64_t column, float* space);
+  void (*project)(const Projections&, int64_t examples, int64_t head, int64_t row, int64_t column, float* space);
 };
 
 inline int64_t latent_key_space(int64_t channels) { return kBlockKeys * (padded_row(channels) + 1); }

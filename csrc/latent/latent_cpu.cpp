@@ -174,7 +174,7 @@ Tensor inference(Tensor q, Tensor x, OptionalTensor w_k, Tensor w_v, OptionalTen
   if (out.numel() == 0) return out;
 
   const LatentKernels& kernels = latent_kernels();
-  const int64_t wide = padded_row(p.channels), chunks = ceil_div(p.queries, kChunkRows);
+  const int64_t wide = padded_row(p.channels);
   const int64_t threads = threads_for(2.0 * p.batch * a.queries * p.channels * (p.qk_dim + p.v_dim));
   const int64_t space_size = round_up(kernels.projection_space(p), 16);
   const int64_t absorbed_size = absorbs ? q_batch * a.queries * wide : 0, core_size = p.batch * a.queries * wide;
@@ -187,22 +187,23 @@ Tensor inference(Tensor q, Tensor x, OptionalTensor w_k, Tensor w_v, OptionalTen
   const int64_t example = a.queries * wide;
   a.out = Strided{reinterpret_cast<char*>(core), DType::kFloat32, {example, 0, wide, 1}};
 
-  auto for_chunks = [&](int64_t batch, auto kernel) {
-    for_parts(batch * p.heads * chunks, threads, [&](int64_t i, int64_t worker) {
-      kernel(p, i / chunks / p.heads, i / chunks % p.heads, i % chunks * kChunkRows,
+  auto for_pieces = [&](int64_t examples, int64_t columns, auto kernel) {
+    const int64_t chunks = ceil_div(examples * p.queries, kChunkRows), blocks = ceil_div(columns, kProjectionColumns);
+    for_parts(p.heads * chunks * blocks, threads, [&](int64_t i, int64_t worker) {
+      kernel(p, examples, i / blocks / chunks, i / blocks % chunks * kChunkRows, i % blocks * kProjectionColumns,
              worker_space + worker * space_size);
     });
   };
   if (absorbs) {
     a.q = Strided{reinterpret_cast<char*>(p.absorbed), DType::kFloat32, {q_batch == 1 ? 0 : example, 0, wide, 1}};
-    for_chunks(q_batch, kernels.absorb);
+    for_pieces(q_batch, p.channels, kernels.absorb);
   } else {
     Strided rows = with_one_head(strided(q));
     if (q_batch == 1) rows.stride[0] = 0;
     a.q = rows;
   }
   attention_forward({&a});
-  for_chunks(p.batch, kernels.project);
+  for_pieces(p.batch, p.v_dim, kernels.project);
   return out;
 }
 

@@ -1,5 +1,8 @@
 // The latent family's keys: a block of the input, normalised on its way into cache; and the projections around the
 // core. Compiled once per instruction set.
+#include <algorithm>
+
+#include "common/dots.h"
 #include "common/gemm.h"
 #include "common/tiles.h"
 #include "latent/latent.h"
@@ -65,62 +68,103 @@ void store_key_gradients(const Attention& a, int64_t batch, int64_t, const KeyBl
 
 // --- The projections around the core -------------------------------------------------------------------------------
 
+// Rows are those of a head in all examples, so that few queries of many examples read the weights once.
+
 int64_t projection_space(const Projections& p) {
-  const int64_t wide = padded_row(p.channels), qk = padded_row(p.qk_dim), v = padded_row(p.v_dim);
-  const int64_t absorb = p.qk_dim * wide + kChunkRows * qk, project = p.channels * v + kChunkRows * v + v;
-  return wide + (absorb > project ? absorb : project) + 64;
+  const int64_t wide = padded_row(p.channels), block = padded_row(kProjectionColumns), qk = padded_row(p.qk_dim);
+  const int64_t absorb = p.qk_dim * block + kChunkRows * qk;
+  const int64_t project = std::max(p.channels * block, kProjectionColumns * wide) + kChunkRows * wide;
+  return 2 * wide + block + kChunkRows * block + std::max(absorb, project) + 64;
 }
 
 void load_line(float* line, const Strided& source, int64_t first, int64_t length) {
   load_tile(line, 0, source.at(0, 0, 0, first), source.dtype, 0, source.stride[3], 1, length);
 }
 
-void absorb(const Projections& p, int64_t batch, int64_t head, int64_t row, float* space) {
-  const int64_t rows = smaller(kChunkRows, p.queries - row), wide = padded_row(p.channels), ld = padded_row(p.qk_dim);
-  float* line = space;
-  float* weight = line + wide;
-  float* q = weight + p.qk_dim * wide;
-  load_tile(weight, wide, p.w_k.at(0, 0, head * p.qk_dim), p.w_k.dtype, p.w_k.stride[2], p.w_k.stride[3], p.qk_dim,
-            p.channels);
-  if (p.gain.data != nullptr) {
-    load_line(line, p.gain, 0, p.channels);
-    for (int64_t d = 0; d < p.qk_dim; ++d)
-      for (int64_t c = 0; c < p.channels; c += kWidth)
-        store(weight + d * wide + c, load(weight + d * wide + c) * load(line + c));
-  }
-  load_tile(q, ld, p.q.at(0, batch, row, head * p.qk_dim), p.q.dtype, p.q.stride[2], p.q.stride[3], rows, p.qk_dim);
-  float* to = p.absorbed + ((batch * p.heads + head) * p.queries + row) * wide;
-  gemm<false>({q, ld, weight, wide, kPanel, to, wide, kPanel}, rows, p.channels, p.qk_dim, false);
+// May vectors read rows of `columns` where they are?
+bool readable(const Strided& s, int64_t columns) {
+  return s.dtype == DType::kFloat32 && s.stride[3] == 1 && columns % kWidth == 0;
 }
 
-void project(const Projections& p, int64_t batch, int64_t head, int64_t row, float* space) {
-  const int64_t rows = smaller(kChunkRows, p.queries - row), wide = padded_row(p.channels), ld = padded_row(p.v_dim);
-  const int64_t first = (batch * p.heads + head) * p.queries + row;
-  float* line = space;
-  float* weight = line + wide;
-  float* constant = weight + p.channels * ld;
-  float* out = constant + ld;
-  load_tile(weight, ld, p.w_v.at(0, 0, head * p.v_dim), p.w_v.dtype, p.w_v.stride[3], p.w_v.stride[2], p.channels,
-            p.v_dim);
-  std::memset(constant, 0, ld * sizeof(float));
-  if (p.b_v.data != nullptr) load_line(constant, p.b_v, head * p.v_dim, p.v_dim);
-  if (p.shift.data != nullptr) {
-    load_line(line, p.shift, 0, p.channels);
-    for (int64_t c = 0; c < p.channels; ++c)
-      for (int64_t e = 0; e < p.v_dim; e += kWidth)
-        store(constant + e, load(constant + e) + load(weight + c * ld + e) * line[c]);
+void absorb(const Projections& p, int64_t examples, int64_t head, int64_t row, int64_t column, float* space) {
+  const int64_t rows = smaller(kChunkRows, examples * p.queries - row), wide = padded_row(p.channels);
+  const int64_t columns = smaller(kProjectionColumns, p.channels - column), ld = padded_row(kProjectionColumns);
+  const int64_t q_ld = padded_row(p.qk_dim);
+  float* gain = space;
+  float* out = gain + ld;
+  float* q = out + kChunkRows * ld;
+  const float* weight = q + kChunkRows * q_ld;
+  int64_t weight_row = ld;
+  const Strided& w = p.w_k;
+  if (readable(w, p.channels)) {
+    weight = reinterpret_cast<const float*>(w.at(0, 0, head * p.qk_dim, column)), weight_row = w.stride[2];
+  } else {
+    load_tile(const_cast<float*>(weight), ld, w.at(0, 0, head * p.qk_dim, column), w.dtype, w.stride[2], w.stride[3],
+              p.qk_dim, columns);
   }
-  if (p.gain.data != nullptr) {
-    load_line(line, p.gain, 0, p.channels);
-    for (int64_t c = 0; c < p.channels; ++c)
-      for (int64_t e = 0; e < p.v_dim; e += kWidth) store(weight + c * ld + e, load(weight + c * ld + e) * line[c]);
-  }
-  gemm<false>({p.core + first * wide, wide, weight, ld, kPanel, out, ld, kPanel}, rows, p.v_dim, p.channels, false);
+  for (int64_t r = 0; r < rows; ++r)
+    load_tile(q + r * q_ld, q_ld, p.q.at(0, (row + r) / p.queries, (row + r) % p.queries, head * p.qk_dim), p.q.dtype,
+              0, p.q.stride[3], 1, p.qk_dim);
+  gemm<false>({q, q_ld, weight, weight_row, kPanel, out, ld, kPanel}, rows, columns, p.qk_dim, false);
+  if (p.gain.data != nullptr) load_line(gain, p.gain, column, columns);
   for (int64_t r = 0; r < rows; ++r) {
-    if (p.lse[first + r] == -__builtin_inff()) continue;  // no key: the row stays zero
-    for (int64_t e = 0; e < p.v_dim; e += kWidth) store(out + r * ld + e, load(out + r * ld + e) + load(constant + e));
+    const int64_t example = (row + r) / p.queries, query = (row + r) % p.queries;
+    float* to = p.absorbed + ((example * p.heads + head) * p.queries + query) * wide + column;
+    for (int64_t c = 0; c < columns; c += kWidth)
+      store(to + c, p.gain.data == nullptr ? load(out + r * ld + c) : load(out + r * ld + c) * load(gain + c));
   }
-  store_tile(p.out.at(0, batch, row, head * p.v_dim), p.out.dtype, p.out.stride[2], 1, out, ld, rows, p.v_dim);
+}
+
+void project(const Projections& p, int64_t examples, int64_t head, int64_t row, int64_t column, float* space) {
+  const int64_t rows = smaller(kChunkRows, examples * p.queries - row), wide = padded_row(p.channels);
+  const int64_t columns = smaller(kProjectionColumns, p.v_dim - column), ld = padded_row(kProjectionColumns);
+  const int64_t first = head * p.v_dim + column;
+  float* gain = space;
+  float* shift = gain + wide;
+  float* bias = shift + wide;
+  float* out = bias + ld;
+  float* in = out + kChunkRows * ld;
+  float* const weight = in + kChunkRows * wide;
+  if (p.gain.data != nullptr) load_line(gain, p.gain, 0, p.channels);
+  if (p.shift.data != nullptr) load_line(shift, p.shift, 0, p.channels);
+  if (p.b_v.data != nullptr) load_line(bias, p.b_v, first, columns);
+  auto of_core = [&](int64_t r) {
+    return ((row + r) / p.queries * p.heads + head) * p.queries + (row + r) % p.queries;
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = p.core + of_core(r) * wide;
+    float* to = in + r * wide;
+    for (int64_t c = 0; c < p.channels; c += kWidth) {
+      Vec value = load(from + c);
+      if (p.gain.data != nullptr) value *= load(gain + c);
+      if (p.shift.data != nullptr) value += load(shift + c);
+      store(to + c, value);
+    }
+    for (int64_t c = p.channels; c % kWidth != 0; ++c) to[c] = 0.0f;
+  }
+  const Strided& w = p.w_v;
+  if (rows <= kDotRows) {
+    const float* lines = weight;
+    int64_t line = wide;
+    if (readable(w, p.channels))
+      lines = reinterpret_cast<const float*>(w.at(0, 0, first)), line = w.stride[2];
+    else
+      load_tile(weight, wide, w.at(0, 0, first), w.dtype, w.stride[2], w.stride[3], columns, p.channels);
+    dots(in, wide, rows, lines, line, columns, out, ld, p.channels);
+  } else {
+    load_tile(weight, ld, w.at(0, 0, first), w.dtype, w.stride[3], w.stride[2], p.channels, columns);
+    gemm<false>({in, wide, weight, ld, kPanel, out, ld, kPanel}, rows, columns, p.channels, false);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* line = out + r * ld;
+    if (p.lse[of_core(r)] == -__builtin_inff())
+      std::memset(line, 0, ld * sizeof(float));  // no key
+    else
+      for (int64_t e = 0; p.b_v.data != nullptr && e < columns; e += kWidth)
+        store(line + e, load(line + e) + load(bias + e));
+    store_tile(p.out.at(0, (row + r) / p.queries, (row + r) % p.queries, first), p.out.dtype, 0, 1, line, 0, 1,
+               columns);
+  }
 }
 
 }  // namespace
