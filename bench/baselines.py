@@ -19,7 +19,7 @@ import mmkernels
 from mmkernels import testing
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import adapted, adapters, conditional, fusion, launches, perceiver, products, rows, text
+from . import adapted, adapters, conditional, decoding, fusion, launches, perceiver, products, rows, text
 from .problem import lacking
 from .registry import Inputs, Problem
 
@@ -250,6 +250,8 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
     cuda = inputs.device.type == "cuda"
     if with_compile:
         launches.name_fused_loops()
+    if isinstance(problem, decoding.Decoding):
+        return _decoding(inputs, cuda, with_compile)
     if isinstance(problem, rows.Rows):
         return _rows(problem, inputs, cuda, with_compile)
     if isinstance(problem, conditional.Conditional):
@@ -339,6 +341,25 @@ def _perceiver(problem):
         reason = f"its head dims of keys and values are equal, here they are {problem.head_dim} and {problem.value_dim}"
     note = "computes two identity projections more"
     return Candidate("perceiver-pytorch", "baseline", perceiver_pytorch_attention, reason, note)
+
+
+# --- Decoders ---------------------------------------------------------------------------------------------------------------
+
+
+def _decoding(inputs, cuda, with_compile):
+    """Projected queries, SDPA and the output projection: what a user writes."""
+    explanation = mmkernels.explain("latent_decode", **inputs.tensors, **inputs.options)
+
+    def own(backend):
+        return decoding.function(mmkernels.ops.latent_decode, backend=backend)
+
+    listed = [*_backends_of(explanation, cuda, own)]
+    for name, kernel in (("eager", eager_attention), ("sdpa", sdpa)):
+        plain = decoding.function(testing.eager_latent_decode, attention=kernel)
+        listed.append(Candidate(name, "baseline", plain))
+        if with_compile:
+            listed.append(Candidate(f"{name}, compiled" if name == "sdpa" else "torch.compile", "baseline", _compiled(plain)))
+    return listed
 
 
 # --- Several modalities ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import adapted, adapters, conditional, fusion, perceiver, products, rows, text
+from . import adapted, adapters, conditional, decoding, fusion, perceiver, products, rows, text
 from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
@@ -49,6 +49,7 @@ OtherProblem = (
     | adapters.Adapters
     | adapters.Fused
     | conditional.Conditional
+    | decoding.Decoding
     | fusion.Fusion
     | perceiver.PerceiverIO
     | products.Product
@@ -150,6 +151,8 @@ def _gpu_cases():
     cases += _cases(("forward", "step"), *(p._replace(dtype="bfloat16", batch=8 * p.batch) for p in perceiver.MODELS))
     cases += _cases(("step",), *(p._replace(dtype="bfloat16", batch=32) for p in (text.BASE, text.BASE_PLAIN)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=32) for p in text.GENERATE_BASE))
+    cases += _cases(three, *(p._replace(dtype="bfloat16") for p in (decoding.FLOW, decoding.KINETICS)))
+    cases += _cases(three, decoding.MLM._replace(dtype="bfloat16", batch=8))
     cases += _cases(("forward",), LATENT_TINY, ATTENTION_TINY, dtype="bfloat16")
     cases += _cases(five, *(_on_gpu(p, 8) for p in (IMAGENET_SPLIT, AUDIOSET, CONV)))
     cases += _cases(three, *(_on_gpu(p, 8) for p in (BYTES, CROSS_BYTES, BIASED, MLM, SELF_FLOW, SELF_LANGUAGE)))
@@ -161,7 +164,7 @@ def _gpu_cases():
 PRESETS = {
     "quick": _cases(("forward",), LATENT_TINY, ATTENTION_TINY)
     + _cases(("forward", "step"), CONV, FEW_QUERIES, FEW_KEYS)
-    + _cases(("forward",), BYTES, SELF_LANGUAGE)
+    + _cases(("forward",), BYTES, SELF_LANGUAGE, decoding.MLM)
     + _cases(("forward", "step"), fusion.SECONDS_4._replace(batch=1), rows.NORM, rows.GELU)
     + _cases(("forward",), products.SHORT_FLOOR._replace(batch=2), products.SHORT._replace(batch=2), products.GATE)
     + _cases(("forward", "step"), adapters.PFEIFFER[1], adapters.MIXED[0], adapters.FUSED[0]),
@@ -173,6 +176,8 @@ PRESETS = {
     + _cases(("forward", "step"), SELF_IMAGENET, SELF_LANGUAGE, CROSS_BYTES, MLM, TOKENS, BIASED)
     + _cases(("forward", "step"), CROSS_IMAGENET, LEARNED, MODELNET)
     + _cases(("forward",), KINETICS)
+    + _cases(("forward", "step"), decoding.FLOW_SLICE, decoding.MLM)
+    + _cases(("forward",), decoding.KINETICS_SLICE)
     + _cases(("forward", "backward"), FEW_QUERIES, FEW_KEYS, *FEW, ONE_QUERY, TWO_QUERIES)
     + _cases(("forward", "step", "backward"), fusion.SECONDS_4, fusion.FRAMES_8, fusion.CLS)
     + _cases(("forward", "step"), fusion.FRAMES_32, fusion.LAYER, fusion.LAYER_8, fusion.MODEL)

@@ -24,6 +24,11 @@ from . import registry, run
 # Kernels by op: the name in the tables and the pass that runs it.
 KERNELS = {
     "latent_attention": {"latent_fwd": "forward", "latent_bwd_q": "backward", "latent_bwd_x": "backward-dx"},
+    "latent_decode": {
+        "latent_decode_fwd": "forward",
+        "latent_decode_bwd_rows": "backward-dx",
+        "latent_decode_bwd_keys": "backward",
+    },
     "attention": {
         "attention_forward": "forward",
         "attention_backward_queries": "backward",
@@ -44,6 +49,8 @@ class Task(NamedTuple):
     def dims(self) -> tuple:
         """What the tables are keyed by: channels for latent kernels, head dims for attention."""
         p = self.problem
+        if p.op == "latent_decode":
+            return (max(p.channels, p.out),) * 2
         return (p.channels, p.channels) if p.op == "latent_attention" else (p.head_dim, p.value_dim)
 
 
@@ -100,7 +107,8 @@ def _timer(task, device):
     op = getattr(mmkernels.ops, task.problem.op)
 
     def function(**arguments):
-        return op(**arguments, backend="triton")
+        out = op(**arguments, backend="triton")
+        return [out] if isinstance(inputs.cotangent, list) else out
 
     names = registry.wanted(task.problem, task.pass_)
     return run.Timer(function, inputs, task.pass_, names, run._flusher(device))

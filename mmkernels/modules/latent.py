@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import ops
 from ..ops._shared.arguments import autocast_dtype, check_key_mask, check_number
-from ..ops.latent import api, plan
+from ..ops.latent import api, decode, plan
 from .backend import WithBackend, eager_attention, split_heads
 
 
@@ -195,7 +195,8 @@ class LatentCrossAttention(WithBackend):
         qk_channels, query_channels = self.query.weight.shape
         output_channels, v_channels = self.output.weight.shape
         channels = (query_channels, self.key.in_features, qk_channels, v_channels, output_channels)
-        return inputs.is_cpu and plan.decoding_is_cheaper(queries.shape[1], inputs.shape[1], *channels, self.num_heads)
+        cheaper = plan.decoding_is_cheaper(queries.shape[1], inputs.shape[1], *channels, self.num_heads)
+        return cheaper and decode.has_kernels(queries, self.backend)
 
     def _decode(self, queries, inputs, position, key_mask, query_position, query_mask):
         if key_mask is not None:

@@ -176,7 +176,7 @@ def _absorbed(
 def absorb_queries(q, w_k, num_heads, norm_weight):
     """What the core takes: (B|1, N, H*D) -> (B|1, H*N, C), of q's dtype."""
     heads_q = torch.unflatten(q, -1, (num_heads, -1)).transpose(1, 2)  # (B|1, H, N, D)
-    absorbed = heads_q @ torch.unflatten(w_k, 0, (num_heads, -1))  # (B|1, H, N, C)
+    absorbed = per_head(heads_q, torch.unflatten(w_k, 0, (num_heads, -1)))  # (B|1, H, N, C)
     if norm_weight is not None:
         absorbed = (absorbed * norm_weight).to(q.dtype)
     return absorbed.flatten(1, 2)
@@ -204,11 +204,20 @@ def project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v, row_sum=Non
         row_sum = torch.unflatten(row_sum, 1, (num_heads, -1))
     if norm_bias is not None:
         out = out + (norm_bias if row_sum is None else row_sum * norm_bias)
-    out = out.to(w_v.dtype) @ torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2)
+    out = per_head(out.to(w_v.dtype), torch.unflatten(w_v, 0, (num_heads, -1)).transpose(-1, -2))
     if row_sum is not None and b_v is not None:
         out, b_v = out + (row_sum * b_v.view(num_heads, 1, -1)).to(out.dtype), None
     out = out.transpose(1, 2).flatten(2)
     return out if b_v is None else out + b_v
+
+
+def per_head(rows, weights):
+    """rows (B, H, N, X) @ weights (H, X, Y), without a copy of the weights, or of their gradient, for every example."""
+    batch, heads, length, _ = rows.shape
+    if heads == 1:
+        return rows @ weights[0]
+    product = rows.transpose(0, 1).flatten(1, 2) @ weights
+    return torch.unflatten(product, 1, (batch, length)).transpose(0, 1)
 
 
 def absorbing_backend(queries, x, w_k, w_v, num_heads, position, backend):

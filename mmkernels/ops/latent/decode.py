@@ -6,6 +6,7 @@ from ... import _backends
 from .._shared.arguments import autocast_dtype, check_key_mask, check_number, check_tensor
 from ..attention import attention
 from . import decode_autograd, decode_reference, plan
+from .api import per_head
 
 MAX_CHANNELS = 1024  # of folded keys or values on a GPU
 
@@ -83,7 +84,7 @@ def latent_decode(
         queries = _projected(queries, w_q, norm_weight, norm_bias, eps, b_q, position, query_mask, k.shape[0])
         position, eps = None, -1.0
     if folded_values:
-        v = v @ torch.unflatten(w_o, 1, (num_heads, -1)).permute(1, 2, 0)
+        v = per_head(v, torch.unflatten(w_o, 1, (num_heads, -1)).permute(1, 2, 0))
     if (bias is not None and folded_values) or (num_heads == 1 and (bias is not None or folded_values)):
         if bias is None:
             bias = torch.zeros_like(k[..., 0], dtype=torch.float32)
@@ -147,7 +148,7 @@ def _fold_queries(k, w_q, num_heads, norm_weight, norm_bias, b_q):
     if b_q is not None:
         shift = shift + b_q
     bias = (k.to(torch.float32) * torch.unflatten(shift, 0, (num_heads, 1, -1))).sum(-1)
-    k = k @ torch.unflatten(w_q, 0, (num_heads, -1))
+    k = per_head(k, torch.unflatten(w_q, 0, (num_heads, -1)))
     return (k if norm_weight is None else (k * norm_weight).to(w_q.dtype)), bias
 
 
@@ -174,6 +175,14 @@ def _plan(backend, queries, k, w_q, w_o, num_heads):
     return plan.choose_plan(*sizes, score_plans=score_plans, value_plans=value_plans)
 
 
+def has_kernels(queries, backend) -> bool:
+    """Would kernels run the op on `backend`, or is the reference what is asked for? Else there is `latent_attention`."""
+    try:
+        return _choose(queries, backend) != "reference" or backend == "reference"
+    except _backends.BackendError:
+        return False
+
+
 def _choose(queries, backend):
     order = _backends.preference(queries.dtype)
     return _backends.choose("latent_decode", backend, order, lambda name: _refusals(name, queries))
@@ -183,8 +192,8 @@ def _refusals(name, queries):
     if name == "sdpa":
         return ["the op normalises and projects its queries, which is no backend of its own"]
     reasons = _backends.platform_refusals(name, queries.device, queries.dtype)
-    if name in ("cuda", "triton"):
-        reasons = [*reasons, f"there are no kernels of this op for {name!r}"]
+    if name == "cuda":
+        reasons = [*reasons, "there are no CUDA C++ kernels of this op"]
     return reasons
 
 

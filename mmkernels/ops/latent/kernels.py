@@ -907,6 +907,7 @@ def report_cases():
             for content, shared in REPORTED:
                 for kernel in (forward, backward_q, backward_x):
                     yield _report_case(kernel, content, shared, dtype, code, capability)
+    yield from decode_kernels.report_cases()
 
 
 def _report_case(kernel, content, shared, dtype, code, capability):
@@ -945,5 +946,7 @@ def _report_case(kernel, content, shared, dtype, code, capability):
             signature[argument] = "i32"
     return ReportCase(f"{name} {content}+{shared} {dtype}", kernel, signature, constexprs, options, capability)
 
+
+from . import decode_kernels  # noqa: E402  (made of the pieces above)
 
 attach_fakes("mmkernels_triton")
