@@ -227,19 +227,21 @@ class LatentCrossAttention(WithBackend):
             return None
         if self.backend == "eager" or autocast_dtype(inputs.device) is not None:
             return None
-        made_of = [queries] if query_position is None else [queries, query_position]
-        made_of += [self.query_norm.weight, self.query_norm.bias, self.query.weight, self.query.bias, self.key.weight]
-        made_of.append(self.input_norm.weight)
+        query_norm, query, norm, key = self.query_norm, self.query, self.input_norm, self.key
+        made_of = [queries, query_norm.weight, query_norm.bias, query.weight, query.bias, key.weight, norm.weight]
+        if query_position is not None:
+            made_of.append(query_position)
         if any([type(t) not in (torch.Tensor, nn.Parameter) or t.is_inference() for t in made_of]):
             return None
         try:
-            state = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in (inputs, *made_of)][1:]
+            inputs.data_ptr()
+            state = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in made_of]
         except RuntimeError:  # tensors inside a function transform have no address
             return None
         if queries.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # a graph would go on reading what is forgotten here
-        weights = (self.key.weight, self.value.weight)
-        backend = api.absorbing_backend(queries, inputs, *weights, self.num_heads, position, self.backend)
+        value = self.value.weight
+        backend = api.absorbing_backend(queries, inputs, key.weight, value, self.num_heads, position, self.backend)
         if backend is None:
             return None
         if key_mask is not None:
@@ -249,17 +251,18 @@ class LatentCrossAttention(WithBackend):
         kept = self._kept
         if kept is None or kept[1] != state or any([ref() is not t for ref, t in zip(kept[0], owners, strict=True)]):
             q = self._project_queries(queries, query_position)
-            absorbed = api.absorb_queries(q, self.key.weight, self.num_heads, self.input_norm.weight)
+            absorbed = api.absorb_queries(q, key.weight, self.num_heads, norm.weight)
             self._kept = kept = ([weakref.ref(t) for t in owners], state, absorbed)
-        norm, scale = self.input_norm, (self.query.out_features // self.num_heads) ** -0.5
-        affine = (norm.weight, norm.bias, norm.eps, self.value.bias)
-        return api.attention_of_absorbed(
-            backend, kept[2], inputs, self.value.weight, self.num_heads, *affine, position, key_mask, scale
-        )
+        affine, scale = (norm.weight, norm.bias, norm.eps, self.value.bias), (query.out_features // self.num_heads) ** -0.5
+        return api.attention_of_absorbed(backend, kept[2], inputs, value, self.num_heads, *affine, position, key_mask, scale)
 
     def train(self, mode=True):
         self._kept = None
         return super().train(mode)
+
+    def _apply(self, *arguments, **options):  # to another dtype and back the memory may be the same again
+        self._kept = None
+        return super()._apply(*arguments, **options)
 
     def __getstate__(self):
         return {**self.__dict__, "_kept": None}

