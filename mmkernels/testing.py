@@ -15,7 +15,9 @@ from . import _backends, _library
 
 
 def eager_attention(q, k, v, *, key_mask=None, bias=None, scale=None):
-    """softmax(scale q k^T + bias) v, every step in the inputs' dtype."""
+    """softmax(scale q k^T + bias) v, every step in the inputs' dtype; fewer heads of k and v are repeated."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if isinstance(bias, tuple):  # ops.BlockDiagonalBias, as a matrix of each example
         scores = scores + eager_block_diagonal_bias(*bias, keys=k.shape[2]).to(scores.dtype)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels
 from mmkernels import testing
-from mmkernels.ops import attention
+from mmkernels.ops import BlockDiagonalBias, attention
 from mmkernels.ops._shared import dropout
 from mmkernels.ops.attention import reference
 
@@ -363,12 +364,111 @@ def test_only_wanted_gradients_are_computed(backend, generator):
         testing.check_op(attention, testing.eager_attention, tensors, wanted, backend, cotangent(generator, tensors))
 
 
+# --- Heads that share keys ------------------------------------------------------------------------------------------------
+
+
+def make_grouped(generator, heads=6, groups=2, batch=2, queries=5, keys=33, dims=(17, 40), dtype=torch.float32):
+    sizes = {"q": (heads, queries, dims[0]), "k": (groups, keys, dims[0]), "v": (groups, keys, dims[1])}
+    return {name: torch.randn(batch, *size, generator=generator).to(dtype) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, groups, queries, keys", [(6, 2, 5, 33), (4, 1, 1, 70), (2, 1, 33, 3)])
+def test_heads_that_share_keys(backend, generator, heads, groups, queries, keys, dtype):
+    tensors = make_grouped(generator, heads, groups, queries=queries, keys=keys, dtype=dtype)
+    run = testing.check_op(
+        attention, testing.eager_attention, tensors, ("q", "k", "v"), backend, cotangent(generator, tensors)
+    )
+    assert run.gradients["k"].shape == tensors["k"].shape
+
+
+@pytest.mark.parametrize("broadcast", [None, "bhnm", "11nm", "1h1m", "b11m", "bhn1"])
+def test_shared_keys_with_masks_and_biases(backend, generator, broadcast):
+    """Projections as they come, (B, N, H, D), a mask of keys, and each way that a bias can be broadcast."""
+    tensors = make_grouped(generator, queries=20, keys=37, dims=(16, 16))
+    tensors = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in tensors.items()}
+    mask = torch.rand(2, 37, generator=generator) < 0.7
+    grad, wanted = cotangent(generator, tensors), ("q", "k", "v")
+    if broadcast:
+        full = (2, 6, 20, 37)
+        sizes = [f if c != "1" else 1 for c, f in zip(broadcast, full, strict=True)]
+        tensors["bias"], wanted = torch.randn(sizes, generator=generator), (*wanted, "bias")
+
+    def masked(**kw):
+        return attention(**kw, key_mask=mask)
+
+    def eager(**kw):
+        return testing.eager_attention(**kw, key_mask=mask)
+
+    testing.check_op(masked, eager, tensors, wanted, backend, grad)
+
+
+def test_shared_keys_drop_the_same_weights_and_have_the_same_statistics(backend, generator):
+    """As with keys repeated for every head: to which float64 agrees, dropout, lse and their gradients included."""
+    tensors = make_grouped(generator, batch=1, dims=(16, 16))
+    seed, grads = torch.tensor([7]), (cotangent(generator, tensors), torch.randn(1, 6, 5, generator=generator))
+
+    def gradients(dtype, name, repeats):
+        leaves = {n: t.to(dtype).requires_grad_() for n, t in tensors.items()}
+        q, k, v = leaves["q"], *(leaves[n].repeat_interleave(repeats, 1) for n in "kv")
+        results = attention(q, k, v, dropout_p=0.4, dropout_seed=seed, return_lse=True, backend=name)
+        grad = [g.to(dtype) if r.dtype == dtype else g for g, r in zip(grads, results, strict=True)]
+        return (*results, *torch.autograd.grad(results, list(leaves.values()), grad))
+
+    exact = gradients(torch.float64, "reference", 3)
+    for ours, right in zip(gradients(torch.float32, backend, 1), exact, strict=True):
+        torch.testing.assert_close(ours, right.float(), rtol=1e-4, atol=1e-5)
+    for ours, right in zip(gradients(torch.float64, "reference", 1), exact, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+class _Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operation returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
+        self.size = max([self.size, *(t.untyped_storage().nbytes() for t in tensors)])
+        return out
+
+
+def test_nothing_is_as_large_as_keys_of_every_head(backend, generator):
+    tensors = {n: t.requires_grad_() for n, t in make_grouped(generator, 4, 1, 1, 2, 600, (16, 16)).items()}
+    with _Largest() as largest:
+        out = attention(**tensors, backend=backend)
+        torch.autograd.grad(out.sum(), list(tensors.values()))
+    assert largest.size <= 2 * tensors["k"].numel() * 4  # dk and dv may come as one
+
+
+def test_the_library_takes_shared_keys_too(generator):
+    tensors = make_grouped(generator, queries=1, dims=(16, 16))
+    tensors["q"] = tensors["q"][:, :2]
+    assert mmkernels.explain("attention", **tensors).backend == "sdpa"  # a query of each head of keys
+    torch.testing.assert_close(attention(**tensors, backend="sdpa"), testing.eager_attention(**tensors))
+    tensors = make_grouped(generator, queries=1, dims=(16, 16))
+    assert mmkernels.explain("attention", **tensors).backend == "cpp"  # three of them
+    torch.testing.assert_close(attention(**tensors, backend="sdpa"), testing.eager_attention(**tensors))
+
+
 WRONG = {
     "q is a list": (dict(q=[1.0]), TypeError, "k is a Tensor; it must be a list with an entry for each problem of q"),
     "rank": (dict(q=torch.zeros(3, 4, 5)), ValueError, r"q has shape \(3, 4, 5\); it must have 4 dimensions"),
     "integer": (dict(v=torch.zeros(2, 2, 7, 8, dtype=torch.int32)), TypeError, "v has dtype torch.int32"),
     "dtype": (dict(k=torch.zeros(2, 2, 7, 8).bfloat16()), TypeError, "k has dtype torch.bfloat16; it must be q's"),
     "head dim": (dict(k=torch.zeros(2, 2, 7, 9)), ValueError, r"k has shape \(2, 2, 7, 9\).*\(2, 2, M, 8\)"),
+    "heads": (
+        dict(q=torch.zeros(2, 6, 5, 8), k=torch.zeros(2, 4, 7, 8)),
+        ValueError,
+        "q has 6 heads and k 4; H must be a multiple of the number of heads of k",
+    ),
+    "heads of values": (dict(v=torch.zeros(2, 1, 7, 8)), ValueError, r"v has shape .*must be \(2, 2, 7, E\)"),
+    "blocks and shared keys": (
+        dict(k=torch.zeros(2, 1, 7, 8), v=torch.zeros(2, 1, 7, 8), bias=BlockDiagonalBias(*3 * (torch.zeros(5, 7),))),
+        ValueError,
+        "bias is a BlockDiagonalBias; with 2 heads of q and 1 of k it must be a tensor or None",
+    ),
     "length": (dict(v=torch.zeros(2, 2, 6, 8)), ValueError, r"v has shape .*must be \(2, 2, 7, E\)"),
     "mask dtype": (dict(key_mask=torch.ones(2, 7)), TypeError, "key_mask is a torch.float32; it must be a bool tensor"),
     "mask shape": (dict(key_mask=torch.ones(2, 8, dtype=torch.bool)), ValueError, r"key_mask has shape .*\(2, 7\)"),
@@ -482,6 +582,8 @@ def test_reference_is_twice_differentiable(generator):
 
     assert torch.autograd.gradcheck(function, (*tensors, bias))
     assert torch.autograd.gradgradcheck(function, (*tensors, bias))
+    heads = tensors[0].detach().repeat(1, 2, 1, 1).requires_grad_()
+    assert torch.autograd.gradcheck(function, (heads, *tensors[1:], bias))
 
 
 def test_the_reference_is_plain_attention(generator):

@@ -16,14 +16,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TWO = ((33, (40, 7)), (5, (18,)))  # queries and the segments of keys of each problem
 
 
-def make(generator, problems=TWO, batch=2, heads=2, dims=(16, 16), dtype=torch.float32):
-    """{"q0": (B,H,N,D), "k0_0": a segment of the first problem's keys, ...}."""
+def make(generator, problems=TWO, batch=2, heads=2, dims=(16, 16), dtype=torch.float32, groups=None):
+    """{"q0": (B,H,N,D), "k0_0": a segment of the first problem's keys, ...}; those have `groups` heads, default H."""
     tensors = {}
     for i, (queries, segments) in enumerate(problems):
         shapes = {f"q{i}": (queries, dims[0])}
         for j, keys in enumerate(segments):
             shapes |= {f"k{i}_{j}": (keys, dims[0]), f"v{i}_{j}": (keys, dims[1])}
-        tensors |= {n: torch.randn(batch, heads, *s, generator=generator).to(dtype) for n, s in shapes.items()}
+        for name, shape in shapes.items():
+            own = heads if name[0] == "q" else groups or heads
+            tensors[name] = torch.randn(batch, own, *shape, generator=generator).to(dtype)
     return tensors
 
 
@@ -76,11 +78,14 @@ def check(tensors, backend, generator, **options):
         dict(problems=((63, (97,)), (111, (1, 63))), dims=(17, 40)),
         dict(problems=((4, (111, 4)), (1, (63,)), (97, (3,))), batch=1),
         dict(problems=((40, (60, 70)),), heads=1, dims=(64, 64)),
+        dict(problems=((20, (49, 9)), (7, (18,))), batch=1, heads=4, groups=2, dims=(17, 40)),
         dict(
             dict(problems=tuple((n, (m, 2)) for n, m in zip(range(20, 28), (17, 31, 26, 1, 35, 19, 24, 48), strict=True))),
         ),
     ],
-    ids=lambda sizes: "-".join(f"{n}x{'+'.join(map(str, m))}" for n, m in sizes["problems"]),
+    ids=lambda sizes: (
+        "-".join(f"{n}x{'+'.join(map(str, m))}" for n, m in sizes["problems"]) + "-grouped" * ("groups" in sizes)
+    ),
 )
 def test_matches_float64(backend, generator, sizes, dtype):
     check(make(generator, dtype=dtype, **sizes), backend, generator)
@@ -91,9 +96,10 @@ def test_wide_head_dims(backend, generator, dims):
     check(make(generator, ((20, (33, 6)), (9, (30,))), 1, 1, dims), backend, generator)
 
 
-def test_two_segments_of_one_problem(backend, generator):
+@pytest.mark.parametrize("groups", [2, 1])
+def test_two_segments_of_one_problem(backend, generator, groups):
     """q is a tensor, so the result is one; out and the log-sum-exp."""
-    tensors = make(generator, ((20, (33, 12)),))
+    tensors = make(generator, ((20, (33, 12)),), groups=groups)
     mask = torch.rand(2, 12, generator=generator) < 0.5
     whole = torch.nn.functional.pad(mask, (33, 0), value=True)
 
@@ -103,7 +109,7 @@ def test_two_segments_of_one_problem(backend, generator):
 
     def plain(q0, k0_0, k0_1, v0_0, v0_1):
         scores = (q0 @ torch.cat([k0_0, k0_1], 2).mT * 0.3).masked_fill(~whole[:, None, None], float("-inf"))
-        results = scores.softmax(-1) @ torch.cat([v0_0, v0_1], 2), scores.logsumexp(-1)
+        results = scores.softmax(-1) @ torch.cat([v0_0, v0_1], 2), scores.logsumexp(-1)  # of one head, broadcast
         return torch.cat([t.flatten() for t in results])
 
     testing.check_op(one, plain, tensors, tuple(tensors), backend)
@@ -401,6 +407,16 @@ WRONG = {
         dict(q=[Q, Q[:, :1]], k=[K, (K[:, :1],) * 2], v=[K, (K[:, :1],) * 2]),
         ValueError,
         r"q\[1\] has shape \(2, 1, 5, 8\); it must be \(2, 3, any, 8\), as q\[0\] has",
+    ),
+    "problems' shared keys": (
+        dict(k=[K, (K[:, :1],) * 2], v=[K, (K[:, :1],) * 2]),
+        ValueError,
+        r"v\[1\] has shape .* it must be \(2, 3, any, 8\)",
+    ),
+    "segments' heads": (
+        dict(k=[K, (K, K[:, :1])], v=[K, (K, K[:, :1])]),
+        ValueError,
+        r"k\[1\]\[1\] has 1 heads; it must have as many as k\[1\]\[0\], 3",
     ),
     "problems' values": (dict(v=[K[..., :4], (K, K)]), ValueError, r"v\[1\] has shape .* it must be \(2, 3, any, 4\)"),
     "mask": (

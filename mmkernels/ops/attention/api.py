@@ -66,16 +66,20 @@ def attention(
     be a list of up to 8 problems of any lengths, which run in one launch: k, v and key_mask are then lists of as many entries,
     each a tensor or a pair. All problems share B, H, D and E.
 
+    Keys may have fewer heads, G (grouped-query attention; one: multi-query): head h then reads head h // (H / G) of k and v,
+    as with torch's `enable_gqa`. Neither k and v nor their gradients exist once per head of q.
+
     Args:
         q: queries (B, H, N, D), float32, bfloat16 or float16 (`reference` takes every float dtype). Any strides. Or a list.
-        k: keys (B, H, M, D); D from 1 to 1024, odd sizes included. Or a pair of segments, (B, H, M1, D) and (B, H, M2, D).
-        v: values (B, H, M, E); E may differ from D, 1 to 1024. Or a pair.
+        k: keys (B, H, M, D), or (B, G, M, D) with H a multiple of G; D from 1 to 1024, odd sizes included. Or a pair of
+            segments, (B, H, M1, D) and (B, H, M2, D).
+        v: values (B, H, M, E), or with k (B, G, M, E); E may differ from D, 1 to 1024. Or a pair.
         key_mask: bool (B, M), True where a key may be attended. What stands behind the mask never reaches the result,
             NaN included; a row without any key gives zeros, zero gradients and an lse of -inf. For two segments a pair of
             masks, (B, M1) and (B, M2), either of which may be None.
         bias: added to the scaled scores, of q's dtype or float32, broadcastable to (B, H, N, M) with 4 dimensions; -inf
             leaves a key out. Its gradient is reduced over the broadcast dimensions inside the kernel. Or a
-            `BlockDiagonalBias`. Not with a list of problems, nor with keys in two segments.
+            `BlockDiagonalBias`, if k has H heads. Not with a list of problems, nor with keys in two segments.
         scale: default D ** -0.5.
         dropout_p: probability in [0, 1) of dropping an attention weight. The mask depends on the seed and the position
             (b, h, n, m) only, and on a problem's place in a list: every backend drops the same elements.
@@ -96,15 +100,20 @@ def attention(
     name = _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend)
     if dropout_p > 0.0 and seed is None:
         seed = dropout.draw_seed(q.device)
-    if name == "sdpa":
-        return _sdpa(q, k, v, key_mask, scale)
+    groups = _groups(q, k)
     if name == "reference":
         keep = None
         if dropout_p > 0.0:
             keep = dropout.keep_mask(seed, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), dropout_p)
         out, lse = reference.attention(q, k, v, key_mask, bias, scale, keep, dropout_p, bias_index)
+    elif name == "sdpa":
+        return _heads_as_they_were(_sdpa(_heads_as_rows(q, groups), k, v, key_mask, scale), groups)
     else:
+        if groups > 1 and bias is not None and bias.shape[1:3] != (1, 1):
+            bias = _heads_as_rows(bias.expand(-1, q.shape[1], q.shape[2], -1), groups)
+        q = _heads_as_rows(q, groups)
         out, lse = autograd.attention(name, q, k, v, key_mask, bias, bias_index, seed, scale, dropout_p)
+        out, lse = _heads_as_they_were(out, groups), _heads_as_they_were(lse, groups)
     return (out, lse) if return_lse else out
 
 
@@ -133,6 +142,26 @@ def explain_attention(
     return _backends.Explanation("attention", name, "", reasons)
 
 
+# Heads that share keys are more queries of them. That is all that kernels need to know of grouped-query attention: they read
+# keys once for a whole group, sum dk and dv over it as over any queries, fill their tiles with few queries of many heads, and
+# count rows for dropout as before, ((b G + g) H/G + i) N + n = (b H + h) N + n.
+
+
+def _groups(q, k) -> int:
+    """H / G: how many heads of q read one of k."""
+    return q.shape[1] // k.shape[1] if q.shape[1] else 1
+
+
+def _heads_as_rows(t, groups):
+    """(B, H, N, ...) -> (B, G, H / G N, ...); a view where the strides have one."""
+    return t if groups == 1 else t.unflatten(1, (t.shape[1] // groups, groups)).flatten(2, 3)
+
+
+def _heads_as_they_were(t, groups):
+    """(B, G, H / G N, ...) -> (B, H, N, ...)."""
+    return t if groups == 1 else t.unflatten(2, (groups, t.shape[2] // groups)).flatten(1, 2)
+
+
 def _sdpa(q, k, v, key_mask, scale):
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -140,15 +169,15 @@ def _sdpa(q, k, v, key_mask, scale):
 
 def _choose(q, k, v, key_mask, bias, dropout_p, return_lse, backend):
     problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], dropout_p > 0.0)
-    order = preference(problem, q.shape[2], k.shape[2], (q, k, v))
+    order = preference(problem, q.shape[2] * _groups(q, k), k.shape[2], (q, k, v))
     return _backends.choose("attention", backend, order, lambda name: _refusals(name, problem, key_mask, bias, return_lse))
 
 
 def preference(problem: Problem, queries: int, keys: int, tensors: tuple) -> tuple:
     """The order of `auto`: torch's own kernel first where it is the faster one, if it can do what is asked.
 
-    CPU, measured: one or two queries, unless one of `tensors` wants a gradient, since its backward takes half as long again
-    as ours. GPU, by design: the shapes that FlashAttention was made for; ours are for the ones it refuses.
+    CPU, measured: one or two queries of a head of keys, unless one of `tensors` wants a gradient, since its backward takes
+    half as long again as ours. GPU, by design: the shapes that FlashAttention was made for; ours are for the ones it refuses.
     """
     order = _backends.preference(problem.dtype)
     if problem.head_dim != problem.value_dim or keys == 0:
@@ -175,8 +204,11 @@ class _Entry(NamedTuple):
 def _attention_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, return_lse, backend):
     entries, scale, dropout_p, seed, is_list = _check_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed)
     name, _ = _choose_list(entries, dropout_p, return_lse, backend)
+    groups = 1 if name == "reference" else _groups(entries[0].q, entries[0].k[0])
+    entries = [one._replace(q=_heads_as_rows(one.q, groups)) for one in entries]
     if name == "sdpa":
         out = [_sdpa(one.q, torch.cat(one.k, 2), torch.cat(one.v, 2), None, scale) for one in entries]
+        out = [_heads_as_they_were(one, groups) for one in out]
         return out if is_list else out[0]
     if dropout_p > 0.0 and seed is None:
         seed = dropout.draw_seed(entries[0].q.device)
@@ -190,7 +222,8 @@ def _attention_list(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, ret
         numbers = tuple(lists.number(mask, masks) for mask in one.masks)
         problems.append(lists.ListedProblem(place([one.q]), place(one.k), place(one.v), numbers))
     out, lse = lists.attention_list(name, tensors, problems, masks, seed, scale, dropout_p)
-    out = [one.transpose(1, 2) for one in out]
+    out = [_heads_as_they_were(one.transpose(1, 2), groups) for one in out]
+    lse = [_heads_as_they_were(one, groups) for one in lse]
     if not is_list:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
@@ -273,6 +306,8 @@ def _check_segments(place, q, k, v, key_mask, scale, dropout_p, dropout_seed):
         checked.append(_check(q, one_k, one_v, mask, None, scale, dropout_p, dropout_seed, names) + (mask,))
     q, _, _, _, _, scale, dropout_p, seed, _ = checked[0]
     ks, vs, masks = (tuple(one[i] for one in checked) for i in (1, 2, 8))
+    if ks[0].shape[1] != ks[-1].shape[1]:
+        raise ValueError(f"k{place}[1] has {ks[1].shape[1]} heads; it must have as many as k{place}[0], {ks[0].shape[1]}")
     if vs[0].shape[3] != vs[-1].shape[3]:
         raise ValueError(
             f"v{place}[1] has shape {tuple(vs[1].shape)}; its head dim must be that of v{place}[0], {vs[0].shape[3]}"
@@ -315,18 +350,25 @@ def _check(q, k, v, key_mask, bias, scale, dropout_p, dropout_seed, names=("q", 
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {q_name}'s, {q.dtype}")
     batch, heads, queries, head_dim = q.shape
-    keys = k.shape[2]
+    kv_heads, keys = k.shape[1:3]
     if head_dim == 0:
         raise ValueError(f"{q_name} has shape {tuple(q.shape)}; its head dim must be 1 or more")
-    if k.shape[0] != batch or k.shape[1] != heads or k.shape[3] != head_dim:
+    if k.shape[0] != batch or k.shape[3] != head_dim:
         wanted = f"with {q_name} {tuple(q.shape)} it must be ({batch}, {heads}, M, {head_dim})"
         raise ValueError(f"{k_name} has shape {tuple(k.shape)}; {wanted}")
-    if v.shape[0] != batch or v.shape[1] != heads or v.shape[2] != keys:
-        wanted = f"with {k_name} {tuple(k.shape)} it must be ({batch}, {heads}, {keys}, E)"
+    if kv_heads != heads and (kv_heads == 0 or heads == 0 or heads % kv_heads):
+        raise ValueError(
+            f"{q_name} has {heads} heads and {k_name} {kv_heads}; H must be a multiple of the number of heads of {k_name}"
+        )
+    if v.shape[0] != batch or v.shape[1] != kv_heads or v.shape[2] != keys:
+        wanted = f"with {k_name} {tuple(k.shape)} it must be ({batch}, {kv_heads}, {keys}, E)"
         raise ValueError(f"{v_name} has shape {tuple(v.shape)}; {wanted}")
     if key_mask is not None:
         check_key_mask(key_mask, batch, keys, q.device, mask_name)
     bias_index = None
+    if isinstance(bias, BlockDiagonalBias) and kv_heads != heads:
+        what = f"with {heads} heads of {q_name} and {kv_heads} of {k_name} it must be a tensor or None"
+        raise ValueError(f"bias is a BlockDiagonalBias; {what}")
     if isinstance(bias, BlockDiagonalBias):
         bias, bias_index = _diagonal_blocks(bias, q)
     elif bias is not None:

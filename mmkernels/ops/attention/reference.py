@@ -29,6 +29,7 @@ def spread_blocks(blocks, index, keys):
 
 def attention(q, k, v, key_mask=None, bias=None, scale=1.0, keep=None, dropout_p=0.0, bias_index=None):
     """Returns (out, lse) for q (B,H,N,D), k (B,H,M,D), v (B,H,M,E); lse is float32 (float64 for float64 inputs).
+    Where k and v have fewer heads, each is read by as many of q in turn.
 
     `keep` is the boolean dropout mask (B,H,N,M), or None for no dropout; `bias` may be diagonal blocks (G,N,C), those of
     example b in the row bias_index[b], or b.
@@ -39,6 +40,8 @@ def attention(q, k, v, key_mask=None, bias=None, scale=1.0, keep=None, dropout_p
         # Zeroed before they are used: 0 * NaN would leak what stands behind the mask.
         visible = key_mask[:, None, :, None]
         k, v = torch.where(visible, k, 0.0), torch.where(visible, v, 0.0)
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     scores = (q * scale) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + (bias if bias.dim() == 4 else spread_blocks(bias, bias_index, k.shape[2])).to(dtype)
