@@ -19,7 +19,7 @@ import mmkernels
 from mmkernels import testing
 from mmkernels.testing import eager_attention, eager_latent_attention
 
-from . import adapted, adapters, conditional, decoding, fusion, launches, perceiver, products, rows, text
+from . import adapted, adapters, conditional, decoding, fusion, launches, perceiver, products, resampler, rows, text
 from .problem import lacking
 from .registry import Inputs, Problem
 
@@ -256,6 +256,8 @@ def candidates(problem: Problem, inputs: Inputs, with_compile: bool = True) -> l
         return _rows(problem, inputs, cuda, with_compile)
     if isinstance(problem, conditional.Conditional):
         return _conditional(problem, inputs, cuda, with_compile)
+    if isinstance(problem, resampler.Resampled):
+        return _resampled(problem, inputs, cuda, with_compile)
     if isinstance(problem, products.Product):
         return _products(problem, inputs, cuda, with_compile)
     if isinstance(problem, adapters.Fused):
@@ -560,6 +562,79 @@ def _library_place(problem, x, w_down, b_down, w_up, b_up, stream, norm_weight, 
     order = index.argsort(stable=True)
     out = torch.func.functional_call(_library_output(problem), weights, (x[order], stream[order]))
     return torch.empty_like(out).index_copy(0, order, out)
+
+
+# --- Perceiver resamplers ---------------------------------------------------------------------------------------------------
+
+
+def _resampled(problem, inputs, cuda, with_compile):
+    """Keys in two segments, against keys that are joined: by eager and SDPA, or in a whole resampler, its plain twin and the
+    libraries that published it."""
+    function = functools.partial(resampler.function, problem)
+    if problem.op == "resampler":
+        listed, plain = [Candidate("mmkernels", "mmkernels", function("auto"))], ["eager"]
+        if with_compile:
+            listed.append(Candidate("mmkernels compiled", "mmkernels", function("auto", compiler=_compiled)))
+        library = "transformers" if problem.like == "idefics2" else "diffusers"
+        make = functools.partial(_resampler_of, problem)
+        if problem.like == "idefics2":
+            note = "transformers' after mmkernels.convert"
+            listed.append(Candidate("mmkernels convert", "mmkernels", _lazily(make, True), problem.missing, note))
+        listed.append(Candidate(library, "baseline", _lazily(make), problem.missing))
+    else:
+        t = inputs.tensors
+        explanation = mmkernels.explain("attention", t["q"], (t["k"], t["own_k"]), (t["v"], t["own_v"]))
+        listed, plain = [*_backends_of(explanation, cuda, function)], ["eager", "sdpa"]
+    listed += [Candidate(name, "baseline", function(name)) for name in plain]
+    if with_compile:
+        for name in plain:
+            compiled = function(name, compiler=_compiled)
+            listed.append(Candidate("torch.compile" if name == "eager" else f"{name}, compiled", "baseline", compiled))
+    return listed
+
+
+def _lazily(make, *arguments):
+    """A function that is made by its first call."""
+    made = functools.cache(lambda: make(*arguments))
+    return lambda *args, **kwargs: made()(*args, **kwargs)
+
+
+def _resampler_of(problem, convert=False):
+    """The library's resampler, without memory, as a function of its context and of weights by the names of ours."""
+    from mmkernels.modules import resampler as ours
+
+    options = {}
+    with torch.device("meta"):
+        if problem.like == "idefics2":
+            from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
+            from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
+
+            config = Idefics2PerceiverConfig(
+                hidden_size=problem.channels,
+                resampler_n_latents=problem.queries,
+                resampler_depth=1,
+                resampler_n_heads=problem.heads,
+                resampler_head_dim=problem.head_dim,
+                num_key_value_heads=problem.kv_heads,
+            )
+            network, names = Idefics2PerceiverResampler._from_config(config), (ours.IDEFICS2, "perceiver_resampler")
+            # All rows count, as users of the model have it.
+            options["attention_mask"] = torch.ones(problem.batch, problem.keys, device="cpu", dtype=torch.bool)
+        else:
+            from diffusers.models.embeddings import IPAdapterPlusImageProjection
+
+            c, shape = problem.channels, (1, problem.head_dim, problem.heads, problem.queries)
+            network, names = IPAdapterPlusImageProjection(c, c, c, *shape), (ours.IP_ADAPTER, "image_proj")
+    if convert:
+        mmkernels.convert(network)
+    one = torch.empty(1, 1)
+    theirs = {next(iter(ours.renamed({n: one, "latents": one}, *names))): n for n, _ in network.named_parameters()}
+
+    def rename(weights):
+        weights = {theirs[name]: tensor for name, tensor in weights.items()}
+        return weights if problem.like == "idefics2" else weights | {"latents": weights["latents"][None]}
+
+    return resampler.network_function(network.to(problem.torch_dtype).eval(), rename, **options)
 
 
 # --- A user's BERT with adapters -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import adapted, adapters, conditional, decoding, fusion, perceiver, products, rows, text
+from . import adapted, adapters, conditional, decoding, fusion, perceiver, products, resampler, rows, text
 from .problem import problem_dtype, problem_id
 
 PASSES = ("forward", "backward", "step", "backward-dx", "step-dx")
@@ -53,6 +53,7 @@ OtherProblem = (
     | fusion.Fusion
     | perceiver.PerceiverIO
     | products.Product
+    | resampler.Resampled
     | rows.Rows
     | text.Text
 )
@@ -140,6 +141,8 @@ def _gpu_cases():
     for p in (*_CONDITIONAL, rows.TASKS, rows.TASKS_LARGE):
         cases += _cases(three, p._replace(dtype="bfloat16"))
     cases += _cases(("forward", "step"), conditional.LAYER._replace(dtype="bfloat16"))
+    cases += _cases(three, *(p._replace(dtype="bfloat16", batch=8) for p in resampler.ATTENTIONS))
+    cases += _cases(("forward", "step"), *(p._replace(dtype="bfloat16", batch=8) for p in resampler.MODULES))
     cases += _cases(three, *(p._replace(dtype="bfloat16", batch=128) for p in (*_PRODUCTS, products.LARGE)))
     cases += _cases(("forward",), *(p._replace(dtype="bfloat16", batch=128) for p in _DECODE))
     cases += _cases(three, products.GATE._replace(dtype="bfloat16"))
@@ -184,6 +187,8 @@ PRESETS = {
     + _cases(("forward", "step", "backward"), rows.NORM, rows.GELU)
     + _cases(("forward", "step", "backward"), *_CONDITIONAL, rows.TASKS, rows.TASKS_LARGE)
     + _cases(("forward", "step"), conditional.LAYER)
+    + _cases(("forward", "step", "backward"), *resampler.ATTENTIONS)
+    + _cases(("forward", "step"), *resampler.MODULES)
     + _cases(("forward", "step", "backward"), products.MBT, *_PRODUCTS, products.GATE)
     + _cases(("forward",), *(p._replace(batch=b) for p in _DECODE for b in (1, 16, 64)))
     + _cases(("forward", "step", "backward"), *adapters.ALONE, *adapters.PFEIFFER, *adapters.HOULSBY, *adapters.PARALLEL)

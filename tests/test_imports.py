@@ -18,6 +18,7 @@ ROOMS = ("ground", "ops", "modules", "models", "train")
 GROUND = {"_library", "_backends", "_tuning"}
 FAMILY_GROUND = {"_shared", "attention"}  # what another family may stand on
 PEERS = {"xformers", "perceiver_pytorch", "transformers", "flash_attn", "adapters", "peft", "ffpa_attn"}
+PEERS |= {"diffusers", "flamingo_pytorch"}
 
 
 def room(parts: tuple) -> str:

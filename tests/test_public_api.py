@@ -70,6 +70,13 @@ SIGNATURES = {
     modules.ConditionalAttention.forward: "(self, x, tasks, index=None, *, key_mask=None)",
     modules.ConditionalBottleneck: "(channels, task_channels, bottleneck=None, *, device=None, dtype=None)",
     modules.ConditionalBottleneck.forward: "(self, x, tasks, index=None)",
+    modules.PerceiverResampler: "(channels, *, num_latents=64, depth=6, num_heads=8, head_dim=64, kv_heads=None, "
+    "mlp_channels=None, activation='gelu', gated=False, norm='layer', bias=False, input_channels=None, output_channels=None, "
+    "max_length=None, max_frames=None, max_media=None, eps=1e-05, dropout=0.0, backend='auto', device=None, dtype=None)",
+    modules.PerceiverResampler.forward: "(self, context, *, key_mask=None)",
+    modules.PerceiverResampler.from_idefics2: "(source, config=None, **options)",
+    modules.PerceiverResampler.from_ip_adapter: "(state_dict, *, head_dim=64, **options)",
+    modules.PerceiverResampler.from_flamingo: "(state_dict, *, head_dim=64, **options)",
     modules.set_backend: "(model, backend)",
     ca_mtl.CAMTL.forward: "(self, input_ids, task_id, *, attention_mask=None, token_type_ids=None, labels=None)",
     ca_mtl.CAMTL.encode: "(self, input_ids, task_id, *, attention_mask=None, token_type_ids=None)",
@@ -201,6 +208,7 @@ def test_signature(function):
                 "MultimodalEncoder",
                 "PerceiverDecoder",
                 "PerceiverEncoder",
+                "PerceiverResampler",
                 "set_backend",
             },
         ),

@@ -31,6 +31,7 @@ from .preprocessors import (
     VectorInput,
 )
 from .queries import FourierQueries, InputQueries, LearnedQueries, MultimodalQueries
+from .resampler import PerceiverResampler
 
 __all__ = [
     "Adapter",
@@ -73,6 +74,7 @@ __all__ = [
     "Parallel",
     "PerceiverDecoder",
     "PerceiverEncoder",
+    "PerceiverResampler",
     "PointInput",
     "PooledOutput",
     "SampleOutput",

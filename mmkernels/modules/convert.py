@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
-from . import composition
+from . import composition, resampler
 from .adapter import Adapter, AdapterBank, AdapterConfig, AdapterFusion, FusionConfig, kind_of
 from .backend import split_heads
 from .composition import Activation, Place
@@ -28,16 +28,17 @@ class Report(NamedTuple):
 
 
 def convert(model: nn.Module, filter_fn=None) -> Report:
-    """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and the attentions of transformers' Perceiver,
-    compute with fused ops.
+    """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and the attentions of transformers' Perceiver and
+    of Idefics2's perceiver resampler, compute with fused ops.
 
     The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
     and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead
     of a loop over the adapters.
 
     Args:
-        model: with bottleneck adapters or LoRA layers (`adapters.init(model)`, `peft.get_peft_model`), or a Perceiver of
-            transformers. What a call cannot do (gating scores, fusion attentions or attention probabilities asked for, head
+        model: with bottleneck adapters or LoRA layers (`adapters.init(model)`, `peft.get_peft_model`), a Perceiver of
+            transformers, or an `Idefics2PerceiverResampler`, by itself or in a model, whose attention then never joins context
+            and latents. What a call cannot do (gating scores, fusion attentions or attention probabilities asked for, head
             masks, DoRA, merged weights, dropout of a LoRA layer in training, a Stack of several LoRA layers, ...) the library
             goes on computing; and everything of other methods, (IA)³ and prefixes. The attention of BERT and RoBERTa models of
             `adapters` is transformers' own where nothing stands in it.
@@ -86,7 +87,48 @@ def _kind_of_module(module):
         return "forward", LoraLinear, "" if linear else "its base is no torch.nn.Linear"
     if library == "transformers" and type(module).__name__ == "PerceiverAttention":
         return "forward", PerceiverAttention, ""
+    if library == "transformers" and type(module).__name__ == "Idefics2PerceiverResampler":
+        return "forward", Idefics2Resampler, ""
     return None
+
+
+class Idefics2Resampler:
+    """perceiver resampler of Idefics2 on ops.attention"""
+
+    def __init__(self, module):
+        self.module, self.original = module, type(module).forward
+
+    def __call__(self, context, attention_mask, **kwargs):
+        module, config = self.module, self.module.config
+        if any(value is not None and value is not False for value in kwargs.values()):  # attentions are asked for, or more
+            return self.original(module, context, attention_mask, **kwargs)
+        first = module.layers[0].self_attn
+        options = resampler.Options(
+            first.num_heads,
+            first.num_key_value_heads,
+            "rms",
+            config.rms_norm_eps,
+            module.layers[0].mlp.act_fn,
+            first.attention_dropout if module.training else 0.0,
+            "auto",
+        )
+        layers = [
+            resampler.Layer(
+                layer.input_context_norm,
+                layer.input_latents_norm,
+                layer.self_attn.q_proj,
+                layer.self_attn.k_proj,
+                layer.self_attn.v_proj,
+                layer.self_attn.o_proj,
+                layer.post_attention_layernorm,
+                layer.mlp.up_proj,
+                layer.mlp.down_proj,
+                layer.mlp.gate_proj,
+            )
+            for layer in module.layers
+        ]
+        mask = attention_mask.to(context.device) != 0
+        return module.norm(resampler.resample(module.latents, context, mask, layers, options))
 
 
 class LibraryPlace:

@@ -24,6 +24,7 @@ from bench import (
     plots,
     products,
     registry,
+    resampler,
     roofline,
     rows,
     run,
@@ -55,6 +56,7 @@ def test_ids_are_unique_and_passes_known(preset):
     assert len(set(ids)) == len(ids)
     assert {case.pass_ for case in cases} <= set(registry.PASSES)
     others = {"fusion_layer", "mbt", "hypergrid_t5", "conditional_attention", "ca_mtl_layer", "adapted_layer", "perceiver_io"}
+    others |= {"resampler", "resampler_attention"}
     assert {case.problem.op for case in cases} == {*ops.EXPLAINERS, *(others if preset != "quick" else ())}
 
 
@@ -106,6 +108,9 @@ MODALITIES = fusion.SECONDS_4._replace(tokens=(20, 9), heads=2, head_dim=8)
         rows.TASKS._replace(batch=5, length=9, channels=24, tasks=3),
         conditional.BASE._replace(batch=5, length=24, heads=2, head_dim=12, block=9, tasks=3),
         conditional.LAYER._replace(batch=3, length=16, heads=2, head_dim=16, block=8, tasks=2),
+        resampler.LARGE.small(),
+        resampler.MODULES[0].small(),
+        resampler.MODULES[3].small(),
     ],
     ids=lambda p: f"{p.op}-{p.name}-{getattr(p, 'query_rows', '')}",
 )

@@ -219,9 +219,10 @@ def test_results_that_nobody_differentiates(backend, generator):
         assert all((by_name[n] == 0).all() for n in tensors if n[1] == "0")
 
 
-def test_dropout_is_the_reference_mask(backend, generator):
+@pytest.mark.parametrize("groups", [2, 1])
+def test_dropout_is_the_reference_mask(backend, generator, groups):
     """The same elements on every backend, others in every problem, the first problem's those of a call by itself."""
-    tensors = make(generator)
+    tensors = make(generator, groups=groups)
     seed = torch.tensor([-(2**62) + 12345])
     options = dict(dropout_p=0.3, dropout_seed=seed)
     exact = testing.run(op, {n: t.double() for n, t in tensors.items()}, tuple(tensors), backend="reference", **options)
