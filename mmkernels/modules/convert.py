@@ -28,8 +28,8 @@ class Report(NamedTuple):
 
 
 def convert(model: nn.Module, filter_fn=None) -> Report:
-    """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and the attentions of transformers' Perceiver and
-    of Idefics2's perceiver resampler, compute with fused ops.
+    """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and of transformers the attentions of Perceiver
+    and of Idefics2's perceiver resampler, compute with fused ops.
 
     The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
     and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead

@@ -149,9 +149,10 @@ def resample(latents, context, key_mask, layers, options):
     In every layer, with x the context and z the latents: z <- z + Attention(z, [x ; z]), z <- z + MLP(z). The norm of x is
     the same in all layers up to gain and shift. It is computed once, and these go where they cost less: into a layer's
     weights, so that no layer makes, or keeps for its backward, a normalised context of its own, or into a context of few rows.
+    RMSNorm's own factor, one of each row, goes into keys and values, which are narrower than the context.
     """
     eager = options.backend == "eager"
-    x = context if eager else _normalised(context, options)
+    x, factor = (context, None) if eager else _normalised(context, options)
     z = latents[None]  # the first layer's queries, and the keys of the latents, are the same in all examples
     for layer in layers:
         own = layer.latent_norm(z)
@@ -166,7 +167,7 @@ def resample(latents, context, key_mask, layers, options):
             )
         else:
             pairs = []
-            for of_context, part in zip(_read(layer, x, options), (layer.key, layer.value), strict=True):
+            for of_context, part in zip(_read(layer, x, factor, options), (layer.key, layer.value), strict=True):
                 of_latents = split_heads(_apply(part, own, options), options.kv_heads).expand(x.shape[0], -1, -1, -1)
                 pairs.append((split_heads(of_context, options.kv_heads), of_latents))
             masks = None if key_mask is None else (key_mask, None)
@@ -190,23 +191,32 @@ def _apply(module, x, options):
 
 
 def _normalised(x, options):
-    """The norm of the context without gain and shift."""
+    """The norm of the context without gain and shift: (rows, None), or (the context, a factor of each row)."""
     if options.norm == "layer":
-        return ops.film_layer_norm(x, None, None, eps=options.eps, backend=own_backend(options.backend))
-    return F.rms_norm(x, x.shape[-1:], None, options.eps)
+        return ops.film_layer_norm(x, None, None, eps=options.eps, backend=own_backend(options.backend)), None
+    if (autocast_dtype(x.device) or x.dtype) == torch.float16:  # products of rows as they are may be too large for it
+        return F.rms_norm(x, x.shape[-1:], None, options.eps), None
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x, torch.rsqrt(length.square() / x.shape[-1] + options.eps)
 
 
-def _read(layer, x, options):
-    """Keys and values (B, M, G D) of a context that is normalised up to gain and shift."""
+def _read(layer, x, factor, options):
+    """Keys and values (B, M, G D) of a context from `_normalised`."""
     gain, shift = layer.context_norm.weight, getattr(layer.context_norm, "bias", None)
     parts = (layer.key, layer.value)
     if all(type(part) in (nn.Linear, Linear) and x.shape[0] * x.shape[1] > part.out_features for part in parts):
         for part in parts:
-            bias = part.bias
+            weight, bias = part.weight * gain, part.bias
+            if factor is not None:
+                rows = linear(x, weight, None, options.backend)
+                rows = (rows * factor).to(rows.dtype)
+                yield rows if bias is None else rows + bias.to(rows.dtype)
+                continue
             if shift is not None:  # under autocast it comes in 16 bits
                 bias = F.linear(shift[None], part.weight, bias)[0].to(part.weight.dtype)
-            yield linear(x, part.weight * gain, bias, options.backend)
+            yield linear(x, weight, bias, options.backend)
     else:
+        x = x if factor is None else (x * factor).to(x.dtype)
         x = x * gain if shift is None else torch.addcmul(shift, x, gain)
         for part in parts:
             yield _apply(part, x, options)

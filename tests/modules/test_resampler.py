@@ -275,6 +275,16 @@ def test_all_options_on_all_backends(norm, gated, bias, rows):
             assert_within_budget(ours[what], exactly, plain[what], f"{what} on {name}", factor=3.0, typical=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(dtype):
+    """Rows of any size: RMSNorm's factor comes late, but where float16 would not hold what comes before it."""
+    options = dict(norm="rms", gated=True, input_channels=None)
+    module, x = small(**options), 500 * context(2, 70, 24).abs() + 1000
+    exact = set_backend(small(**options), "eager").to(dtype).double()(x.to(dtype).double())
+    plain = set_backend(small(**options).to(dtype), "eager")(x.to(dtype))
+    assert_within_budget(module.to(dtype)(x.to(dtype)), exact, plain, "output", factor=2.0)
+
+
 def test_what_stands_behind_the_mask_never_reaches_the_output():
     module, x = small(FUSED), context(2, 70, 12)
     mask = torch.arange(70) < torch.tensor([[50], [70]])
