@@ -483,10 +483,19 @@ def test_activations_of_any_number(on, generator, activation):
     torch.testing.assert_close(*gradients, rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("index", ["", "rows"])
-def test_the_number_of_threads_changes_no_bit(on, generator, index):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_bottlenecks_of_many_rows(on, generator, dtype):
+    """Sums that fit no cache: they are added to after every 1024 rows, which may end inside of an adapter's."""
     on("cpp")
-    tensors = make(generator, (3, 400, 96), 24, bank=3 if index else 0, index=index, **EVERYTHING)
+    tensors = make(generator, (3, 420, 400), 176, dtype, bank=2, index="rows", norms="out", terms=("x",))
+    check(generator, tensors, "cpp", terms=("x",))
+
+
+@pytest.mark.parametrize("index, sizes", [("", (96, 24)), ("rows", (96, 24)), ("rows", (400, 176))])
+def test_the_number_of_threads_changes_no_bit(on, generator, index, sizes):
+    on("cpp")
+    channels, bottleneck = sizes
+    tensors = make(generator, (3, 400, channels), bottleneck, bank=3 if index else 0, index=index, **EVERYTHING)
     names, before, runs = wanted_of(tensors), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
