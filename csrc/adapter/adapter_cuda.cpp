@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor input_residu
     }
     call.choose_parts(kClusterTile, clusters, d.adapters + 2);
     check_launch(mmk_adapter_cluster_forward(call.dtype, &d, device.stream), "adapter_fwd");
-    return {out, statistics};
+    return {out, statistics, nothing};
   }
   call.choose_tile(false, "adapter_fwd");
   if (index) {
