@@ -48,11 +48,11 @@ int64_t bytes_of(const Layout& l) {
          kStages * l.slots * l.chunks * rows;
 }
 
-#ifdef MMK_CLUSTERS
-
 // What a kernel serves, known as it is compiled. kPlain: no norms, the rows of x; kPfeiffer: two norms and a second
 // input, whose sum with x is added to the result.
 enum class Place { kAny, kPlain, kPfeiffer };
+
+#ifdef MMK_CLUSTERS
 
 template <class T, int Tile, int Wide, Place kPlace>
 struct Pass {
