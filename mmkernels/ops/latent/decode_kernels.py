@@ -428,7 +428,8 @@ def decode_backward_keys(
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
-# queries, keys, widest chunk, -, warps, stages: by the wider of keys and values, so that neither sums nor tiles spill.
+# queries, keys, widest chunk, -, warps, stages: by the wider of keys and values, so that neither sums nor tiles spill (kernel
+# report). In the gradients 64 rows, which would become warp-group instructions, spill kilobytes.
 _T = _tuning.Tiles
 _SMALL, _SMALLEST = _T(32, 32, 64, 0, 8, 1), _T(16, 16, 64, 0, 8, 1)
 
@@ -447,22 +448,21 @@ def _by_width(kernel, *rows):
 
 _by_width(
     "latent_decode_fwd",
-    (90, 128, True, _T(128, 64, 0, 0, 8, 2)),
-    (90, 384, True, _T(64, 64, 128, 0, 8, 2)),
-    (90, 512, True, _T(64, 32, 0, 0, 8, 2)),
+    (100, 704, True, _SMALL),
+    (90, 512, True, _T(64, 32, 128, 0, 8, 2)),
     (80, 704, True, _SMALL),
     (80, 272, False, _SMALL),
 )
 _by_width(
     "latent_decode_bwd_rows",
-    (90, 384, True, _T(64, 32, 128, 0, 8, 1)),
+    (100, 336, True, _SMALL),
+    (100, 512, True, _SMALLEST),
     (80, 512, True, _SMALL),
     (80, 128, False, _SMALL),
 )
 _by_width(
     "latent_decode_bwd_keys",
-    (90, 384, True, _T(32, 32, 64, 0, 8, 1)),
-    (80, 128, True, _SMALL),
+    (80, 336, True, _SMALL),
     (80, 512, True, _T(16, 32, 64, 0, 8, 1)),
 )
 
