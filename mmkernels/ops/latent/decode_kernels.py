@@ -205,7 +205,7 @@ def decode_forward(
                 c = _offset(V_WIDTHS, i) + tl.arange(0, V_WIDTHS[i])
                 result += tl.load(out_bias_ptr + c, mask=c < E, other=0.0).to(tl.float32)[None, :]
             results = results + (result,)
-        _store_rows(out_ptr + batch * R * E, rows.to(tl.int64), inside, results, E, 0, V_WIDTHS)
+        _store_rows(out_ptr + batch * R * E, rows.to(tl.int64), inside, results, E, 0, E, V_WIDTHS)
 
 
 @triton.jit
@@ -422,8 +422,8 @@ def decode_backward_keys(
     base = (split * pairs + head) * M
     own = keys < M
     tl.store(dbias_ptr + base + keys, dbias, mask=own)
-    _store_rows(dk_ptr + base * (CX + CP), keys.to(tl.int64), own, dk, CX, CP, WIDTHS)
-    _store_rows(dv_ptr + base * E, keys.to(tl.int64), own, dv, E, 0, V_WIDTHS)
+    _store_rows(dk_ptr + base * (CX + CP), keys.to(tl.int64), own, dk, CX, CP, CX + CP, WIDTHS)
+    _store_rows(dv_ptr + base * E, keys.to(tl.int64), own, dv, E, 0, E, V_WIDTHS)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
