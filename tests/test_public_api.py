@@ -143,6 +143,7 @@ SIGNATURES = {
     perceiver_io.PerceiverIO.reconstruct: "(self, inputs, *, chunk_size=16384, key_mask=None, masks=None)",
     perceiver_io.PerceiverIO.save_pretrained: "(self, path)",
     modules.PerceiverEncoder.forward: "(self, inputs, *, position=None, key_mask=None)",
+    modules.PerceiverEncoder.stream: "(self, chunks, *, parameters=())",
     modules.PerceiverDecoder.forward: "(self, latents, queries, *, query_position=None, query_mask=None)",
 }
 

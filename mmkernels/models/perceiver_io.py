@@ -45,6 +45,7 @@ class PerceiverIOConfig:
     mask_queries: bool = True  # a text's padding is no query either; Hugging Face's model asks it
     activation: str = "gelu_tanh"  # or "gelu", the exact one, as Hugging Face's checkpoints are run
     dropout: float = 0.0  # in the encoder's residual branches
+    attention_dropout: float = 0.0  # of all attentions' weights
     eps: float = 1e-5  # of all layer norms
     backend: str = "auto"  # of every attention; "eager" is plain PyTorch
 
@@ -58,7 +59,8 @@ class PerceiverIOConfig:
             raise ValueError(f"activation is {self.activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}")
         if not isinstance(self.mask_queries, bool):
             raise ValueError(f"mask_queries is {self.mask_queries!r}; it must be true or false")
-        check_number("dropout", self.dropout, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
+        for name in ("dropout", "attention_dropout"):
+            check_number(name, getattr(self, name), "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
         check_number("eps", self.eps, "a positive number", lambda eps: eps > 0.0)
         check_backend(self.backend)
 
@@ -81,7 +83,8 @@ class PerceiverIO(nn.Module):
         super().__init__()
         self.config = config
         factory = {"device": device, "dtype": dtype}
-        options = {"activation": config.activation, "eps": config.eps, "backend": config.backend, **factory}
+        options = {"activation": config.activation, "attention_dropout": config.attention_dropout}
+        options |= {"eps": config.eps, "backend": config.backend, **factory}
         self.input = build("input", PREPROCESSORS, config.input, **factory)
         self.encoder = make(
             "encoder", PerceiverEncoder, config.encoder, self.input.channels, dropout=config.dropout, **options
@@ -931,8 +934,8 @@ def from_huggingface(config: dict, state_dict: dict, *, kind=None, image_shape=N
 
     Computes what the library does in evaluation, also where that is not the released code: exact GELU unless the config says
     tanh, padding that is asked (`mask_queries` false), the padding of the stem, the residual of learned-position classifiers.
-    Inputs have their channels last here: what is (B, 3, H, W) there is (B, H, W, 3), and patches are (B, 2, H, W, 27).
-    Its dropout of attention weights is left out.
+    In training attention weights are dropped as the config says. Inputs have their channels last here: what is (B, 3, H, W)
+    there is (B, H, W, 3), and patches are (B, 2, H, W, 27).
 
     Args:
         config: the fields of config.json.
@@ -990,6 +993,7 @@ _HF_DEFAULTS = {
     "cross_attention_widening_factor": 1,
     "self_attention_widening_factor": 1,
     "hidden_act": "gelu",
+    "attention_probs_dropout_prob": 0.1,
     "use_query_residual": True,
     "vocab_size": 262,
     "max_position_embeddings": 2048,
@@ -1036,6 +1040,7 @@ def _hf_config(config, state, kind, image_shape):
     if c["num_self_attends_per_block"]:
         encoder |= channels("encoder.self_attends.0", "self_")
     common = {"encoder": encoder, "activation": _HF_ACTIVATIONS[c["hidden_act"]], "mask_queries": False}
+    common["attention_dropout"] = c["attention_probs_dropout_prob"]
     if kind == "PerceiverModel":
         return PerceiverIOConfig(input={"kind": "array", "channels": c["d_model"]}, output={"kind": "latents"}, **common)
     text = {

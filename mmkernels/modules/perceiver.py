@@ -38,6 +38,7 @@ class CrossBlock(nn.Module):
         residual: whether the query is added to what it reads; without it y = CrossAttention(q, x).
         activation: "gelu_tanh" or "gelu".
         dropout: of the attention's and the MLP's result.
+        attention_dropout: of the attention's weights.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class CrossBlock(nn.Module):
         residual=True,
         activation="gelu_tanh",
         dropout=0.0,
+        attention_dropout=0.0,
         eps=1e-5,
         backend="auto",
         **factory,
@@ -66,6 +68,7 @@ class CrossBlock(nn.Module):
             qk_channels=qk_channels,
             v_channels=v_channels,
             shape_for_attention=shape_for_attention,
+            dropout=attention_dropout,
             eps=eps,
             backend=backend,
             **factory,
@@ -84,11 +87,17 @@ class CrossBlock(nn.Module):
             query_position=query_position,
             query_mask=query_mask,
         )
+        if query_position is not None and self.residual:
+            queries = torch.cat([queries, query_position.to(queries.dtype).expand(queries.shape[0], -1, -1)], -1)
+        return self._after(queries, y)
+
+    def stream(self, queries, chunks, *, parameters=()):
+        """`forward` for inputs that are read in chunks: `LatentCrossAttention.stream`."""
+        return self._after(queries, self.attention.stream(queries, chunks, parameters=parameters))
+
+    def _after(self, queries, y):
         y = F.dropout(y, self.dropout, self.training)
-        if self.residual:
-            if query_position is not None:
-                queries = torch.cat([queries, query_position.to(queries.dtype).expand(queries.shape[0], -1, -1)], -1)
-            y = queries + y
+        y = queries + y if self.residual else y
         return y + F.dropout(self.mlp(self.norm(y)), self.dropout, self.training)
 
 
@@ -105,6 +114,7 @@ class SelfBlock(nn.Module):
         widening=1,
         activation="gelu_tanh",
         dropout=0.0,
+        attention_dropout=0.0,
         eps=1e-5,
         backend="auto",
         **factory,
@@ -117,6 +127,7 @@ class SelfBlock(nn.Module):
             qk_channels=qk_channels,
             v_channels=v_channels,
             output_channels=channels,
+            dropout=attention_dropout,
             eps=eps,
             backend=backend,
             **factory,
@@ -148,7 +159,7 @@ class PerceiverEncoder(nn.Module):
         share_blocks: whether all blocks are one.
         residual: of the latents in the cross-attention.
         cross_..., self_...: heads, channels (None: the defaults of the attention modules) and widening of the MLP.
-        shape_for_attention, activation, dropout, eps, backend: see `CrossBlock`.
+        shape_for_attention, activation, dropout, attention_dropout, eps, backend: see `CrossBlock`.
 
     Raises ValueError for sizes that are not positive or do not divide each other.
     """
@@ -176,6 +187,7 @@ class PerceiverEncoder(nn.Module):
         shape_for_attention="kv",
         activation="gelu_tanh",
         dropout=0.0,
+        attention_dropout=0.0,
         eps=1e-5,
         backend="auto",
         device=None,
@@ -196,8 +208,8 @@ class PerceiverEncoder(nn.Module):
             raise ValueError(f"share_cross is {share_cross!r}; allowed are 'after_first', 'all' and 'none'")
         self.num_blocks, self.every = num_blocks, num_blocks // num_cross_attends
         distinct_cross = {"all": 1, "after_first": min(2, num_cross_attends), "none": num_cross_attends}[share_cross]
-        options = {"activation": activation, "dropout": dropout, "eps": eps, "backend": backend}
-        options |= {"device": device, "dtype": dtype}
+        options = {"activation": activation, "dropout": dropout, "attention_dropout": attention_dropout}
+        options |= {"eps": eps, "backend": backend, "device": device, "dtype": dtype}
         self.latents = nn.Parameter(torch.empty(num_latents, latent_channels, device=device, dtype=dtype))
         self.cross = nn.ModuleList(
             CrossBlock(
@@ -243,11 +255,26 @@ class PerceiverEncoder(nn.Module):
             position: (M, Cp) with Cx + Cp = C, shared by the batch and never copied per example.
             key_mask: bool (B, M), True for elements that count.
         """
+        return self._run(lambda cross, z: cross(z, inputs, position=position, key_mask=key_mask))
+
+    def stream(self, chunks, *, parameters=()):
+        """`forward` for an input that is longer than memory: (B, N, D).
+
+        Args:
+            chunks: what can be iterated again for every cross-attend, and for each once more in the backward pass, or a
+                function that returns an iterator; each element is inputs (B, m, Cx), (inputs, position) or (inputs, position,
+                key_mask), as `ops.latent_attention_stream` reads them.
+            parameters: what the chunks are computed from and wants gradients, as `preprocessor.parameters()`.
+        """
+        parameters = tuple(parameters)
+        return self._run(lambda cross, z: cross.stream(z, chunks, parameters=parameters))
+
+    def _run(self, read):
+        """`read(cross, z)` is a cross-attend of the input."""
         z = self.latents[None]  # the first queries are the same for every example
         for b in range(self.num_blocks):
             if b % self.every == 0:
-                cross = self.cross[min(b // self.every, len(self.cross) - 1)]
-                z = cross(z, inputs, position=position, key_mask=key_mask)
+                z = read(self.cross[min(b // self.every, len(self.cross) - 1)], z)
             for layer in self.blocks[b % len(self.blocks)]:
                 z = layer(z)
         return z
@@ -262,7 +289,7 @@ class PerceiverDecoder(nn.Module):
         query_channels: E.
         latent_channels: D.
         output_channels: F, or None.
-        num_heads, qk_channels, v_channels, widening, residual, activation, eps, backend: see `CrossBlock`.
+        num_heads, qk_channels, v_channels, widening, residual, activation, attention_dropout, eps, backend: see `CrossBlock`.
     """
 
     def __init__(
@@ -277,6 +304,7 @@ class PerceiverDecoder(nn.Module):
         widening=1,
         residual=False,
         activation="gelu_tanh",
+        attention_dropout=0.0,
         eps=1e-5,
         backend="auto",
         device=None,
@@ -293,6 +321,7 @@ class PerceiverDecoder(nn.Module):
             widening=widening,
             residual=residual,
             activation=activation,
+            attention_dropout=attention_dropout,
             eps=eps,
             backend=backend,
             **factory,

@@ -313,3 +313,37 @@ def test_tied_logits():
     module, table = modules.TokenOutput(7, **DOUBLE), draw(7, 4)
     torch.nn.init.normal_(module.bias)
     torch.testing.assert_close(module(draw(2, 3, 4), table), draw(2, 3, 4) @ table.T + module.bias)
+
+
+@pytest.mark.parametrize("share", ["after_first", "none"])
+def test_an_input_in_chunks_is_that_input(share):
+    """Also where it is read again for every cross-attend, with gradients of what the chunks are computed from."""
+    torch.manual_seed(0)
+    encoder = modules.PerceiverEncoder(
+        6, num_latents=4, latent_channels=8, num_cross_attends=3, num_blocks=3, layers_per_block=1, share_cross=share
+    ).double()
+    layer = torch.nn.Linear(3, 4).double()
+    x, position = torch.randn(2, 11, 3, dtype=torch.float64), torch.randn(11, 2, dtype=torch.float64)
+
+    def chunks():
+        for part, place in zip(x.split(4, 1), position.split(4), strict=True):
+            yield layer(part), place
+
+    whole = encoder(layer(x), position=position)
+    parts = encoder.stream(chunks, parameters=layer.parameters())
+    torch.testing.assert_close(parts, whole)
+    cotangent, wanted = torch.randn_like(whole), [*encoder.parameters(), *layer.parameters()]
+    for ours, expected in zip(*(torch.autograd.grad(z, wanted, cotangent) for z in (parts, whole)), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_attention_dropout():
+    encoder = modules.PerceiverEncoder(5, num_latents=3, latent_channels=8, attention_dropout=0.5, num_blocks=1)
+    decoder = modules.PerceiverDecoder(6, 8, attention_dropout=0.5)
+    x, queries = torch.randn(2, 40, 5), torch.randn(1, 7, 6)
+    for block in (*encoder.cross, *encoder.blocks[0], decoder.cross):
+        assert block.attention.dropout == 0.5
+    trained = [decoder(encoder(x), queries) for _ in range(2)]
+    assert not torch.equal(*trained)
+    encoder.eval(), decoder.eval()
+    assert torch.equal(*(decoder(encoder(x), queries) for _ in range(2)))
