@@ -620,7 +620,7 @@ def test_the_sweep_writes_a_row_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(visit, "sweep_problems", lambda: problems)
     monkeypatch.setattr(tune, "workers", lambda: 2)
     output = tmp_path / "correctness.jsonl"
-    assert visit.sweep(CPU, output, 120) == "{'mmkernels cpp': {'ok': 2}}"
+    assert visit.sweep(CPU, output, 120) == "{'mmkernels cpp': {'ok': 2}, 'mmkernels stream': {'ok': 1}}"
     rows = [json.loads(text) for text in output.read_text().splitlines()]
     assert {row["sizes"]["op"] for row in rows} == {problem.op for problem in problems}
     assert all(row["errors"]["gradient of q"] < 0.1 and row["commit"] == run.commit() for row in rows)
