@@ -188,6 +188,14 @@ __device__ __forceinline__ void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
+// x, of which the compiler does not know that it is the same in every turn of a loop: what follows from it is computed
+// where it is used, not held in registers that a warpgroup has given away.
+template <class Int>
+__device__ __forceinline__ Int hide(Int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- wgmma ---
 
 // Distances in bytes, multiples of 16.
@@ -221,7 +229,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// The registers of m64nNk16, eight for each 16 columns: their names in the text, and the operands.
+// The registers of m64nNk16, four for each 8 columns: their names in the text, and the operands.
 #define MMK_R16 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define MMK_R32 MMK_R16 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define MMK_R48 MMK_R32 ",%16,%17,%18,%19,%20,%21,%22,%23"
@@ -230,6 +238,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MMK_R96 MMK_R80 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define MMK_R112 MMK_R96 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define MMK_R128 MMK_R112 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define MMK_R136 MMK_R128 ",%64,%65,%66,%67"
 #define MMK_R144 MMK_R128 ",%64,%65,%66,%67,%68,%69,%70,%71"
 #define MMK_R160 MMK_R144 ",%72,%73,%74,%75,%76,%77,%78,%79"
 #define MMK_R176 MMK_R160 ",%80,%81,%82,%83,%84,%85,%86,%87"
@@ -249,6 +258,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define MMK_D96 MMK_D80, MMK_D(40)
 #define MMK_D112 MMK_D96, MMK_D(48)
 #define MMK_D128 MMK_D112, MMK_D(56)
+#define MMK_D136 MMK_D128, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
 #define MMK_D144 MMK_D128, MMK_D(64)
 #define MMK_D160 MMK_D144, MMK_D(72)
 #define MMK_D176 MMK_D160, MMK_D(80)
@@ -297,10 +307,13 @@ __device__ __forceinline__ void wgmma(float (&d)[Registers], uint64_t a, uint64_
                                                       ", keep, 1, 1, %" #RIGHT ";\n}"                        \
                : MMK_D##N                                                                                    \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(ByColumns))
-#define MMK_WGMMA_OF_REGISTERS_OF(TYPE)                                                \
-  if constexpr (N == 48) MMK_WGMMA_OF_REGISTERS(48, TYPE, 24, 25, 26, 27, 28, 29, 30); \
-  if constexpr (N == 64) MMK_WGMMA_OF_REGISTERS(64, TYPE, 32, 33, 34, 35, 36, 37, 38); \
-  if constexpr (N == 96) MMK_WGMMA_OF_REGISTERS(96, TYPE, 48, 49, 50, 51, 52, 53, 54)
+#define MMK_WGMMA_OF_REGISTERS_OF(TYPE)                                                  \
+  if constexpr (N == 48) MMK_WGMMA_OF_REGISTERS(48, TYPE, 24, 25, 26, 27, 28, 29, 30);   \
+  if constexpr (N == 64) MMK_WGMMA_OF_REGISTERS(64, TYPE, 32, 33, 34, 35, 36, 37, 38);   \
+  if constexpr (N == 96) MMK_WGMMA_OF_REGISTERS(96, TYPE, 48, 49, 50, 51, 52, 53, 54);   \
+  if constexpr (N == 112) MMK_WGMMA_OF_REGISTERS(112, TYPE, 56, 57, 58, 59, 60, 61, 62); \
+  if constexpr (N == 128) MMK_WGMMA_OF_REGISTERS(128, TYPE, 64, 65, 66, 67, 68, 69, 70); \
+  if constexpr (N == 136) MMK_WGMMA_OF_REGISTERS(136, TYPE, 68, 69, 70, 71, 72, 73, 74)
 
 // The same with a in registers, a warp's 16 rows of it as `ldmatrix_x4` and mma_16x8x16 have them. They are the tensor
 // cores' as well until a wgmma_wait, and want a wgmma_fence after they are written.
@@ -308,7 +321,7 @@ template <class T, bool ByColumns, int Registers>
 __device__ __forceinline__ void wgmma_of_registers(float (&d)[Registers], const uint32_t (&a)[4], uint64_t b,
                                                    int keep) {
   constexpr int N = 2 * Registers;
-  static_assert(N == 48 || N == 64 || N == 96);
+  static_assert(N == 48 || N == 64 || N == 96 || N == 112 || N == 128 || N == 136);
   if constexpr (std::is_same_v<T, bf16>) {
     MMK_WGMMA_OF_REGISTERS_OF("bf16");
   } else {

@@ -226,6 +226,7 @@ BackwardChoice choose_backward_x(const Problem& p, const Device& device) {
 using namespace mmk::latent;
 
 extern "C" int mmk_latent_plan_bwd_x(const Problem* p, Plan* plan) {
+  if (!p->seed && mmk_latent_hopper_plan_bwd_x(p, plan) == 0) return 0;
   const Device device = this_device();
   return with_type(p->type, [&](auto zero) {
     const auto choice = choose_backward_x<decltype(zero)>(*p, device);
@@ -234,6 +235,7 @@ extern "C" int mmk_latent_plan_bwd_x(const Problem* p, Plan* plan) {
 }
 
 extern "C" int mmk_latent_bwd_x(const Problem* p, const Plan* plan, const Backward* b, void* stream) {
+  if (plan->hopper) return mmk_latent_hopper_bwd_x(p, plan, b, stream);
   const Device device = this_device();
   return with_type(p->type, [&](auto zero) {
     using T = decltype(zero);

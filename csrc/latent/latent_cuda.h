@@ -40,7 +40,7 @@ struct Plan {
   int64_t row_tiles, key_tiles;
   int64_t slots;   // blocks that the device runs at a time
   int64_t splits;  // of the keys
-  bool hopper;     // the kernels of latent_hopper_cuda.cu take it
+  bool hopper;     // the kernels of latent_hopper*_cuda.cu take it
 };
 
 struct Forward {
@@ -75,9 +75,12 @@ struct Strided {  // (batch, rows, C) of any strides
 extern "C" {
 int mmk_latent_hopper_plan_fwd(const mmk::latent::Problem*, mmk::latent::Plan*);
 int mmk_latent_hopper_plan_bwd_q(const mmk::latent::Problem*, mmk::latent::Plan*);
+int mmk_latent_hopper_plan_bwd_x(const mmk::latent::Problem*, mmk::latent::Plan*);
 int mmk_latent_hopper_fwd(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Forward*,
                           void* stream);
 int mmk_latent_hopper_bwd_q(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Backward*,
+                            void* stream);
+int mmk_latent_hopper_bwd_x(const mmk::latent::Problem*, const mmk::latent::Plan*, const mmk::latent::Backward*,
                             void* stream);
 int mmk_latent_plan_fwd(const mmk::latent::Problem*, mmk::latent::Plan*);
 int mmk_latent_plan_bwd_q(const mmk::latent::Problem*, mmk::latent::Plan*);

@@ -121,12 +121,18 @@ def test_every_tile(ops, generator, emulator, rows, channels, dtype, gpu):
     [
         (33, 1, (1, 0)),
         (64, 64, (64, 0)),
+        (66, 140, (64, 0)),
         (65, 63, (0, 128)),
         (70, 257, (129, 0)),
+        (70, 97, (3, 197)),
         (40, 200, (3, 258)),
+        (129, 160, (3, 258)),
+        (97, 70, (264, 0)),
         (64, 140, (264, 0)),
         (35, 190, (64, 258)),
         (40, 150, (256, 64)),
+        (66, 110, (64, 258)),
+        (97, 70, (256, 64)),
         (64, 150, (384, 0)),
         (40, 150, (3, 509)),
         (64, 150, (512, 0)),
@@ -138,9 +144,9 @@ def test_every_tile(ops, generator, emulator, rows, channels, dtype, gpu):
 def test_every_tile_of_hopper(ops, generator, emulator, rows, keys, channels, dtype):
     """Each tile with rows that are copied straight into it and with rows that are not; ragged rows, keys and channels."""
     arguments, gradients = make(generator, (1, rows, keys), channels, dtype, mask=keys > 150)
-    results = check(ops, arguments, gradients, wanted=1)
+    results = check(ops, arguments, gradients, wanted=3)
     emulator(**SM100)
-    others = run(ops, arguments, gradients, wanted=1)
+    others = run(ops, arguments, gradients, wanted=3)
     assert keys == 1 or not torch.equal(results[1], others[1]), "the same kernel"
     assert keys == 1 or dtype == torch.float16 or not torch.equal(results[2], others[2]), "the same kernel"
 
@@ -222,6 +228,14 @@ def test_any_order_of_threads_and_copies(ops, generator, emulator, channels, dty
 def test_any_order_of_hopper(ops, generator, emulator, channels):
     """Six tiles and more, copied straight and not, with two and three buffers, one and two copies ahead."""
     orders(ops, emulator, *make(generator, (1, 40, 330), channels, torch.bfloat16), SM90, wanted=1)
+
+
+@pytest.mark.parametrize(
+    "sizes, channels", [((1, 200, 200), (24, 0)), ((2, 110, 70), (3, 258)), ((1, 70, 70), (3, 509))], ids=str
+)
+def test_any_order_of_many_rows_on_hopper(ops, generator, emulator, sizes, channels):
+    """128 rows a block; gradients of keys that walk over several tiles of rows, and over examples."""
+    orders(ops, emulator, *make(generator, sizes, channels, torch.bfloat16, mask=True), SM90)
 
 
 def orders(ops, emulator, arguments, gradients, gpu, wanted=7):
