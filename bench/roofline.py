@@ -329,7 +329,7 @@ def report(gpu: Gpu = H200) -> list:
         "By `bench/roofline.py`: operations of the cheapest plan, bytes read and written once, waves of thread blocks. The",
         f"floor allows {shares[0]} of the data sheet's product rate and {shares[1]} of its bandwidth. The prediction takes",
         f"{shares[2]} (backward {shares[3]}) of that rate for a full chip, and {INSTRUCTION_SHARE['mma.sync']:.0%} of it with",
-        "`mma.sync` (the CUDA kernels, but for `latent_attention` without a gradient of x). Spills are not in the model.",
+        "`mma.sync` (the CUDA kernels, but for `latent_attention`). Spills are not in the model.",
         "`adapter_fusion`: its products at the reachable rate, plus the bytes of its kernel at that of a copy.",
         "",
         "| case | GFLOP | MB | floor ms | splits | filled | Triton ms (TFLOP/s) | CUDA ms (TFLOP/s) | measured Triton, CUDA |",
@@ -339,7 +339,7 @@ def report(gpu: Gpu = H200) -> list:
         if not isinstance(case.problem, Problem) and case.problem.op not in ("bottleneck_attention", "adapter_fusion"):
             continue  # mostly the library's work, or nothing but bytes
         counted = counts(case.problem, case.pass_)
-        by_wgmma = case.problem.op == "latent_attention" and not case.pass_.endswith("dx")
+        by_wgmma = case.problem.op == "latent_attention"
         triton = predict(case.problem, case.pass_, gpu, "wgmma")
         cuda = predict(case.problem, case.pass_, gpu, "wgmma" if by_wgmma else "mma.sync")
         times = [f"{p.seconds * 1e3:.3f} ({counted.operations / p.seconds * 1e-12:.0f})" for p in (triton, cuda)]

@@ -334,7 +334,7 @@ def _order(q, x, w_k, w_v, position, num_heads, chosen, dropout_p):
 
 
 def _preference(q, x, position, num_heads, chosen, dropout_p=0.0):
-    """That of the absorbed form; where the sm_90 kernels run is what csrc/latent/latent_hopper_cuda.cu asks for."""
+    """That of the absorbed form; where the sm_90 kernels run is what csrc/latent/latent_hopper.cuh asks for."""
     channels = x.shape[2] + (0 if position is None else position.shape[1])
     if (
         x.device.type == "cuda"
