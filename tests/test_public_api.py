@@ -140,7 +140,7 @@ SIGNATURES = {
     perceiver_io.PerceiverIO.encode: "(self, inputs, *, key_mask=None, masks=None)",
     perceiver_io.PerceiverIO.decode: "(self, latents, *, tokens=None, position=None, query_mask=None, points=None, "
     "tasks=None)",
-    perceiver_io.PerceiverIO.reconstruct: "(self, inputs, *, chunk_size=16384, key_mask=None, masks=None)",
+    perceiver_io.PerceiverIO.reconstruct: "(self, inputs, *, chunk_size=16384, key_mask=None, masks=None, progress=None)",
     perceiver_io.PerceiverIO.save_pretrained: "(self, path)",
     modules.PerceiverEncoder.forward: "(self, inputs, *, position=None, key_mask=None)",
     modules.PerceiverEncoder.stream: "(self, chunks, *, parameters=())",

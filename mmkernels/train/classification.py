@@ -1,7 +1,9 @@
 """Image classification: the task, its result files, and predictions from them."""
 
+import dataclasses
 import io
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,14 +14,65 @@ from ..models.registry import InputError, read_json, require, write_atomically
 from .compare import classification_loss
 from .data import derive_seed
 from .data.images import Images, Preprocessing
-from .loop import Task
+from .loop import Task, split_by
+from .objective import mixed
 
 TASK, CURVE = "task.json", "learning-curve.png"
 
 
-def make_task(training: Images, held_out: Images) -> Task:
-    fingerprint = f"{derive_seed(training.fingerprint(), held_out.fingerprint()):016x}"
-    return Task(training, held_out, classification_loss, accuracy, fingerprint)
+@dataclasses.dataclass(frozen=True)
+class MixedLoss:
+    """Cross-entropy with label smoothing, of images that are mixed with others of the batch; call it with a model and a batch.
+
+    With `mixup` and `cutmix` the first half of a batch gets the one and the second half the other. What is drawn comes from
+    torch's generator, which a checkpoint holds.
+
+    Args:
+        classes: number of them.
+        label_smoothing: s; targets are 1 - s + s / n where they were one, s / n where they were zero.
+        mixup: alpha of Beta(alpha, alpha), from which the weight of an image and its partner is drawn (Zhang et al. 2018).
+        cutmix: a box of a uniform share of the picture shows the partner instead (Yun et al. 2019).
+    """
+
+    classes: int
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: bool = False
+
+    def __call__(self, model, batch) -> torch.Tensor:
+        images, labels = batch
+        targets = torch.nn.functional.one_hot(labels, self.classes).float()
+        kinds = [kind for kind, wanted in ((self._mixup, self.mixup), (self._cutmix, self.cutmix)) if wanted]
+        if kinds:
+            parts = zip(kinds, images.chunk(len(kinds)), targets.chunk(len(kinds)), strict=False)
+            images, targets = (torch.cat(found) for found in zip(*(kind(*part) for kind, *part in parts), strict=True))
+        logits = model(images).float()
+        return torch.nn.functional.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+
+    def _mixup(self, images, targets):
+        weight = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
+        return mixed(images, weight), mixed(targets, weight)
+
+    def _cutmix(self, images, targets):
+        height, width = images.shape[1:3]
+        share, row, column = torch.rand(3).tolist()
+        rows, columns = (
+            slice(max(round(place * n - side / 2), 0), max(min(round(place * n + side / 2), n), 0))
+            for place, n, side in ((row, height, math.sqrt(share) * height), (column, width, math.sqrt(share) * width))
+        )
+        images, partners = images.clone(), images.flip(0)
+        images[:, rows, columns] = partners[:, rows, columns]
+        cut = (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)  # a box may stick out
+        return images, mixed(targets, 1 - cut)
+
+
+def make_task(training: Images, held_out: Images, loss=classification_loss) -> Task:
+    """`loss`: a function, or a `MixedLoss`."""
+    parts = [training.fingerprint(), held_out.fingerprint()]
+    if loss is not classification_loss:
+        parts.append(asdict(loss))
+    split = split_by(lambda batch: len(batch[0]))
+    return Task(training, held_out, loss, accuracy, f"{derive_seed(*parts):016x}", split=split)
 
 
 def accuracy(model, batches) -> dict:
@@ -73,6 +126,17 @@ def png(figure) -> bytes:
     return buffer.getvalue()
 
 
+def _image_shape(config) -> tuple:
+    """(height, width, channels) of what a Perceiver or a Perceiver IO reads."""
+    if isinstance(getattr(config, "input", None), dict):
+        return *config.input.get("shape", ()), config.input.get("channels", 3)
+    return *config.input_shape, config.input_channels
+
+
+def _num_classes(config) -> int:
+    return config.output.get("num_classes") if isinstance(getattr(config, "output", None), dict) else config.num_classes
+
+
 @torch.no_grad()
 def predict(checkpoint, paths, *, device="cpu", backend="auto") -> list:
     """[(path, class name, probability)] for image files, by the model that a training left in the folder `checkpoint`.
@@ -91,7 +155,7 @@ def predict(checkpoint, paths, *, device="cpu", backend="auto") -> list:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint / TASK} does not describe an image classification: {error!r}") from error
     model = models.load(checkpoint, device=device, backend=backend).eval()
-    wanted = (*model.config.input_shape, model.config.input_channels, model.config.num_classes)
+    wanted = (*_image_shape(model.config), _num_classes(model.config))
     if (preprocessing.size, preprocessing.size, len(preprocessing.mean), len(classes)) != wanted:
         raise InputError(
             f"{checkpoint} was not written by one training: {TASK} has {len(classes)} classes and images of "

@@ -15,21 +15,22 @@ def add_commands(subparsers) -> None:
     _add_training_options(digits, config="perceiver-digits", output="runs/perceiver-digits", epochs=16, batch_size=16, lr=2e-3)
     digits.set_defaults(run=lambda arguments: guarded(_train, arguments, _digits))
     folder = systems.add_parser("perceiver", help="Perceiver on a folder of class folders of images")
-    folder.add_argument("--data", required=True, metavar="FOLDER", help="one folder of images per class")
-    folder.add_argument("--val-data", metavar="FOLDER", help="held-out images in the same layout; default: a share of --data")
-    folder.add_argument("--val-fraction", type=fraction, default=0.1, help="share of --data that is held out (default 0.1)")
-    folder.add_argument("--flip", action="store_true", help="mirror half of the training images left to right")
+    add_folder_options(folder)
     _add_training_options(folder, config="perceiver-small", output="runs/perceiver", epochs=30, batch_size=32, lr=1e-3)
-    folder.set_defaults(run=lambda arguments: guarded(_train, arguments, _folder))
+    folder.set_defaults(run=lambda arguments: guarded(_train, arguments, folder_data))
 
-    from . import adapters_cli, multimodal_cli, multitask_cli, text_cli
+    from . import adapters_cli, autoencode_cli, byte_text_cli, flow_cli, multimodal_cli, multitask_cli, perceiver_cli, text_cli
 
+    perceiver_cli.add_systems(systems)
+    byte_text_cli.add_systems(systems)
+    flow_cli.add_systems(systems)
+    autoencode_cli.add_systems(systems)
     multimodal_cli.add_systems(systems)
     text_cli.add_systems(systems)
     multitask_cli.add_systems(systems)
     adapters_cli.add_systems(systems)
 
-    predict = subparsers.add_parser("predict", help="classify image files or a clip, or answer a text, with a trained model")
+    predict = subparsers.add_parser("predict", help="what a trained model makes of image files, a clip or a text")
     predict.add_argument("images", nargs="*", metavar="IMAGE")
     predict.add_argument(
         "--input",
@@ -40,10 +41,22 @@ def add_commands(subparsers) -> None:
     )
     predict.add_argument("--text", action="append", default=[], help="for a model of text, with the prefix of its task")
     predict.add_argument("--task", help="of a model of several tasks; a tab in --text is between the two texts of a pair")
+    predict.add_argument(
+        "--output", type=Path, help="of optical flow (a .flo file, and a .png beside it) or of a clip (a folder)"
+    )
     predict.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of a training")
     predict.add_argument("--backend", default="auto")
     predict.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     predict.set_defaults(run=lambda arguments: guarded(_predict, arguments))
+
+
+def add_folder_options(parser):
+    """Which images to train on; see `folder_data`."""
+    add = parser.add_argument
+    add("--data", required=True, metavar="FOLDER", help="one folder of images per class")
+    add("--val-data", metavar="FOLDER", help="held-out images in the same layout; default: a share of --data")
+    add("--val-fraction", type=fraction, default=0.1, help="share of --data that is held out (default 0.1)")
+    add("--flip", action="store_true", help="mirror half of the training images left to right")
 
 
 def _add_training_options(parser, *, config, output, epochs, batch_size, lr):
@@ -111,7 +124,7 @@ def _digits(arguments, image_size):
     return training, held_out, preprocessing, digits.CLASSES
 
 
-def _folder(arguments, image_size):
+def folder_data(arguments, image_size):
     from .data import folder
 
     return folder.load(
@@ -193,14 +206,15 @@ def resumable(arguments, folder):
     """Keeps other trainings out of `folder` and does with the one in it what --restart and --resume say."""
     from ..models import InputError
     from ..models.adapterhub.folders import FILES
-    from . import checkpoint, classification, loop, tokenizer
+    from . import autoencode, byte_text, checkpoint, classification, flow, loop, tokenizer
 
     with checkpoint.locked(folder):
         if arguments.restart:
             # The results as well: a folder with files of two trainings would be taken for a finished one.
             weights = ("config.json", "model.safetensors", loop.BEST, checkpoint.NAME, *tokenizer.FILES)
             adapters = (name for names in FILES.values() for name in names)
-            for name in (classification.TASK, classification.CURVE, *weights, *adapters):
+            pictures = (classification.CURVE, flow.PICTURE, autoencode.PICTURE, byte_text.EXAMPLES)
+            for name in (classification.TASK, *pictures, *weights, *adapters):
                 (folder / name).unlink(missing_ok=True)
         found = checkpoint.read_state(folder)
         if arguments.resume and found is None:
@@ -216,7 +230,13 @@ def resumable(arguments, folder):
 
 def _predict(arguments):
     from ..models import InputError
+    from . import autoencode_cli, byte_text_cli, flow_cli, perceiver_cli
 
+    own = {"tokens": byte_text_cli, "flow": flow_cli, "multimodal": autoencode_cli}
+    if (kind := perceiver_cli.kind_of(arguments.checkpoint)) in own:
+        return own[kind].predict(arguments)
+    if arguments.output is not None:
+        raise InputError("--output is for a model of optical flow or of clips that gives them back")
     if arguments.task is not None and not arguments.text:
         raise InputError("--task is given without --text")
     if arguments.text:
@@ -237,6 +257,19 @@ def _predict(arguments):
         # A file name may hold bytes that are no text.
         print(f"{path}\t{name}\t{probability:.4f}".encode(errors="surrogateescape").decode(errors="replace"))
     return 0
+
+
+def inputs_of(arguments) -> dict:
+    """{modality: path} of --input."""
+    from ..models import InputError
+
+    paths = {}
+    for text in arguments.input:
+        name, separator, path = text.partition("=")
+        if not separator or not path or name in paths:
+            raise InputError(f"--input is {text!r}; it must be MODALITY=PATH, once for each modality")
+        paths[name] = path
+    return paths
 
 
 def device_of(arguments):
@@ -284,3 +317,4 @@ positive_float = _number(float, "a positive number", lambda v: 0 < v < float("in
 non_negative_float = _number(float, "a number of 0 or more", lambda v: 0 <= v < float("inf"))
 fraction_or_zero = _number(float, "0 or between 0 and 1", lambda v: 0 <= v < 1)
 fraction = _number(float, "between 0 and 1", lambda v: 0 < v < 1)
+probability = _number(float, "from 0 to 1", lambda v: 0 <= v <= 1)

@@ -35,13 +35,15 @@ class Settings:
     warmup_steps: int = 50
     clip_norm: float | None = 1.0  # None: gradients are not clipped
     seed: int = 0
-    optimizer: str = "adamw"  # or "sgd", with momentum 0.9, or "adafactor"
-    schedule: str = "cosine"  # or "linear", or "constant"; after the warm-up
+    optimizer: str = "adamw"  # or "lamb", or "sgd", with momentum 0.9, or "adafactor"
+    schedule: str = "cosine"  # or "linear", "constant", or "steps"; after the warm-up
     steps: int | None = None  # in place of epochs
     evaluate_every: int | None = None  # so many steps; None: after every epoch
     micro_batches: int = 1  # that a batch is cut into, one in memory at a time
     bfloat16: bool = False  # autocast
-    beta2: float = 0.99  # of AdamW
+    beta2: float = 0.99  # of AdamW and LAMB
+    flat: float = 0.0  # share of the steps at the highest rate, in front of the cosine
+    milestones: tuple = ()  # of "steps": shares of the steps after which the rate falls to a tenth
 
 
 @dataclasses.dataclass
@@ -60,11 +62,16 @@ class Task:
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to zero, a line to zero, or no change."""
+    """Linear warm-up, then half a cosine to zero, a line to zero, tenths at the milestones, or no change."""
     if settings.schedule == "linear":
         rest = (steps - step) / max(steps - settings.warmup_steps, 1)
+    elif settings.schedule == "steps":
+        rest = 0.1 ** sum(step >= milestone * steps for milestone in settings.milestones)
+    elif settings.schedule == "constant":
+        rest = 1.0
     else:
-        rest = 1.0 if settings.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
+        flat = settings.flat * steps
+        rest = 0.5 * (1 + math.cos(math.pi * max(step - flat, 0) / (steps - flat)))
     return settings.learning_rate * min((step + 1) / max(settings.warmup_steps, 1), rest)
 
 
@@ -82,6 +89,21 @@ def train_step(model, optimizer, loss, parts, clip_norm) -> torch.Tensor:
     return total
 
 
+def split_by(count: Callable) -> Callable:
+    """A `Task.split` for a loss that is a mean over what `count(batch)` is the number of: micro-batches of equal rows."""
+
+    def split(batch, parts: int) -> list:
+        tensors = batch if isinstance(batch, (list, tuple)) else list(batch.values())
+        found = []
+        for rows in torch.arange(len(tensors[0]), device=tensors[0].device).chunk(parts):
+            chosen = [tensor[rows] for tensor in tensors]
+            found.append(dict(zip(batch, chosen, strict=True)) if isinstance(batch, dict) else chosen)
+        counts = [int(count(micro)) for micro in found]
+        return [(micro, number / max(sum(counts), 1)) for micro, number in zip(found, counts, strict=True)]
+
+    return split
+
+
 def to_device(batch, device):
     """A tensor, or a list, tuple or dict of them, nested as it may be."""
     if isinstance(batch, dict):
@@ -90,7 +112,10 @@ def to_device(batch, device):
 
 
 def make_optimizer(model, settings):
-    """AdamW, SGD with momentum 0.9, or Adafactor as T5 has it; no decay on biases, norms and other vectors.
+    """AdamW, LAMB, SGD with momentum 0.9, or Adafactor as T5 has it; no decay on biases, norms and other vectors.
+
+    LAMB (You et al. 2020): the step of Adam, decay included, times |parameter| / |step|, so that every tensor changes by the
+    same share of its norm, the learning rate; tensors of zeros make a step of Adam's.
 
     Adafactor (Shazeer and Stern 2018) here: no momentum, updates clipped to a root mean square of 1, and steps relative to
     that of the parameter (at least 1e-3): a constant learning rate of 1e-3 is a change of a thousandth a step.
@@ -103,6 +128,12 @@ def make_optimizer(model, settings):
     if settings.optimizer == "adafactor":
         # torch adds its first epsilon to no square and clamps with it: the default, 1e-7, would flatten small gradients.
         return torch.optim.Adafactor(groups, lr=settings.learning_rate, eps=(1e-15, 1e-3), d=1.0, beta2_decay=-0.8)
+    if settings.optimizer == "lamb":
+        # The decay belongs to the step, whose length the ratio sets: nothing is left to correct for the first steps' bias.
+        options = {"betas": (0.9, settings.beta2), "eps": 1e-6, "weight_decouple": False, "adam_debias": True}
+        lamb = require("pytorch_optimizer", "train").Lamb(groups, lr=settings.learning_rate, **options)
+        lamb.clamp = math.inf  # norms of parameters count as they are; the library would take those above 10 for 10
+        return lamb
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
 
 

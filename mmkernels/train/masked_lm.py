@@ -16,19 +16,24 @@ import torch
 from ..models.registry import InputError
 from . import checkpoint
 from .data import derive_seed
-from .loop import Settings, Task, fit
+from .loop import Settings, Task, fit, split_by
 
 IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """Which tokens are to be guessed: each with `probability`; of them 80 % are replaced by the mask, 10 % by any token."""
+    """Which tokens are to be guessed: each with `probability`; of them 80 % are replaced by the mask, 10 % by any token.
+
+    With `separators`, ids that stand between words, whole words are to be guessed, `probability` of those of a block to the
+    nearest whole number and at least one, and the mask stands for each of their tokens: the length of a word is still seen.
+    """
 
     mask_id: int
     vocab_size: int
     probability: float = 0.15
     special_ids: tuple = ()  # never chosen, and never drawn as a replacement
+    separators: tuple = ()
 
 
 class TextBlocks(torch.utils.data.Dataset):
@@ -70,12 +75,25 @@ class TextBlocks(torch.utils.data.Dataset):
         parts[0].blocks, parts[1].blocks = self.blocks[:-count], self.blocks[-count:]
         return parts
 
+    def words(self, ids) -> torch.Tensor:
+        """(L,) -> (L,), the number of the word that a token belongs to, from 0; -1 for separators and special tokens."""
+        inside = ~torch.isin(ids, torch.cat([self.special, torch.tensor(self.masking.separators)]))
+        begins = inside & ~inside.roll(1)
+        begins[0] = inside[0]
+        return torch.where(inside, begins.cumsum(0) - 1, -1)
+
     def __len__(self):
         return len(self.blocks)
 
     def __getitem__(self, key):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, *key))
         ids, masking = self.blocks[key[1]], self.masking
+        if masking.separators:
+            word = self.words(ids)
+            count = int(word.max()) + 1
+            words = torch.randperm(count, generator=generator)[: max(round(count * masking.probability), 1)]
+            chosen = torch.isin(word, words)
+            return {"input_ids": torch.where(chosen, masking.mask_id, ids), "labels": torch.where(chosen, ids, IGNORED)}
         chance, kind = torch.rand(2, len(ids), generator=generator)
         chosen = (chance < masking.probability) & ~torch.isin(ids, self.special)
         drawn = self.ordinary[torch.randint(len(self.ordinary), ids.shape, generator=generator)]
@@ -100,7 +118,9 @@ def make_task(training: TextBlocks, held_out: TextBlocks) -> Task:
     for blocks in (training.blocks, held_out.blocks):
         digest.update(blocks.numpy().tobytes())
     fingerprint = f"{digest.hexdigest()} {training.masking} {training.seed}"
-    return Task(training, held_out, loss, accuracy, fingerprint)
+    return Task(
+        training, held_out, loss, accuracy, fingerprint, split=split_by(lambda batch: (batch["labels"] != IGNORED).sum())
+    )
 
 
 def loss(model, batch) -> torch.Tensor:
@@ -114,7 +134,8 @@ def asked_logits(model, batch) -> tuple:
     asked = batch["labels"] != IGNORED
     head = next((getattr(model, name) for name in ("cls", "lm_head") if hasattr(model, name)), None)
     if head is None:
-        return model(input_ids=batch["input_ids"]).logits[asked], batch["labels"][asked]
+        output = model(batch["input_ids"])
+        return getattr(output, "logits", output)[asked], batch["labels"][asked]
     hook = head.register_forward_pre_hook(lambda module, args: (args[0][asked][None], *args[1:]))
     try:
         return model(input_ids=batch["input_ids"]).logits[0], batch["labels"][asked]

@@ -161,12 +161,7 @@ def predict(arguments) -> int:
 
     if arguments.images:
         raise InputError(f"IMAGE is {arguments.images[0]!r} beside --input; give one or the other")
-    paths = {}
-    for text in arguments.input:
-        name, separator, path = text.partition("=")
-        if not separator or not path or name in paths:
-            raise InputError(f"--input is {text!r}; it must be MODALITY=PATH, once for each modality")
-        paths[name] = path
+    paths = cli.inputs_of(arguments)
     found = multimodal.predict(arguments.checkpoint, paths, device=cli.device_of(arguments), backend=arguments.backend)
     for head, name, probability in found:
         print(f"{head}\t{name}\t{probability:.4f}")

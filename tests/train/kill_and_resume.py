@@ -14,6 +14,7 @@ import time
 import av  # noqa: F401
 import kaldi_native_fbank  # noqa: F401
 import matplotlib.figure  # noqa: F401
+import pytorch_optimizer  # noqa: F401
 import safetensors.torch  # noqa: F401
 import sentencepiece  # noqa: F401
 import sklearn.datasets  # noqa: F401
@@ -23,7 +24,7 @@ import torch
 import tqdm  # noqa: F401
 
 from mmkernels.__main__ import main
-from mmkernels.models import hypergrid_t5, mbt, perceiver  # noqa: F401
+from mmkernels.models import hypergrid_t5, mbt, perceiver, perceiver_io  # noqa: F401
 
 
 def die_at(name, number):

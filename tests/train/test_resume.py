@@ -98,6 +98,16 @@ def test_mbt_goes_on_with_its_mixup_and_its_dropped_layers(tmp_path_factory):
     assert killed.read_text() == whole.read_text()
 
 
+def test_perceiver_io_goes_on_with_what_it_draws(tmp_path_factory):
+    """LAMB, and pixels drawn from torch's generator; killed in front of its second save and, started again, of its fourth."""
+    options = "train perceiver-flow-demo --pairs 12 --held-out-pairs 2 --epochs 2 --batch-size 4 --points 20 --optimizer lamb"
+    kills = [{"call": "replace", "number": 2}, {"call": "replace", "number": 3}]
+    options = [*options.split(), *"--save-every 1 --threads 1 --backend eager".split()]
+    trainings = run_plans(options, {"whole": [{}], "killed": [*kills, {}]}, tmp_path_factory)
+    assert trainings["whole"][1] == [0] and trainings["killed"][1] == [-9, -9, 0]
+    check_same(trainings, "killed")
+
+
 def test_the_same_command_only(tmp_path, capsys):
     arguments = [*OPTIONS, "--output", str(tmp_path)]
     arguments[arguments.index("--epochs") + 1] = "1"

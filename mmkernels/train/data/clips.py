@@ -1,4 +1,4 @@
-"""Clips of several modalities: how each becomes an input of MBT, the windows read from it, and its augmentation.
+"""Clips of several modalities: how each becomes an input of a model, the windows read from it, and its augmentation.
 
 A modality is read by an object with `seconds` (of its window), `shape` (of an input), `length(path)` and
 `read(path, start, generator)`; READERS names the known ones. All modalities of a clip are read at the same share of their
@@ -57,16 +57,8 @@ class Spectrogram:
 
     def read(self, path, start=0.0, generator=None) -> torch.Tensor:
         """float32 `shape` of the window that begins at `start` seconds; shorter sound is repeated, or padded."""
-        samples = read_audio(path, self.sample_rate)
-        first = min(round(start * self.sample_rate), len(samples) - 1)
         wanted = self.shape[0] * self.sample_rate // 100
-        if len(samples) < wanted and not self.repeat:
-            missing = wanted - len(samples)
-            samples = F.pad(samples, (missing // 2, missing - missing // 2))
-        elif len(samples) - first < wanted:
-            samples = samples[torch.arange(first, first + wanted) % len(samples)]
-        else:
-            samples = samples[first : first + wanted]
+        samples = _window(read_audio(path, self.sample_rate), round(start * self.sample_rate), wanted, self.repeat)
         return self.finish(samples, generator)
 
     def finish(self, samples, generator=None) -> torch.Tensor:
@@ -76,6 +68,41 @@ class Spectrogram:
             _mask(spectrogram, 0, self.time_masks, self.time_mask_frames, generator)
             _mask(spectrogram, 1, self.frequency_masks, self.frequency_mask_bins, generator)
         return spectrogram[:, :, None].expand(-1, -1, self.channels).contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Waveform:
+    """Sound as it is: `samples` of it at `sample_rate`, in [-1, 1]; sound that is shorter is repeated."""
+
+    samples: int = 30720
+    sample_rate: int = 48000
+
+    @property
+    def shape(self) -> tuple:
+        return (self.samples,)
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.sample_rate
+
+    def length(self, path) -> float:
+        """Seconds of sound in a file. Raises InputError for a file that is unreadable."""
+        return len(read_audio(path, self.sample_rate)) / self.sample_rate
+
+    def read(self, path, start=0.0, generator=None) -> torch.Tensor:
+        """float32 (samples,) of the window that begins at `start` seconds."""
+        return _window(read_audio(path, self.sample_rate), round(start * self.sample_rate), self.samples)
+
+
+def _window(samples, first, wanted, repeat=True):
+    """`wanted` samples from `first` on; sound that is shorter is repeated, or gets silence around it."""
+    first = min(first, len(samples) - 1)
+    if len(samples) < wanted and not repeat:
+        missing = wanted - len(samples)
+        return F.pad(samples, (missing // 2, missing - missing // 2))
+    if len(samples) - first < wanted:
+        return samples[torch.arange(first, first + wanted) % len(samples)]
+    return samples[first : first + wanted]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +179,7 @@ class Video:
         return (2 * pixels - 1).permute(0, 2, 3, 1).contiguous()
 
 
-READERS = {"video": Video, "spectrogram": Spectrogram}
+READERS = {"video": Video, "spectrogram": Spectrogram, "waveform": Waveform}
 
 
 def log_mel(samples, sample_rate: int, mels: int, floor=1e-6) -> torch.Tensor:

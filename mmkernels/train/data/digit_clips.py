@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ...models.registry import require
 from . import derive_seed, spoken_digits
-from .clips import Spectrogram, Video
+from .clips import Spectrogram, Video, Waveform
 
 CLASSES = [str(digit) for digit in range(10)]
 FRAMES, SIZE, DIGIT = 8, 24, 16
@@ -41,24 +41,26 @@ SPECTROGRAM = Spectrogram(
 READERS = {
     "rgb": Video(frames=FRAMES, stride=2, fps=25.0, size=SIZE, flip=False),
     "spectrogram": SPECTROGRAM,
+    "waveform": Waveform(round(SPECTROGRAM.seconds * SPECTROGRAM.sample_rate), SPECTROGRAM.sample_rate),
 }
 
 
 class DigitClips(torch.utils.data.Dataset):
-    """(epoch, index) -> ({"rgb": (8, 24, 24, 3), "spectrogram": (64, 32, 3)}, targets (10,)); epoch None: a window axis in
-    front of every input, and no SpecAugment.
+    """(epoch, index) -> ({"rgb": (8, 24, 24, 3), "spectrogram": (64, 32, 3), "waveform": (5120,)}, targets (10,)); epoch None:
+    a window axis in front of every input, and no SpecAugment.
 
     Args:
         images: (n, 8, 8) in [0, 1].
         labels: digits.
         words: for every digit its waveforms.
-        modalities: which of the two are given.
+        modalities: which of the three are given.
         seed: of all that is drawn.
+        hardest: the greatest difficulty, that of held-out clips.
     """
 
-    def __init__(self, images, labels, words, modalities, seed):
+    def __init__(self, images, labels, words, modalities, seed, hardest=1.0):
         self.images, self.labels, self.words = images, labels, words
-        self.modalities, self.seed = tuple(modalities), seed
+        self.modalities, self.seed, self.hardest = tuple(modalities), seed, hardest
 
     def __len__(self):
         return len(self.images)
@@ -69,13 +71,14 @@ class DigitClips(torch.utils.data.Dataset):
         for name in self.modalities:
             # A generator for each: the models of one modality get the very inputs of the model of both.
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, index, name))
-            difficulty = 1.0 if epoch is None else torch.rand((), generator=generator).item()
+            difficulty = self.hardest * (1.0 if epoch is None else torch.rand((), generator=generator).item())
             if name == "rgb":
                 frames = moving(self.images[index], difficulty, generator)
                 inputs[name] = frames[..., None].expand(-1, -1, -1, 3).contiguous()
             else:
                 word = noisy(self.words[label], difficulty, generator)
-                inputs[name] = SPECTROGRAM.finish(word, None if epoch is None else generator)
+                finish = SPECTROGRAM.finish if name == "spectrogram" else lambda samples, _: samples
+                inputs[name] = finish(word, None if epoch is None else generator)
             if epoch is None:
                 inputs[name] = inputs[name][None]
         return inputs, F.one_hot(torch.tensor(label), len(CLASSES)).float()
@@ -83,10 +86,10 @@ class DigitClips(torch.utils.data.Dataset):
     def fingerprint(self) -> int:
         """Changes with images, labels, words and seed."""
         words = [[word.numpy().tobytes() for word in of_digit] for of_digit in self.words]
-        return derive_seed(self.images.numpy().tobytes(), self.labels, words, self.modalities, self.seed)
+        return derive_seed(self.images.numpy().tobytes(), self.labels, words, self.modalities, self.seed, self.hardest)
 
 
-def load(modalities, seed: int, *, held_out=0.2, clips=None):
+def load(modalities, seed: int, *, held_out=0.2, clips=None, hardest=1.0):
     """(training, held out): `DigitClips`; the images are split by `seed` with equal shares of every digit.
 
     `clips` cuts both down, to so many to train on.
@@ -98,7 +101,7 @@ def load(modalities, seed: int, *, held_out=0.2, clips=None):
     if clips:
         rows, held_rows = rows[:clips], held_rows[: max(round(clips * held_out), 1)]
     return tuple(
-        DigitClips(images[part], [labels[row] for row in part], spoken_digits.load(name), modalities, (seed, name))
+        DigitClips(images[part], [labels[row] for row in part], spoken_digits.load(name), modalities, (seed, name), hardest)
         for part, name in ((rows, "train"), (held_rows, "test"))
     )
 

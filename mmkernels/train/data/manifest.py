@@ -1,4 +1,4 @@
-"""A table of clips, CSV or Parquet: a column of paths per modality, the labels, and which rows are held out.
+"""A table of clips, CSV or Parquet: a column of paths per modality, the labels, and which rows are held out. Or a folder.
 
 | column | holds |
 |---|---|
@@ -7,6 +7,9 @@
 | `labels` | any number of classes, `;` between them: a sigmoid per class |
 | `label.verb`, `label.noun`, ... | one class each from several vocabularies: a softmax over each |
 | `split` | optional: `train`, or `val` or `test` for held-out rows |
+
+In a folder of class folders every video file, and every folder of frames, is a clip; its sound is the file of the same name
+that ends in .wav, or the video's own.
 """
 
 import csv
@@ -16,8 +19,9 @@ from pathlib import Path
 import torch
 
 from ...models.registry import InputError, require
-from .clips import Clips
+from .clips import Clips, Video
 
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 SPLITS = {"train": False, "val": True, "test": True}  # name -> held out
 
 
@@ -64,7 +68,7 @@ def load(path, readers: dict, seed: int, *, held_out=0.1, windows=4, on_error="s
     Every file is opened and every sound decoded once here, so that what is broken is named before the training starts.
 
     Args:
-        path: the table, `.csv` or `.parquet`.
+        path: the table, `.csv` or `.parquet`, or a folder of class folders of clips.
         readers: {modality: reader}.
         seed: of the split (where the table has no `split`) and the augmentation.
         held_out: share of the rows that is held out where the table does not say.
@@ -74,7 +78,7 @@ def load(path, readers: dict, seed: int, *, held_out=0.1, windows=4, on_error="s
     Raises InputError for a table that cannot be read, lacks a column, or leaves too few rows.
     """
     path = Path(path)
-    columns, records = _read_table(path)
+    columns, records = _read_folder(path, readers) if path.is_dir() else _read_table(path)
     kind = _label_columns(path, columns)
     for name in readers:
         if name not in columns:
@@ -83,7 +87,7 @@ def load(path, readers: dict, seed: int, *, held_out=0.1, windows=4, on_error="s
     tqdm = require("tqdm", "train").tqdm  # every frame of a folder is decoded once
     for where, record in tqdm(records, desc="checking clips", unit="clip", leave=False, delay=1.0, dynamic_ncols=True):
         try:
-            row = _parse(where, record, path.parent, readers, kind)
+            row = _parse(where, record, path if path.is_dir() else path.parent, readers, kind)
             row.lengths = {name: reader.length(row.paths[name]) for name, reader in readers.items()}
             rows.append(row)
         except InputError as error:
@@ -119,6 +123,25 @@ def load(path, readers: dict, seed: int, *, held_out=0.1, windows=4, on_error="s
         return Clips(paths, lengths, torch.stack(targets), readers, windows=windows, seed=seed)
 
     return clips(chosen[False], 1), clips(chosen[True], windows), labels, problems
+
+
+def _read_folder(path, readers):
+    """As `_read_table`, of `path`/CLASS/CLIP."""
+    records = []
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        for clip in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
+            if not clip.is_dir() and clip.suffix.lower() not in VIDEOS:
+                continue
+            sound = clip.with_suffix(".wav") if clip.is_file() else clip.with_name(f"{clip.name}.wav")
+            sound = sound if sound.is_file() or clip.is_dir() else clip
+            shown = {name: clip if isinstance(reader, Video) else sound for name, reader in readers.items()}
+            record = {name: source.relative_to(path) for name, source in shown.items()}
+            records.append((str(clip.relative_to(path)), {**record, "label": folder.name}))
+    if not records:
+        raise InputError(
+            f"{path} has no clips; they must be in a folder for each class: folders of frames or {', '.join(VIDEOS)}"
+        )
+    return [*readers, "label"], records
 
 
 def _read_table(path):

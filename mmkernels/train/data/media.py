@@ -1,6 +1,8 @@
-"""Sound and pictures from files: FFmpeg's decoders through PyAV, and folders of frames through Pillow."""
+"""Sound and pictures from files and to them: FFmpeg's decoders through PyAV, and folders of frames through Pillow."""
 
 import contextlib
+import fractions
+import wave
 from pathlib import Path
 
 import torch
@@ -101,7 +103,7 @@ def check_frames(path, fps: float, short_side: int) -> None:
         return
     first = None
     for picture in pictures:
-        size = _scaled_size(_decoded(picture).size, short_side)
+        size = _scaled_size(read_picture(picture).size, short_side)
         first = first or size
         _check_shape(picture, size, pictures[0], first)
 
@@ -132,8 +134,8 @@ def _pictures(path):
     return [path] if path.suffix.lower() in EXTENSIONS and path.suffix.lower() != ".gif" else None
 
 
-def _decoded(path):
-    """A picture, in RGB."""
+def read_picture(path):
+    """A picture of Pillow, as a viewer shows it, in RGB; raises InputError naming a file that is none."""
     image_library = require("PIL.Image", "train")
     try:
         with image_library.open(path) as image:
@@ -144,6 +146,29 @@ def _decoded(path):
 
 def _read_picture(path, short_side):
     image_library, numpy = require("PIL.Image", "train"), require("numpy", "train")
-    image = _decoded(path)
+    image = read_picture(path)
     pixels = image.resize(_scaled_size(image.size, short_side), image_library.Resampling.BILINEAR, reducing_gap=3.0)
     return torch.from_numpy(numpy.array(pixels))
+
+
+def write_wav(path, samples, sample_rate: int) -> None:
+    """Samples (n,) in [-1, 1] as 16-bit mono."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes((samples * 32767).round().short().numpy().tobytes())
+
+
+def write_video(path, frames, fps: float) -> None:
+    """uint8 (n, height, width, 3) as MPEG-4; an odd row or column at the end is doubled, as the format wants even sizes."""
+    av = require("av", "media")
+    height, width = frames.shape[1:3]
+    frames = torch.nn.functional.pad(frames.permute(0, 3, 1, 2).float(), (0, width % 2, 0, height % 2), mode="replicate")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fractions.Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width = frames.shape[2:]
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 8_000_000
+        for pixels in frames.byte().permute(0, 2, 3, 1).contiguous():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")))
+        container.mux(stream.encode(None))

@@ -71,6 +71,27 @@ def write(folder: Path, seed=0, most=8000, held_out=1000) -> dict:
     return sizes
 
 
+def write_text(folder: Path) -> tuple:
+    """Writes `folder`/train.txt and held-out.txt, the sentences of a docstring a line, and returns their paths.
+
+    A tenth of the files is held out, without the sentences that the others have as well.
+    """
+    lines, seen = {False: [], True: []}, set()
+    for name, nodes in sorted(documents(), key=lambda file: is_held_out(file[0])):
+        held = is_held_out(name)
+        for _, docstring in nodes:
+            sentences = [" ".join(words) for words in sentences_of(docstring)]
+            if line := " ".join(sentence for sentence in sentences if sentence not in seen):
+                lines[held].append(line)
+            if not held:
+                seen.update(sentences)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.txt", folder / "held-out.txt"
+    for path, part in zip(paths, lines.values(), strict=True):
+        write_atomically(path, "".join(f"{line}\n" for line in part).encode(errors="replace"))
+    return paths
+
+
 def roots() -> dict:
     """{what the names of its files begin with: folder}."""
     return {"": Path(sysconfig.get_paths()["stdlib"]), "torch/": Path(torch.__file__).parent}

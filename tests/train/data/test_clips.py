@@ -8,7 +8,7 @@ from media_files import numbered, tone, write_video, write_wav
 from PIL import Image
 
 from mmkernels.models import InputError
-from mmkernels.train.data.clips import Clips, Spectrogram, Video, jitter_colors, log_mel
+from mmkernels.train.data.clips import Clips, Spectrogram, Video, Waveform, jitter_colors, log_mel
 
 PLAIN = {"mean": 0.0, "std": 1.0}
 
@@ -191,3 +191,15 @@ def test_modalities_show_the_same_moment(tmp_path):
         moments.append(augmented["spectrogram"][10, :, 0].argmax().item())
     assert len(set(moments)) > 5
     assert clips.fingerprint() != Clips([paths], [lengths], torch.tensor([[1.0, 0.0]]), readers, windows=3).fingerprint()
+
+
+def test_a_waveform_is_the_window_of_the_sound(tmp_path):
+    sound = tone(440, 0.1, 8000)
+    path = write_wav(tmp_path / "a.wav", sound[None], 8000)
+    reader = Waveform(samples=200, sample_rate=8000)
+    assert reader.length(path) == 0.1 and reader.seconds == 0.025 and reader.shape == (200,)
+    torch.testing.assert_close(reader.read(path, 0.05), sound[400:600], rtol=0, atol=1e-4)
+    longer = Waveform(samples=1000, sample_rate=8000).read(path)
+    assert torch.equal(longer[:200], longer[800:])  # shorter sound is repeated
+    with pytest.raises(InputError, match="gone.wav cannot be read"):
+        reader.length(tmp_path / "gone.wav")

@@ -10,6 +10,7 @@ from media_files import numbered, tone, write_video, write_wav
 from PIL import Image
 
 from mmkernels.models import InputError
+from mmkernels.train.data import media
 from mmkernels.train.data.media import read_audio, read_frames, video_seconds
 
 
@@ -86,3 +87,17 @@ def test_what_cannot_be_read(tmp_path):
     whole = (tmp_path / "mute.mkv").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(whole[:200])
     fails("cut.mkv", read_frames, tmp_path / "cut.mkv", [0.0], 25, 8)
+
+
+@pytest.mark.parametrize("size", [(12, 16), (11, 15)])
+def test_what_is_written_is_read_again(tmp_path, size):
+    """Sound to half a step of 16 bits, video as MPEG-4 has it; odd sizes are made even."""
+    samples = tone(300, 0.05, 8000)
+    media.write_wav(tmp_path / "a.wav", samples, 8000)
+    assert (read_audio(tmp_path / "a.wav", 8000) - samples).abs().max() < 1.1 / 32768
+    frames = numbered(8, *size)
+    media.write_video(tmp_path / "a.mp4", frames, 12.5)
+    assert video_seconds(tmp_path / "a.mp4", 25) == pytest.approx(0.64)
+    found = read_frames(tmp_path / "a.mp4", [i / 12.5 for i in range(8)], 25, size[0] + size[0] % 2)
+    assert found.shape == (8, *(n + n % 2 for n in size), 3)
+    assert (found[:, : size[0], : size[1]].float() - frames.float()).abs().mean() < 12

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ....models.registry import require
-from ..media import read_audio
+from ..media import read_audio, write_wav
 
 FOLDER = Path(__file__).parent
 SAMPLE_RATE = 8000
@@ -56,7 +56,7 @@ def make(folder) -> None:
             (folder / variant).mkdir(exist_ok=True)
             for digit, word in enumerate(WORDS):
                 samples = synthesiser.say(word, f"{accent}+{variant}", pitch, speed)
-                _write(folder / variant / f"{digit}.wav", _trimmed(samples))
+                write_wav(folder / variant / f"{digit}.wav", _trimmed(samples), SAMPLE_RATE)
 
 
 class _Synthesiser:
@@ -104,13 +104,3 @@ def _trimmed(samples):
     margin = SAMPLE_RATE // 100
     samples = samples[max(int(loud[0]) - margin, 0) : int(loud[-1]) + margin]
     return samples * min(0.1 / samples.square().mean().sqrt(), 0.99 / samples.abs().max())
-
-
-def _write(path, samples):
-    import wave
-
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes((samples * 32767).round().short().numpy().tobytes())

@@ -1,0 +1,117 @@
+"""`train perceiver-autoencode`, its demo, and `predict` for their models; nothing heavy is imported until a command runs."""
+
+from pathlib import Path
+
+from . import cli, perceiver_cli
+
+
+def add_systems(systems) -> None:
+    """Adds the trainings of autoencoders to the systems of `train`."""
+    clips = systems.add_parser("perceiver-autoencode", help="Perceiver IO that gives back clips: video, sound and label")
+    add = clips.add_argument
+    add("--data", type=Path, required=True, metavar="PATH", help="a table with columns image, audio, label, or class folders")
+    add("--on-error", choices=["stop", "skip"], default="stop", help="broken rows: stop (default), or go on without them")
+    add("--val-fraction", type=cli.fraction, default=0.1, help="held-out share of data without 'split' (default 0.1)")
+    add("--sample-rate", type=cli.positive, default=48000, help="that sound is resampled to (default 48000)")
+    add("--fps", type=cli.positive_float, default=25.0, help="of the frames that are looked at (default 25)")
+    add("--stride", type=cli.positive, default=1, help="every so many of them is read (default 1)")
+    _add_options(clips, config="perceiver-io-kinetics", output="runs/perceiver-autoencode", points=512)
+    clips.set_defaults(run=lambda arguments: cli.guarded(_train, arguments))
+
+    demo = systems.add_parser("perceiver-autoencode-demo", help="the same, small, on written and spoken digits")
+    demo.add_argument("--clips", type=cli.positive, help="train on so many of the clips (default all)")
+    demo.add_argument("--held-out", type=cli.positive, default=60, help="clips, at most (default 60)")
+    changes = {"epochs": None, "steps": 1500, "batch_size": 8, "learning_rate": 2e-3, "optimizer": "adamw"}
+    changes |= {"warmup_steps": 100, "weight_decay": 0.01, "clip_norm": 1.0, "beta2": 0.99}
+    _add_options(
+        demo,
+        config="perceiver-io-autoencoder-demo",
+        output="runs/perceiver-autoencode-demo",
+        points=192,
+        weights=(1.0, 0.3, 0.03),
+        **changes,
+    )
+    demo.set_defaults(run=lambda arguments: cli.guarded(_demo, arguments), save_every=500, evaluate_every=500)
+
+
+def _add_options(parser, *, config, output, points, weights=(0.03, 1.0, 1e-4), **changes):
+    perceiver_cli.add_options(parser, recipe="perceiver-io-kinetics", config=config, output=output, **changes)
+    add = parser.add_argument
+    add("--points", type=cli.positive, default=points, help=f"pixels, and patches of sound, of a step (default {points})")
+    for name, weight in zip(("image", "audio", "label"), weights, strict=True):
+        add(f"--{name}-weight", type=cli.non_negative_float, default=weight, help=f"in the loss (default {weight:g})")
+    add("--masked", type=cli.probability, default=0.5, help="how often the label is hidden in training (default 0.5)")
+
+
+def _train(arguments):
+    import sys
+
+    from ..models import InputError
+    from . import autoencode
+    from .data import manifest
+
+    config = perceiver_cli.config_of(arguments, "multimodal")
+    options = {"sample_rate": arguments.sample_rate, "stride": arguments.stride, "fps": arguments.fps}
+    readers = autoencode.readers_of(config, **options)
+    training, held_out, labels, problems = manifest.load(
+        arguments.data, readers, arguments.seed, held_out=arguments.val_fraction, windows=1, on_error=arguments.on_error
+    )
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if len(labels.heads) > 1 or labels.multi_label:
+        raise InputError(f"{arguments.data} has labels {', '.join(labels.heads)}; an autoencoder takes one 'label'")
+    names = {name: name for name in readers}
+    return _fit(arguments, config, readers, labels.names, *(autoencode.Autoencoded(c, names) for c in (training, held_out)))
+
+
+def _demo(arguments):
+    from . import autoencode
+    from .data import digit_clips
+
+    config = perceiver_cli.config_of(arguments, "multimodal")
+    names = {"rgb": autoencode.IMAGE, "waveform": autoencode.AUDIO}
+    clips = digit_clips.load(list(names), arguments.seed, clips=arguments.clips, hardest=0.0)
+    clips[1].images = clips[1].images[: arguments.held_out]
+    readers = {own: digit_clips.READERS[name] for name, own in names.items()}
+    return _fit(arguments, config, readers, digit_clips.CLASSES, *(autoencode.Autoencoded(part, names) for part in clips))
+
+
+def _fit(arguments, config, readers, classes, training, held_out):
+    from . import autoencode
+
+    config = autoencode.with_classes(config, len(classes))
+    for name, reader in readers.items():
+        autoencode.check_shape(config, name, reader.shape)
+    objective = autoencode.Autoencoding(
+        arguments.image_weight,
+        arguments.audio_weight,
+        arguments.label_weight,
+        arguments.points,
+        arguments.masked,
+        config.output["modalities"][autoencode.AUDIO]["samples"],
+    )
+    print(f"{len(training)} clips to train on, {len(held_out)} held out, {len(classes)} classes")
+
+    def save(model, history):
+        autoencode.save_result(arguments.output, model, readers, classes, held_out, history)
+
+    task = autoencode.make_task(training, held_out, objective)
+    _, history, seconds = perceiver_cli.fit(arguments, config, task, save)
+    print(f"\n{autoencode.table(history[-1], len(classes))}")
+    print(f"\ncheckpoint, learning-curve.png and {autoencode.PICTURE} in {arguments.output}; {seconds:.0f} s")
+    return 0
+
+
+def predict(arguments) -> int:
+    """Writes what the model gives back of a clip, and prints the most probable labels."""
+    from ..models import InputError
+    from . import autoencode
+
+    if arguments.images or arguments.text:
+        raise InputError("this model gives back clips: --input image=FILE or FOLDER and --input audio=FILE")
+    output = arguments.output or Path("reconstruction")
+    options = {"device": cli.device_of(arguments), "backend": arguments.backend}
+    for name, probability in autoencode.predict(arguments.checkpoint, cli.inputs_of(arguments), output, **options):
+        print(f"label\t{name}\t{probability:.4f}")
+    print(f"{autoencode.PICTURE}, image.mp4 and audio.wav in {output}")
+    return 0

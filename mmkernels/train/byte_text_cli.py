@@ -1,0 +1,93 @@
+"""`train perceiver-mlm`, `train perceiver-mlm-demo` and `predict --text` for their models; nothing heavy is imported early."""
+
+from pathlib import Path
+
+from . import cli, perceiver_cli
+
+
+def add_systems(systems) -> None:
+    """Adds the trainings of masked bytes to the systems of `train`."""
+    text = systems.add_parser("perceiver-mlm", help="Perceiver IO on text as bytes, whole words masked")
+    text.add_argument("--text", type=Path, action="append", required=True, metavar="FILE", help="UTF-8; can be repeated")
+    text.add_argument("--val-text", type=Path, action="append", metavar="FILE", help="held out; default: a share of --text")
+    text.add_argument("--val-fraction", type=cli.fraction, default=0.05, help="share of --text, its end (default 0.05)")
+    perceiver_cli.add_options(
+        text, recipe="perceiver-io-mlm", config="perceiver-io-language-bytes", output="runs/perceiver-mlm"
+    )
+    text.set_defaults(run=lambda arguments: cli.guarded(_train, arguments))
+    demo = systems.add_parser("perceiver-mlm-demo", help="the same, small, on docstrings of Python and torch")
+    changes = {"steps": 4000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 200, "optimizer": "adamw"}
+    perceiver_cli.add_options(
+        demo,
+        recipe="perceiver-io-mlm",
+        config="perceiver-io-language-demo",
+        output="runs/perceiver-mlm-demo",
+        clip_norm=1.0,
+        beta2=0.99,
+        **changes,
+    )
+    demo.add_argument("--held-out", type=cli.positive, default=500, help="blocks, at most (default 500)")
+    demo.set_defaults(run=lambda arguments: cli.guarded(_demo, arguments))
+
+
+def _train(arguments):
+    from . import byte_text, masked_lm
+
+    config = perceiver_cli.config_of(arguments, "tokens")
+    length = config.input["max_length"]
+
+    def blocks(files):
+        return masked_lm.TextBlocks(files, byte_text.encode_line, length, byte_text.MASKING, seed=arguments.seed)
+
+    training = blocks(arguments.text)
+    if arguments.val_text:
+        held_out = blocks(arguments.val_text)
+    else:
+        training, held_out = training.split(arguments.val_fraction)
+    return _fit(arguments, config, training, held_out)
+
+
+def _demo(arguments):
+    from . import byte_text, masked_lm
+    from .data import python_text
+
+    config = perceiver_cli.config_of(arguments, "tokens")
+    training, held_out = (
+        masked_lm.TextBlocks([path], byte_text.encode_line, config.input["max_length"], byte_text.MASKING, seed=arguments.seed)
+        for path in python_text.write_text(arguments.output / "text")
+    )
+    held_out.blocks = held_out.blocks[: arguments.held_out]
+    return _fit(arguments, config, training, held_out)
+
+
+def _fit(arguments, config, training, held_out):
+    from ..models import InputError
+    from . import byte_text, masked_lm
+
+    if config.input["vocab_size"] != byte_text.SIZE:
+        raise InputError(f"--config has vocab_size {config.input['vocab_size']}; text as bytes needs {byte_text.SIZE}")
+    length = config.input["max_length"]
+    print(f"{len(training)} blocks of {length} bytes to train on, {len(held_out)} held out")
+    baselines = byte_text.context_free(training, held_out)
+    rows = {}
+
+    def save(model, history):
+        rows.update(byte_text.save_result(arguments.output, model, held_out, baselines, history))
+
+    _, history, seconds = perceiver_cli.fit(arguments, config, masked_lm.make_task(training, held_out), save)
+    print(f"\n{byte_text.table(rows)}\n\n{byte_text.examples(arguments.output)}")
+    print(f"\ncheckpoint, learning-curve.png and {byte_text.EXAMPLES} in {arguments.output}; {seconds:.0f} s")
+    return 0
+
+
+def predict(arguments) -> int:
+    """Prints each --text with its blanks filled in."""
+    from ..models import InputError
+    from . import byte_text
+
+    if arguments.images or arguments.input or not arguments.text:
+        raise InputError("this model fills in text: give --text with [MASK] for a byte, [MASK:5] for five")
+    options = {"device": cli.device_of(arguments), "backend": arguments.backend}
+    for line in byte_text.predict(arguments.checkpoint, arguments.text, **options):
+        print("".join(letter if letter.isprintable() else " " for letter in line))
+    return 0
