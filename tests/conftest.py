@@ -1,6 +1,12 @@
 """Triton runs in its interpreter in this whole process; kernels are compiled for GPUs in processes of their own."""
 
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 # Threads that wait by spinning make tests many times slower on a machine with other work; torch reads it when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,3 +27,33 @@ def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def run_ranks():
+    """run_ranks(script, count, *arguments): what the processes of one group print, each called `script RANK PORT *arguments`."""
+
+    def run(script, count, *arguments):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), port, *arguments],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        try:
+            outputs = [process.communicate(timeout=200)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output
+        return outputs
+
+    return run

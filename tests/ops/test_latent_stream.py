@@ -1,9 +1,5 @@
 """Streams of chunks and sharded inputs: the whole input's result and gradients, constant memory, and what is refused."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -416,30 +412,10 @@ def test_explain(generator):
 # --- Shards -------------------------------------------------------------------------------------------------------------
 
 
-def test_shards_in_three_processes():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    script = Path(__file__).with_name("sharded.py")
+def test_shards_in_three_processes(run_ranks):
     backend = "cpp" if _library.load("cpu").loaded else "reference"
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), port, backend],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0 and "the whole input's result" in output, output
+    for output in run_ranks(Path(__file__).with_name("sharded.py"), 3, backend):
+        assert "the whole input's result" in output, output
 
 
 def test_shards_need_a_process_group(generator):
