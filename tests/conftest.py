@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def run_ranks():
-    """run_ranks(script, count, *arguments): what the processes of one group print, each called `script RANK PORT *arguments`."""
+    """run_ranks(script, count, *arguments): what the processes of a group print, each called `script RANK PORT *arguments`."""
 
     def run(script, count, *arguments):
         with socket.socket() as probe:
