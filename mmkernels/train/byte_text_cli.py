@@ -16,7 +16,7 @@ def add_systems(systems) -> None:
     )
     text.set_defaults(run=lambda arguments: cli.guarded(_train, arguments))
     demo = systems.add_parser("perceiver-mlm-demo", help="the same, small, on docstrings of Python and torch")
-    changes = {"steps": 4000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 200, "optimizer": "adamw"}
+    changes = {"steps": 16_000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 200, "optimizer": "adamw"}
     perceiver_cli.add_options(
         demo,
         recipe="perceiver-io-mlm",
