@@ -27,6 +27,7 @@ def add_commands(subparsers) -> None:
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
     parser.add_argument("--seconds", type=float, help="time to spend on timing a case")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes, which takes minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument(
         "--output", type=Path, help="JSON lines; default of paper and gpu: bench/results/<device>/<preset>.jsonl"
@@ -77,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
         seconds=arguments.seconds,
         only=arguments.candidate,
         seed=arguments.seed,
-        with_compile=arguments.preset != "quick",
+        with_compile=arguments.preset != "quick" and not arguments.no_compile,
     )
     if arguments.plot:
         from . import plots
