@@ -52,8 +52,8 @@ void define_schemas(Library& m) {
       "latent_attention(Tensor q, Tensor x, Tensor? w_k, Tensor w_v, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? b_v, Tensor? position, Tensor? key_mask, int num_heads, float scale, float eps) -> Tensor");
   // Many queries that read few keys: out = sum_h softmax(scale (xhat k_h^T + bias_h)) v_h + out_bias, xhat as above of
-  // [queries ; position]. queries (B|1,O,Cx)  position (O,C-Cx)  query_mask bool (B,O): where it hides a query, out_bias
-  // alone  k (B,H,M,C)  bias float32 (B,H,M)  v (B,H,M,E)  out_bias (E)  key_mask bool (B,M)
+  // [queries ; position]. queries (B|1,O,Cx)  position (O,C-Cx)  query_mask bool (B,O): where it hides a query,
+  // out_bias alone  k (B,H,M,C)  bias float32 (B,H,M)  v (B,H,M,E)  out_bias (E)  key_mask bool (B,M)
   // -> out (B,O,E) of queries' dtype, lse float32 (B,H,O), that of a hidden query any number.
   m.def(
       "latent_decode_fwd(Tensor queries, Tensor? position, Tensor? query_mask, Tensor k, Tensor bias, Tensor v, "
