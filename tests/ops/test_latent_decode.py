@@ -461,6 +461,13 @@ def test_wrong_arguments(case):
             call(**{**arguments, **changes})
 
 
+def test_cuda_is_refused(on, generator):
+    """Nothing falls back silently from a named backend."""
+    tensors = make(generator, (1, 5, 7), (6, 4), (8, 8, 5))
+    with pytest.raises(mmkernels.BackendError, match=r"there are no CUDA C\+\+ kernels of this op"):
+        latent_decode(**tensors, backend=on("cuda"))
+
+
 def test_explain_tells_the_plan(on, generator):
     on("cpp")
     tensors = make(generator, (1, 300, 40), (20, 12), (96, 96, 24))
