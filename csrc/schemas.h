@@ -115,7 +115,8 @@ void define_schemas(Library& m) {
   // common/dropout.h with row b T + t and key c.  (skip & 2) only with input_residual, (skip & 4) only with
   // norm_weight.
   // -> out (B,T,C) of x's dtype, statistics float32 (2 n,B,T): mean and rstd of s, if it is normalised, then of y, and
-  // with `save`, which only a CPU takes, float32 (B,T,r) what act is applied to; else (0).
+  // with `save`, which only a CPU takes, float32 (B,T,r) what act is applied to, in float32 with out_weight (B,T,r+C)
+  // with y behind it; else (0).
   m.def(
       "adapter_fwd(Tensor x, Tensor? input_residual, Tensor? residual, Tensor w_down, Tensor? b_down, Tensor w_up, "
       "Tensor? b_up, Tensor? norm_weight, Tensor? norm_bias, Tensor? out_weight, Tensor? out_bias, Tensor? scale, "
@@ -123,11 +124,11 @@ void define_schemas(Library& m) {
       "float dropout_p, bool save) -> (Tensor, Tensor, Tensor)");
   // -> gradients of the first 13 arguments, in their order and shapes: of rows and weights in x's dtype, the others
   // float32; (0) where bit i of `wanted` is not set. That of the residual is that of y. Bits of what is absent are 0.
-  // hidden: what the forward saved, or absent; a GPU makes it again in any case.
+  // saved: what the forward saved, or absent; a GPU makes it again in any case.
   m.def(
       "adapter_bwd(Tensor dout, Tensor x, Tensor? input_residual, Tensor? residual, Tensor w_down, Tensor? b_down, "
       "Tensor w_up, Tensor? b_up, Tensor? norm_weight, Tensor? norm_bias, Tensor? out_weight, Tensor? out_bias, "
-      "Tensor? scale, Tensor? gate, Tensor? index, Tensor? seed, Tensor statistics, Tensor? hidden, int skip, "
+      "Tensor? scale, Tensor? gate, Tensor? index, Tensor? seed, Tensor statistics, Tensor? saved, int skip, "
       "int activation, float eps, float out_eps, float factor, float dropout_p, int wanted) -> (Tensor, Tensor, "
       "Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

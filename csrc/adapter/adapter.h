@@ -19,8 +19,8 @@ struct AdapterProblem {
   uint32_t threshold;
   float gain;
   float *mean, *rstd, *out_mean, *out_rstd;  // (rows)
-  float* hidden;                             // z (rows, r), that the forward leaves to the backward; or null
-  char* out;                                 // contiguous, of x's dtype
+  float* saved;  // z and, with a norm of float32 results, y, that the forward leaves to the backward; or null
+  char* out;     // contiguous, of x's dtype
   // Of the backward: null, or false, where not wanted. Gradients of rows are contiguous, of x's dtype.
   Strided dout;
   char *dx, *dinput_residual, *dresidual;
@@ -30,8 +30,21 @@ struct AdapterProblem {
   bool is_backward() const { return dout.data != nullptr; }
   bool wants_sum() const { return dx != nullptr || dinput_residual != nullptr || wants_norm; }
   bool wants_bottleneck() const { return wants_sum() || wants_down || wants_b_down || dgate != nullptr; }
-  bool needs_hidden() const { return hidden == nullptr || !is_backward(); }  // is z computed, or read?
-  bool needs_output() const { return out_weight.data != nullptr || !is_backward(); }
+  bool saves_y() const { return out_weight.data != nullptr && x.dtype == DType::kFloat32; }
+  int64_t saved_row() const { return bottleneck + (saves_y() ? channels : 0); }
+  bool needs_hidden() const { return saved == nullptr || !is_backward(); }  // is z computed, or read?
+  bool needs_y() const { return !is_backward() || (out_weight.data != nullptr && !(saved != nullptr && saves_y())); }
+
+  // Do the rows of `s` lie as products take them, float32 and evenly in their order?
+  bool is_even(const Strided& s) const {
+    return s.dtype == DType::kFloat32 && order == nullptr && s.stride[3] == 1 &&
+           (length == 1 || length == rows || s.stride[1] == length * s.stride[2]);
+  }
+  int64_t row_stride(const Strided& s) const { return s.stride[length == 1 ? 1 : 2]; }
+  bool x_is_u() const { return norm_weight.data == nullptr && input_residual.data == nullptr && is_even(x); }
+  bool dout_is_dy() const { return out_weight.data == nullptr && is_even(dout); }
+  // Can a product be summed in a result of x's size? It writes whole vectors.
+  bool sums_in_place() const { return x.dtype == DType::kFloat32 && order == nullptr && channels % 16 == 0; }
 };
 
 // One adapter; the last two strides of the weights count.
@@ -49,29 +62,37 @@ struct AdapterPart {
   float* rest;          // AdapterSums has its size
 };
 
-// What the rows of some parts, from order[begin] on, leave to the products that sum over them: u and the gradient of o
-// (rows, C), a and dz (rows, r), in rows of padded length. Null: not wanted.
-struct AdapterRows {
-  int64_t begin;
-  float *u, *gradient, *a, *dz;
+// Rows of C elements, evenly spaced. Null: not wanted.
+struct WideRows {
+  float* data;
+  int64_t stride;
+
+  float* row(int64_t i) const { return data + i * stride; }
+  WideRows from(int64_t i) const { return {data == nullptr ? nullptr : row(i), stride}; }
 };
 
-// Sums of an adapter: of the products that make the gradients of `up` (C rows) and `down` (r rows), whose rows end at
-// whole vectors of any instruction set, and, of a part, of the biases and norms. Products may lie in the gradients' own
-// memory.
+// What the rows of some parts, from order[begin] on, leave to the products that sum over them: u and the gradient of o,
+// which may lie in x and dout, and a and dz (rows, r), in rows of padded length.
+struct AdapterRows {
+  int64_t begin;
+  WideRows u, gradient;
+  float *a, *dz;
+};
+
+// Sums of an adapter: of the products that make the gradients of `down` and of `up`, the latter transposed, (r, C)
+// both, whose rows end at whole vectors of any instruction set, and, of a part, of the biases and norms. The product
+// for `down` may lie in the gradient's own memory.
 struct AdapterSums {
-  int64_t up_row, down_row, up, down;              // lengths of rows, sizes
+  int64_t row, size;                               // length of a row, size of a product
   int64_t b_up = 0, b_down, norm, out_norm, rest;  // places in `rest`; of a norm the weight, then the bias
 
   AdapterSums(int64_t channels, int64_t bottleneck)
-      : up_row(round_up(bottleneck, 16)),
-        down_row(round_up(channels, 16)),
-        up(channels * up_row),
-        down(bottleneck * down_row),
-        b_down(down_row),
-        norm(b_down + up_row),
-        out_norm(norm + 2 * down_row),
-        rest(out_norm + 2 * down_row) {}
+      : row(round_up(channels, 16)),
+        size(bottleneck * row),
+        b_down(row),
+        norm(b_down + round_up(bottleneck, 16)),
+        out_norm(norm + 2 * row),
+        rest(out_norm + 2 * row) {}
 };
 
 // What has been summed of one adapter becomes gradients: columns `first` to `last`. Null: not wanted.

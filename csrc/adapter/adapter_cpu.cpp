@@ -260,10 +260,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor input_residu
   const int64_t norms = norm_weight.has_value() + out_weight.has_value();
   Tensor out = allocate(x, {x.size(0), p.length, p.channels});
   Tensor statistics = allocate(x, {2 * norms, x.size(0), p.length}, ScalarType::Float);
-  Tensor hidden =
-      save ? allocate(x, {x.size(0), p.length, p.bottleneck}, ScalarType::Float) : allocate(x, {0}, ScalarType::Float);
-  if (p.rows == 0) return {out, statistics, hidden};
-  if (save) p.hidden = static_cast<float*>(hidden.mutable_data_ptr());
+  Tensor saved =
+      save ? allocate(x, {x.size(0), p.length, p.saved_row()}, ScalarType::Float) : allocate(x, {0}, ScalarType::Float);
+  if (p.rows == 0) return {out, statistics, saved};
+  if (save) p.saved = static_cast<float*>(saved.mutable_data_ptr());
   float* const numbers = static_cast<float*>(statistics.mutable_data_ptr());
   p.mean = numbers, p.rstd = numbers + p.rows;
   p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor input_residu
   Parts parts(call, std::min(round_up(ceil_div(p.rows, 4 * threads), 12), most), threads);
   parts.run(threads, 0, parts.count(),
             [&](const AdapterPart& part, float* space) { kernels().forward(p, part, space); });
-  return {out, statistics, hidden};
+  return {out, statistics, saved};
 }
 
 // Rows whose sums for the gradients of biases and norms are one: by sizes alone, so that bits do not depend on threads.
@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor residual, Tensor w_down,
          OptionalTensor b_down, Tensor w_up, OptionalTensor b_up, OptionalTensor norm_weight, OptionalTensor norm_bias,
          OptionalTensor out_weight, OptionalTensor out_bias, OptionalTensor scale, OptionalTensor gate,
-         OptionalTensor index, OptionalTensor seed, Tensor statistics, OptionalTensor hidden, int64_t skip,
+         OptionalTensor index, OptionalTensor seed, Tensor statistics, OptionalTensor saved, int64_t skip,
          int64_t activation, double eps, double out_eps, double factor, double dropout_p, int64_t wanted) {
   Call call(x, input_residual, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, out_weight, out_bias,
             scale, gate, index, seed, skip, activation, eps, out_eps, factor, dropout_p);
@@ -299,11 +299,11 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   float* const numbers = const_cast<float*>(floats(statistics));
   p.mean = numbers, p.rstd = numbers + p.rows;
   p.out_mean = numbers + 2 * (norms - 1) * p.rows, p.out_rstd = p.out_mean + p.rows;
-  if (hidden.has_value()) {
-    check_dtype(*hidden, "hidden", ScalarType::Float);
-    check_shape(*hidden, "hidden", {x.size(0), p.length, r});
-    hidden = as_contiguous(*hidden);
-    p.hidden = const_cast<float*>(floats(*hidden));
+  if (saved.has_value()) {
+    check_dtype(*saved, "saved", ScalarType::Float);
+    check_shape(*saved, "saved", {x.size(0), p.length, p.saved_row()});
+    saved = as_contiguous(*saved);
+    p.saved = const_cast<float*>(floats(*saved));
   }
 
   const OptionalTensor* const given[kGradients] = {nullptr,   &input_residual, &residual,    nullptr,    &b_down,
@@ -338,22 +338,29 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   const AdapterSums at(channels, r);
   const int64_t item = call.dtype == ScalarType::Float ? 4 : 2;
   const Space rest(parts.count() * at.rest);
-  const bool in_place = call.dtype == ScalarType::Float && r == at.up_row && channels == at.down_row;
-  const Products up(parts, call.adapters, p.wants_up ? at.up : 0, in_place ? floats_of(5) : nullptr);
-  const Products down(parts, call.adapters, p.wants_down ? at.down : 0, in_place ? floats_of(3) : nullptr);
+  const bool in_place = call.dtype == ScalarType::Float && channels == at.row;
+  const Products up(parts, call.adapters, p.wants_up ? at.size : 0, nullptr);
+  const Products down(parts, call.adapters, p.wants_down ? at.size : 0, in_place ? floats_of(3) : nullptr);
   for (int64_t i = 0; i < parts.count(); ++i) parts.parts[i].rest = rest.at(i * at.rest);
 
   // Rows and the products that sum over them in turn, a few parts at a time: while they lie in cache, or, where the
   // sums do not, so many that these are seldom read and written.
   const int64_t step = threads == 1 ? 1 : 2 * threads, most = backward_part(p.rows);
-  const int64_t together = at.up + at.down < 128 * 1024 ? step : std::max(step, ceil_div(1024, most));
+  const int64_t together = 2 * at.size < 128 * 1024 ? step : std::max(step, ceil_div(1024, most));
   const int64_t wide = padded_row(channels), narrow = padded_row(r);
   const int64_t space = std::min(together * most, p.rows) * (p.wants_up || p.wants_down);
-  const Space u(p.wants_down ? space * wide : 0), gradient(p.wants_up ? space * wide : 0);
+  const bool copies_u = p.wants_down && !p.x_is_u(), copies_gradient = p.wants_up && (!p.dout_is_dy() || p.dropout);
+  const Space u(copies_u ? space * wide : 0), gradient(copies_gradient ? space * wide : 0);
   const Space a(p.wants_up ? space * narrow : 0), dz(p.wants_down ? space * narrow : 0);
   for (int64_t begin = 0; begin < parts.count(); begin += together) {
     const int64_t end = std::min(begin + together, parts.count());
-    const AdapterRows rows{parts.parts[begin].begin, u.at(0), gradient.at(0), a.at(0), dz.at(0)};
+    const int64_t row = parts.parts[begin].begin;
+    const auto rows_in = [&](bool wanted, bool copies, const Space& copy, const Strided& s) {
+      if (copies || !wanted) return WideRows{copy.at(0), wide};
+      return WideRows{reinterpret_cast<float*>(s.data), p.row_stride(s)}.from(row);
+    };
+    const AdapterRows rows{row, rows_in(p.wants_down, copies_u, u, p.x),
+                           rows_in(p.wants_up, copies_gradient, gradient, p.dout), a.at(0), dz.at(0)};
     parts.run(threads, begin, end,
               [&](const AdapterPart& part, float* scratch) { kernels().backward(p, part, rows, scratch); });
     if (space == 0) continue;
@@ -374,7 +381,7 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   if (of_weights) {
     const Space scales(to[11] == nullptr ? 0 : call.adapters * channels);
     const int64_t width = 192, pieces = ceil_div(channels, width);
-    for_parts(call.adapters * pieces, call.adapters * at.up < 200000 ? 1 : threads, [&](int64_t i, int64_t) {
+    for_parts(call.adapters * pieces, call.adapters * at.size < 200000 ? 1 : threads, [&](int64_t i, int64_t) {
       const int64_t a = i / pieces, column = i % pieces * width;
       AdapterGradient g{call.weights(a), parts.parts.data() + parts.first[a], parts.first[a + 1] - parts.first[a],
                         column,          std::min(column + width, channels),  down.of(a),
@@ -403,7 +410,7 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   }
   for (int64_t i = 7; i <= 10; ++i)
     if (to[i] != nullptr) {
-      const int64_t place = (i < 9 ? at.norm : at.out_norm) + (i % 2 == 1 ? 0 : at.down_row);
+      const int64_t place = (i < 9 ? at.norm : at.out_norm) + (i % 2 == 1 ? 0 : at.row);
       add_parts(floats_of(i), rest.at(place), 1, parts.count(), at.rest, channels, 1);
     }
   if (to[12] != nullptr) {

@@ -24,7 +24,7 @@ struct Panels {
     b_up = b_down + narrow;
     down = b_up + wide;
     up = down + (p.needs_hidden() ? channels * narrow : 0);
-    up_back = up + (p.needs_output() ? bottleneck * wide : 0);
+    up_back = up + (p.needs_y() ? bottleneck * wide : 0);
     down_back = up_back + (p.is_backward() && p.wants_bottleneck() ? channels * narrow : 0);
     size = down_back + (p.is_backward() && p.wants_sum() ? bottleneck * wide : 0);
   }
@@ -77,20 +77,24 @@ void pack(const AdapterProblem& p, const AdapterWeights& w, float* panels) {
 
 // --- A block of rows -----------------------------------------------------------------------------------------------
 
-// Rows that pass through together: their three arrays and the packed weights share the second cache level.
-int64_t block_rows(int64_t channels) { return std::clamp<int64_t>(50 * 1024 / padded_row(channels), 12, 96); }
+// Rows that pass through together: their three arrays and the packed weights share the second cache level. Weights
+// that do not fit there are worth more rows.
+int64_t block_rows(const AdapterProblem& p) {
+  const bool fits = p.channels * p.bottleneck <= 128 * 1024;
+  return std::clamp<int64_t>((fits ? 50 : 100) * 1024 / padded_row(p.channels), 12, fits ? 96 : 128);
+}
 
 // The same for blocks of almost equal length: the last one of few rows would be slow.
-int64_t even_block(const AdapterPart& part, int64_t channels) {
+int64_t even_block(const AdapterProblem& p, const AdapterPart& part) {
   const int64_t rows = part.end - part.begin;
-  return ceil_div(rows, ceil_div(rows, block_rows(channels)));
+  return ceil_div(rows, ceil_div(rows, block_rows(p)));
 }
 
 // Scratch memory of a worker: arrays of rows of C and of r elements, and single rows.
 struct Scratch {
-  int64_t wide, narrow;         // lengths of rows
-  float *u, *y, *dy, *dropped;  // (block, C); y: o before dropout, or du; `dropped`: o, or its gradient
-  float *z, *a, *da;            // (block, r)
+  int64_t wide, narrow;        // lengths of rows
+  WideRows u, y, dy, dropped;  // of a block; y: o before dropout, or du; `dropped`: o, or its gradient
+  float *z, *a, *da;           // (block, r)
   float *weight, *bias, *out_weight, *out_bias;  // (C)
   float* gate;                                   // (block)
   float* rows;                                   // four rows as they are read, where they are not dense
@@ -99,15 +103,15 @@ struct Scratch {
 
   Scratch(const AdapterProblem& p, float* space) {
     const bool backward = p.is_backward();
-    const int64_t block = block_rows(p.channels);
+    const int64_t block = block_rows(p);
     wide = padded_row(p.channels), narrow = padded_row(p.bottleneck);
     const auto take = [&](int64_t floats) {
       float* const piece = space == nullptr ? nullptr : space + size;
       size += round_up(floats, 16);
       return piece;
     };
-    u = take(block * wide), y = take(block * wide);
-    dy = take(backward ? block * wide : 0), dropped = take(p.dropout ? block * wide : 0);
+    const auto take_rows = [&](bool needed) { return WideRows{take(needed ? block * wide : 0), wide}; };
+    u = take_rows(true), y = take_rows(true), dy = take_rows(backward), dropped = take_rows(p.dropout);
     z = take(block * narrow), a = take(block * narrow), da = take(backward ? block * narrow : 0);
     weight = take(wide), bias = take(wide), out_weight = take(wide), out_bias = take(wide);
     gate = take(block), rows = take(4 * wide);
@@ -143,18 +147,28 @@ MMK_INLINE Statistics statistics_of(const float* values, float total, int64_t co
   return {mean, 1.0f / std::sqrt(squares.total() * scale + eps)};
 }
 
+// The rows of x, dout or a result from `begin` on as float32.
+WideRows rows_in(const AdapterProblem& p, const Strided& s, int64_t begin) {
+  return {reinterpret_cast<float*>(s.data) + begin * p.row_stride(s), p.row_stride(s)};
+}
+WideRows rows_in(const AdapterProblem& p, char* result, int64_t begin) {
+  return {reinterpret_cast<float*>(result) + begin * p.channels, p.channels};
+}
+
 // u, and what is added to the branch: residuals and, with `bias`, the bias of the up-projection times the gate.
 template <class T>
 void input_rows(const Block& block, const Scratch& s, const float* bias, bool wants_y, bool saved) {
   const AdapterProblem& p = block.p;
   const int64_t columns = p.channels;
+  const bool wants_u = !p.x_is_u();
+  if (!wants_u && !wants_y) return;
   const bool normed = p.norm_weight.data != nullptr, x_again = p.skip & 1, input_again = p.skip & 2;
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t row = block.row(i);
     const T* x = row_of<T>(p, p.x, row, s.rows);
     const T* input = row_of<T>(p, p.input_residual, row, s.rows + s.wide);
     const T* residual = row_of<T>(p, p.residual, row, s.rows + 2 * s.wide);
-    float *const u = s.u + i * s.wide, *const y = s.y + i * s.wide;
+    float *const u = s.u.row(i), *const y = s.y.row(i);
     const float gate = s.gate[i];
     Sum total;
     for_vectors(columns, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
@@ -166,7 +180,7 @@ void input_rows(const Block& block, const Scratch& s, const float* bias, bool wa
         if (input_again) added += v;
         sum += v;
       }
-      store(u + c, sum, lanes);
+      if (wants_u) store(u + c, sum, lanes);
       if (wants_y) store(y + c, added, lanes);
       total.part[k] += sum;
     });
@@ -189,11 +203,11 @@ void input_rows(const Block& block, const Scratch& s, const float* bias, bool wa
 void bottleneck(const Block& block, const Scratch& s, const Panels& at, const float* panels) {
   const AdapterProblem& p = block.p;
   if (p.needs_hidden())
-    gemm<false>({s.u, s.wide, panels + at.down, kPanel, at.channels * kPanel, s.z, s.narrow, kPanel}, block.count,
-                at.bottleneck, at.channels, false);
+    gemm<false>({s.u.data, s.u.stride, panels + at.down, kPanel, at.channels * kPanel, s.z, s.narrow, kPanel},
+                block.count, at.bottleneck, at.channels, false);
   for (int64_t i = 0; i < block.count; ++i) {
     float *const z = s.z + i * s.narrow, *const a = s.a + i * s.narrow;
-    float* const saved = p.hidden == nullptr ? nullptr : p.hidden + block.row(i) * at.bottleneck;
+    float* const saved = p.saved == nullptr ? nullptr : p.saved + block.row(i) * p.saved_row();
     const float gate = s.gate[i];
     for_vectors(at.bottleneck, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
       Vec v;
@@ -214,17 +228,18 @@ DropoutRow dropout_of(const AdapterProblem& p, int64_t row) { return dropout_row
 // y += o.
 void add_branch(const Block& block, const Scratch& s, const Panels& at, const float* panels) {
   const AdapterProblem& p = block.p;
-  float* const o = p.dropout ? s.dropped : s.y;
-  gemm<false>({s.a, s.narrow, panels + at.up, kPanel, at.bottleneck * kPanel, o, s.wide, kPanel}, block.count,
+  const WideRows& o = p.dropout ? s.dropped : s.y;
+  gemm<false>({s.a, s.narrow, panels + at.up, kPanel, at.bottleneck * kPanel, o.data, o.stride, kPanel}, block.count,
               at.channels, at.bottleneck, !p.dropout);
   if (!p.dropout) return;
   for (int64_t i = 0; i < block.count; ++i) {
     const DropoutRow random = dropout_of(p, block.row(i));
-    float* const y = s.y + i * s.wide;
-    for (int64_t c = 0; c < at.channels; c += kWidth) {
-      const Vec v = load(o + i * s.wide + c) + load(panels + at.b_up + c) * s.gate[i];
-      store(y + c, load(y + c) + dropped(random, c, p.threshold, p.gain, v));
-    }
+    const float* const branch = o.row(i);
+    float* const y = s.y.row(i);
+    for_vectors(at.channels, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
+      const Vec v = load(branch + c) + load(panels + at.b_up + c) * s.gate[i];
+      store(y + c, load(y + c, lanes) + dropped(random, c, p.threshold, p.gain, v), lanes);
+    });
   }
 }
 
@@ -243,32 +258,39 @@ void load_norms(const AdapterProblem& p, const Scratch& s) {
 
 template <class T>
 void forward_of(const AdapterProblem& p, const AdapterPart& part, float* space) {
-  const Scratch s(p, space);
+  Scratch s(p, space);
   const Panels at(p);
-  const int64_t columns = p.channels, step = even_block(part, columns);
+  const int64_t columns = p.channels, step = even_block(p, part);
+  const bool normed = p.out_weight.data != nullptr, in_place = !normed && p.sums_in_place();
   load_norms(p, s);
   for (int64_t begin = part.begin; begin < part.end; begin += step) {
     const Block block{p, begin, std::min(step, part.end - begin)};
+    if (p.x_is_u()) s.u = rows_in(p, p.x, begin);
+    if (in_place) s.y = rows_in(p, p.out, begin);
     load_gates(block, s);
     input_rows<T>(block, s, part.panels == nullptr || p.dropout ? nullptr : part.panels + at.b_up, true, false);
     if (part.panels != nullptr) {
       bottleneck(block, s, at, part.panels);
       add_branch(block, s, at, part.panels);
-    } else if (p.hidden != nullptr) {
-      for (int64_t i = 0; i < block.count; ++i) std::fill_n(p.hidden + block.row(i) * p.bottleneck, p.bottleneck, 0.0f);
+    } else if (p.saved != nullptr) {
+      for (int64_t i = 0; i < block.count; ++i) std::fill_n(p.saved + block.row(i) * p.saved_row(), p.bottleneck, 0.0f);
     }
-    for (int64_t i = 0; i < block.count; ++i) {
+    for (int64_t i = 0; i < block.count && !in_place; ++i) {
       const int64_t row = block.row(i);
-      const float* const y = s.y + i * s.wide;
+      const float* const y = s.y.row(i);
       T* const out = reinterpret_cast<T*>(p.out) + row * columns;
-      if (p.out_weight.data == nullptr) {
+      if (!normed) {
         for_vectors(columns,
                     [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA { store(out + c, load(y + c, lanes), lanes); });
         continue;
       }
+      float* const saved = p.saved != nullptr && p.saves_y() ? p.saved + row * p.saved_row() + p.bottleneck : nullptr;
       Sum total;
-      for_vectors(columns,
-                  [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA { total.part[k] += load(y + c, lanes); });
+      for_vectors(columns, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
+        const Vec v = load(y + c, lanes);
+        total.part[k] += v;
+        if (saved != nullptr) store(saved + c, v, lanes);
+      });
       const Statistics found = statistics_of(y, total.total(), columns, p.out_eps);
       p.out_mean[row] = found.mean, p.out_rstd[row] = found.rstd;
       for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
@@ -281,11 +303,11 @@ void forward_of(const AdapterProblem& p, const AdapterPart& part, float* space) 
 
 // --- Backward ------------------------------------------------------------------------------------------------------
 
-// With g = dout weight and xhat = (v - mean) rstd:   dv = rstd (g - avg(g) - xhat avg(g xhat)), to `gradient`, which
-// may be dout. Adds to the sums of the weight and of the bias, which may be null. `v_of(c, lanes)` is v.
-template <class T, class F>
+// With g = dout weight and xhat = (v - mean) rstd:   put(c, rstd (g - avg(g) - xhat avg(g xhat)), lanes). g waits in
+// `space`, which may be dout. Adds to the sums of the weight and of the bias, which may be null. `v_of(c, lanes)` is v.
+template <class T, class F, class Put>
 MMK_INLINE void norm_backward(const T* dout, const F& v_of, float mean, float rstd, const float* weight,
-                              int64_t columns, float* gradient, float* sums, int64_t sums_row) {
+                              int64_t columns, float* space, float* sums, int64_t sums_row, const Put& put) {
   Sum first, second;
   for_vectors(columns, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
     const Vec normed = (v_of(c, lanes) - mean) * rstd, incoming = load(dout + c, lanes);
@@ -297,13 +319,13 @@ MMK_INLINE void norm_backward(const T* dout, const F& v_of, float mean, float rs
       store(sums + sums_row + c, load(sums + sums_row + c, lanes) + incoming, lanes);
     }
     // Rounded once: a product that went into a fused multiply-add would differ from what the average was taken of.
-    store(gradient + c, g, lanes);
+    store(space + c, g, lanes);
   });
   const float scale = 1.0f / static_cast<float>(columns), mean_g = first.total() * scale,
               mean_gx = second.total() * scale;
   for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
     const Vec normed = (v_of(c, lanes) - mean) * rstd;
-    store(gradient + c, ((load(gradient + c, lanes) - mean_g) - normed * mean_gx) * rstd, lanes);
+    put(c, ((load(space + c, lanes) - mean_g) - normed * mean_gx) * rstd, lanes);
   });
 }
 
@@ -312,59 +334,50 @@ template <class T>
 void output_rows(const Block& block, const Scratch& s, const AdapterSums& at, float* sums, bool branch) {
   const AdapterProblem& p = block.p;
   const int64_t columns = p.channels;
+  const bool in_dout = p.dout_is_dy();
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t row = block.row(i);
     const T* dout = row_of<T>(p, p.dout, row, s.rows + 3 * s.wide);
-    float *const dy = s.dy + i * s.wide, *const y = s.y + i * s.wide;
+    float* const dy = s.dy.row(i);
+    T* const dresidual = p.dresidual == nullptr ? nullptr : reinterpret_cast<T*>(p.dresidual) + row * columns;
+    float *const to = p.dropout ? s.dropped.row(i) : nullptr, *const db_up = sums + at.b_up, gate = s.gate[i];
+    const bool wants_b_up = branch && p.wants_b_up;
+    const DropoutRow random = p.dropout ? dropout_of(p, row) : DropoutRow{};
+    const auto put = [&](int64_t c, Vec v, auto lanes) MMK_INLINE_LAMBDA {
+      if (!in_dout) store(dy + c, v, lanes);
+      if (dresidual != nullptr) store(dresidual + c, v, lanes);
+      if (to != nullptr && branch) store(to + c, v = dropped(random, c, p.threshold, p.gain, v), lanes);
+      if (wants_b_up) store(db_up + c, load(db_up + c, lanes) + v * gate, lanes);
+    };
     if (p.out_weight.data != nullptr) {
+      const float* const y = p.needs_y() ? s.y.row(i) : p.saved + row * p.saved_row() + p.bottleneck;
       norm_backward(
           dout, [&](int64_t c, auto lanes) MMK_INLINE_LAMBDA { return load(y + c, lanes); }, p.out_mean[row],
-          p.out_rstd[row], s.out_weight, columns, dy, p.wants_out_norm ? sums + at.out_norm : nullptr, at.down_row);
-    } else {
-      for_vectors(columns,
-                  [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA { store(dy + c, load(dout + c, lanes), lanes); });
-    }
-    if (p.dresidual != nullptr) {
-      T* const to = reinterpret_cast<T*>(p.dresidual) + row * columns;
-      for_vectors(columns,
-                  [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA { store(to + c, load(dy + c, lanes), lanes); });
-    }
-    if (!branch) continue;
-    const float* gradient = dy;
-    if (p.dropout) {
-      const DropoutRow random = dropout_of(p, row);
-      float* const to = s.dropped + i * s.wide;
-      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
-        store(to + c, dropped(random, c, p.threshold, p.gain, load(dy + c, lanes)), lanes);
-      });
-      gradient = to;
-    }
-    if (p.wants_b_up) {
-      float* const to = sums + at.b_up;
-      const float gate = s.gate[i];
-      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
-        store(to + c, load(to + c, lanes) + load(gradient + c, lanes) * gate, lanes);
-      });
+          p.out_rstd[row], s.out_weight, columns, dy, p.wants_out_norm ? sums + at.out_norm : nullptr, at.row, put);
+    } else if (!in_dout || dresidual != nullptr || to != nullptr || wants_b_up) {
+      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA { put(c, load(dout + c, lanes), lanes); });
     }
   }
 }
 
 // dz, in place of da, and what has it: the gradients of the gate and of b_down.
-void bottleneck_backward(const Block& block, const Scratch& s, const Panels& at, const float* panels, const float* dout,
-                         float* db_down) {
+void bottleneck_backward(const Block& block, const Scratch& s, const Panels& at, const float* panels,
+                         const WideRows& gradient, float* db_down) {
   const AdapterProblem& p = block.p;
-  gemm<false>({dout, s.wide, panels + at.up_back, kPanel, at.channels * kPanel, s.da, s.narrow, kPanel}, block.count,
-              at.bottleneck, at.channels, false);
+  gemm<false>(
+      {gradient.data, gradient.stride, panels + at.up_back, kPanel, at.channels * kPanel, s.da, s.narrow, kPanel},
+      block.count, at.bottleneck, at.channels, false);
   for (int64_t i = 0; i < block.count; ++i) {
     const float *const z = s.z + i * s.narrow, gate = s.gate[i];
     float* const da = s.da + i * s.narrow;
     if (p.dgate != nullptr) {
+      const float* const of_row = gradient.row(i);
       Sum sum;
       for_vectors(at.bottleneck, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
         sum.part[k] += only(load(da + c) * activated(p.activation, load(z + c)), lanes);
       });
       for_vectors(at.channels, [&](int64_t c, int k, auto lanes) MMK_INLINE_LAMBDA {
-        sum.part[k] += only(load(dout + i * s.wide + c) * load(panels + at.b_up + c), lanes);
+        sum.part[k] += only(load(of_row + c, lanes) * load(panels + at.b_up + c), lanes);
       });
       p.dgate[block.row(i)] = sum.total();
     }
@@ -383,8 +396,17 @@ void sum_rows(const Block& block, const Scratch& s, const AdapterSums& at, float
   const int64_t columns = p.channels;
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t row = block.row(i);
-    float* const du = s.y + i * s.wide;
-    const float* const dy = s.dy + i * s.wide;
+    float* const du = s.y.row(i);
+    const float* const dy = s.dy.row(i);
+    const auto of = [&](char* result) {
+      return result == nullptr ? nullptr : reinterpret_cast<T*>(result) + row * columns;
+    };
+    T *const dx = of(p.dx), *const dinput = of(p.dinput_residual);
+    const bool x_again = p.skip & 1, input_again = p.skip & 2;
+    const auto put = [&](int64_t c, Vec ds, auto lanes) MMK_INLINE_LAMBDA {
+      if (dx != nullptr) store(dx + c, x_again ? ds + load(dy + c, lanes) : ds, lanes);
+      if (dinput != nullptr) store(dinput + c, input_again ? ds + load(dy + c, lanes) : ds, lanes);
+    };
     if (p.norm_weight.data != nullptr) {
       const T* x = row_of<T>(p, p.x, row, s.rows);
       const T* input = row_of<T>(p, p.input_residual, row, s.rows + s.wide);
@@ -397,16 +419,9 @@ void sum_rows(const Block& block, const Scratch& s, const AdapterSums& at, float
           store(du + c, load(du + c, lanes) + load(dy + c, lanes), lanes);
         });
       norm_backward(du, s_of, p.mean[row], p.rstd[row], s.weight, columns, du, p.wants_norm ? sums + at.norm : nullptr,
-                    at.down_row);
-    }
-    for (const auto& [result, bit] : {std::pair{p.dx, 1}, std::pair{p.dinput_residual, 2}}) {
-      if (result == nullptr) continue;
-      T* const to = reinterpret_cast<T*>(result) + row * columns;
-      const bool again = p.skip & bit;
-      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
-        const Vec ds = load(du + c, lanes);
-        store(to + c, again ? ds + load(dy + c, lanes) : ds, lanes);
-      });
+                    at.row, put);
+    } else {
+      for_vectors(columns, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA { put(c, load(du + c, lanes), lanes); });
     }
   }
 }
@@ -417,34 +432,47 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, const Adapter
   const Panels at(p);
   const AdapterSums sums(p.channels, p.bottleneck);
   const float* const panels = part.panels;
-  const int64_t columns = p.channels, step = even_block(part, columns);
+  const int64_t columns = p.channels, step = even_block(p, part);
   const bool branch = panels != nullptr, out_norm = p.out_weight.data != nullptr;
-  const bool again = branch && (out_norm || p.wants_bottleneck() || p.wants_up);  // is the bottleneck needed again?
+  // Is y made again, from the bottleneck, and is that needed for anything else?
+  const bool makes_y = out_norm && p.needs_y(), again = branch && (makes_y || p.wants_bottleneck() || p.wants_up);
+  // du is summed where it is wanted if nothing is done to it.
+  char* const result = p.norm_weight.data != nullptr || (p.dx != nullptr && p.dinput_residual != nullptr) ? nullptr
+                       : p.dx != nullptr ? p.dx
+                                         : p.dinput_residual;
+  const bool in_place = result != nullptr && p.sums_in_place(), add_dy = p.skip & (result == p.dx ? 1 : 2);
   load_norms(p, s);
   std::fill_n(part.rest, sums.rest, 0.0f);
   for (int64_t begin = part.begin; begin < part.end; begin += step) {
     const Block block{p, begin, std::min(step, part.end - begin)};
     const int64_t place = begin - rows.begin;
-    if (rows.u != nullptr) s.u = rows.u + place * s.wide;
-    if (rows.gradient != nullptr) (p.dropout ? s.dropped : s.dy) = rows.gradient + place * s.wide;
+    if (rows.u.data != nullptr) s.u = rows.u.from(place);
+    if (rows.gradient.data != nullptr) (p.dropout ? s.dropped : s.dy) = rows.gradient.from(place);
+    if (p.x_is_u()) s.u = rows_in(p, p.x, begin);
+    if (p.dout_is_dy()) s.dy = rows_in(p, p.dout, begin);
     if (rows.a != nullptr) s.a = rows.a + place * s.narrow;
     if (rows.dz != nullptr) s.da = rows.dz + place * s.narrow;
     load_gates(block, s);
-    if ((again && (p.needs_hidden() || p.wants_down)) || out_norm)
-      input_rows<T>(block, s, !branch || p.dropout ? nullptr : panels + at.b_up, out_norm, true);
+    if ((again && (p.needs_hidden() || p.wants_down)) || makes_y)
+      input_rows<T>(block, s, !branch || p.dropout ? nullptr : panels + at.b_up, makes_y, true);
     if (again) bottleneck(block, s, at, panels);
-    if (branch && out_norm) add_branch(block, s, at, panels);
+    if (branch && makes_y) add_branch(block, s, at, panels);
     output_rows<T>(block, s, sums, part.rest, branch);
-    const float* const gradient = p.dropout ? s.dropped : s.dy;  // of o
     if (branch && p.wants_bottleneck())
-      bottleneck_backward(block, s, at, panels, gradient, p.wants_b_down ? part.rest + sums.b_down : nullptr);
+      bottleneck_backward(block, s, at, panels, p.dropout ? s.dropped : s.dy,
+                          p.wants_b_down ? part.rest + sums.b_down : nullptr);
     if (!p.wants_sum()) continue;
+    const WideRows du = in_place ? rows_in(p, result, begin) : s.y;
+    for (int64_t i = 0; i < block.count && (!branch || (in_place && add_dy)); ++i) {
+      if (in_place && add_dy)
+        std::copy_n(s.dy.row(i), columns, du.row(i));
+      else
+        std::fill_n(du.row(i), columns, 0.0f);
+    }
     if (branch)
-      gemm<false>({s.da, s.narrow, panels + at.down_back, kPanel, p.bottleneck * kPanel, s.y, s.wide, kPanel},
-                  block.count, columns, p.bottleneck, false);
-    else
-      std::fill_n(s.y, block.count * s.wide, 0.0f);
-    sum_rows<T>(block, s, sums, part.rest);
+      gemm<false>({s.da, s.narrow, panels + at.down_back, kPanel, p.bottleneck * kPanel, du.data, du.stride, kPanel},
+                  block.count, columns, p.bottleneck, in_place && add_dy);
+    if (!in_place) sum_rows<T>(block, s, sums, part.rest);
   }
   if (!branch && p.dgate != nullptr)
     for (int64_t i = part.begin; i < part.end; ++i) p.dgate[p.order[i]] = 0.0f;
@@ -452,24 +480,35 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, const Adapter
 
 // --- Gradients of the weights --------------------------------------------------------------------------------------
 
-// Sums of a block after those of the one before it: the order is that of the rows, whoever takes which columns when.
+// sums (r x columns) += narrow^T wide over the rows of a part. What rows of C elements leave far apart, 128 bytes of
+// each, is copied together: read where it lies, once for every tile of the bottleneck, it would cost a page's address
+// a row.
+void product(const float* narrow, int64_t narrow_row, const float* wide, int64_t wide_row, int64_t rows,
+             int64_t bottleneck, int64_t columns, float* sums, int64_t sums_row, bool accumulate) {
+  alignas(64) float panel[kStretch * kPanel];
+  const int64_t stretches = ceil_div(rows, kStretch);
+  for (int64_t j = 0; j < columns; j += kPanel)
+    for (int64_t s = 0; s < stretches; ++s) {
+      const int64_t begin = s * rows / stretches, depth = (s + 1) * rows / stretches - begin;
+      const int64_t width = std::min<int64_t>(kPanel, columns - j);
+      load_tile(panel, kPanel, wide + begin * wide_row + j, wide_row, 1, depth, width, 1.0f);
+      gemm<true>({narrow + begin * narrow_row, narrow_row, panel, kPanel, 0, sums + j, sums_row, 0}, bottleneck, width,
+                 depth, accumulate || s > 0);
+    }
+}
+
+// Sums of a part after those of the one before it: the order is that of the rows, whoever takes which columns when.
 void products(const AdapterProblem& p, const AdapterRows& rows, const AdapterPart* parts, int64_t count, int64_t first,
               int64_t last, bool accumulate, float* down, float* up) {
-  const AdapterSums at(p.channels, p.bottleneck);
-  const int64_t wide = padded_row(p.channels), narrow = padded_row(p.bottleneck);
-  for (const AdapterPart* part = parts; part < parts + count; ++part) {
-    const int64_t step = even_block(*part, p.channels);
-    for (int64_t begin = part->begin; begin < part->end; begin += step, accumulate = true) {
-      const int64_t depth = std::min(step, part->end - begin), place = begin - rows.begin;
-      if (up != nullptr)
-        gemm<true>({rows.gradient + place * wide + first, wide, rows.a + place * narrow, narrow, kPanel,
-                    up + first * at.up_row, at.up_row, kPanel},
-                   last - first, p.bottleneck, depth, accumulate);
-      if (down != nullptr)
-        gemm<true>({rows.dz + place * narrow, narrow, rows.u + place * wide + first, wide, kPanel, down + first,
-                    at.down_row, kPanel},
-                   p.bottleneck, last - first, depth, accumulate);
-    }
+  const int64_t sums_row = AdapterSums(p.channels, p.bottleneck).row, narrow = padded_row(p.bottleneck);
+  for (const AdapterPart* part = parts; part < parts + count; ++part, accumulate = true) {
+    const int64_t depth = part->end - part->begin, place = part->begin - rows.begin;
+    if (up != nullptr)
+      product(rows.a + place * narrow, narrow, rows.gradient.row(place) + first, rows.gradient.stride, depth,
+              p.bottleneck, last - first, up + first, sums_row, accumulate);
+    if (down != nullptr)
+      product(rows.dz + place * narrow, narrow, rows.u.row(place) + first, rows.u.stride, depth, p.bottleneck,
+              last - first, down + first, sums_row, accumulate);
   }
 }
 
@@ -478,42 +517,53 @@ void finish_of(const AdapterProblem& p, const AdapterGradient& g) {
   const AdapterSums at(p.channels, p.bottleneck);
   const AdapterWeights& w = g.weights;
   const int64_t r = p.bottleneck;
+  const bool is_empty = g.count == 0;  // without rows there is no gradient, whatever the scale is
   const auto total = [&](int64_t place, auto lanes) MMK_INLINE_LAMBDA {
     Vec sum{};
     for (int64_t part = 0; part < g.count; ++part) sum += load(g.parts[part].rest + place, lanes);
     return sum;
   };
-  const auto of = [&](const float* sums, int64_t place, auto lanes)
-                      MMK_INLINE_LAMBDA { return g.count == 0 ? Vec{} : load(sums + place, lanes); };
-  const bool done = g.count > 0 && reinterpret_cast<const char*>(g.down) == g.ddown;
+  const bool done = !is_empty && reinterpret_cast<const char*>(g.down) == g.ddown;
   for (int64_t i = 0; g.ddown != nullptr && !done && i < r; ++i) {
     T* const to = reinterpret_cast<T*>(g.ddown) + i * p.channels + g.first;
+    const float* const sums = g.down + i * at.row + g.first;
     for_vectors(g.last - g.first, [&](int64_t c, int, auto lanes) MMK_INLINE_LAMBDA {
-      store(to + c, of(g.down, i * at.down_row + g.first + c, lanes), lanes);
+      store(to + c, is_empty ? Vec{} : load(sums + c, lanes), lanes);
     });
   }
-  for (int64_t c = g.first; c < g.last; ++c) {
-    // Without rows there is no gradient, whatever the scale is.
-    const float scale = g.count == 0 ? 0.0f : w.factor * (w.scale.data == nullptr ? 1.0f : element(w.scale, 0, c));
-    T* const to = g.dup == nullptr ? nullptr : reinterpret_cast<T*>(g.dup) + c * r;
-    const bool done = scale == 1.0f && reinterpret_cast<const char*>(g.up) == g.dup;
-    Sum product;  // of the sums and the weight: what a factor on the weight has
-    if ((to != nullptr && !done) || g.dscale != nullptr)
-      for_vectors(r, [&](int64_t i, int k, auto lanes) MMK_INLINE_LAMBDA {
-        const Vec sum = of(g.up, c * at.up_row + i, lanes);
-        if (to != nullptr) store(to + i, sum * scale, lanes);
-        if (g.dscale == nullptr) return;
-        float up[kWidth];
-        load_tile(up, kWidth, w.up.at(0, 0, c, i), w.up.dtype, 0, w.up.stride[3], 1, std::min<int64_t>(kWidth, r - i));
-        product.part[k] += sum * load(up);
-      });
+  for (int64_t first = g.first; first < g.last; first += kWidth) {
+    const int64_t count = std::min<int64_t>(kWidth, g.last - first);
+    float scales[kWidth], products[kWidth] = {};  // of the sums and the weight: what a factor on the weight has
+    for (int64_t c = 0; c < count; ++c)
+      scales[c] = is_empty ? 0.0f : w.factor * (w.scale.data == nullptr ? 1.0f : element(w.scale, 0, first + c));
+    for (int64_t i = 0; (g.dup != nullptr || g.dscale != nullptr) && i < r; i += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, r - i);
+      float sums[kWidth * kPanel] = {}, up[kPanel];
+      if (!is_empty) load_tile(sums, kPanel, g.up + i * at.row + first, 1, at.row, kWidth, width, 1.0f);
+      for (int64_t c = 0; c < count; ++c) {
+        if (g.dup != nullptr) {
+          T* const to = reinterpret_cast<T*>(g.dup) + (first + c) * r + i;
+          for_vectors(width, [&](int64_t j, int, auto lanes)
+                                 MMK_INLINE_LAMBDA { store(to + j, load(sums + c * kPanel + j) * scales[c], lanes); });
+        }
+        if (g.dscale == nullptr) continue;
+        load_tile(up, kPanel, w.up.at(0, 0, first + c, i), w.up.dtype, 0, w.up.stride[3], 1, width);
+        Sum product;
+        for_vectors(round_up(width, kWidth), [&](int64_t j, int k, auto) MMK_INLINE_LAMBDA {
+          product.part[k] += load(sums + c * kPanel + j) * load(up + j);
+        });
+        products[c] += product.total();
+      }
+    }
     if (g.db_up == nullptr && g.dscale == nullptr) continue;
-    const float db_up = total(at.b_up + c, Rest{1})[0];
-    if (g.db_up != nullptr) g.db_up[c] = db_up * scale;
-    if (g.dscale != nullptr && g.count == 0)
-      g.dscale[c] = 0.0f;
-    else if (g.dscale != nullptr)
-      g.dscale[c] = w.factor * (product.total() + (w.b_up.data == nullptr ? 0.0f : db_up * element(w.b_up, 0, c)));
+    float db_up[kWidth];
+    store(db_up, total(at.b_up + first, Whole{}));
+    for (int64_t c = 0; c < count; ++c) {
+      if (g.db_up != nullptr) g.db_up[first + c] = db_up[c] * scales[c];
+      if (g.dscale == nullptr) continue;
+      const float bias = w.b_up.data == nullptr ? 0.0f : db_up[c] * element(w.b_up, 0, first + c);
+      g.dscale[first + c] = is_empty ? 0.0f : w.factor * (products[c] + bias);
+    }
   }
   if (g.db_down != nullptr && g.first == 0)
     for_vectors(r, [&](int64_t i, int, auto lanes)

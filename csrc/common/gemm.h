@@ -41,19 +41,23 @@ enum class Order { kByRows, kByColumns, kByChunks };  // of A's elements
 
 // What becomes of a tile's sums: C, or something to add to it.
 struct Add {
-  float* __restrict c;
+  float* c;
   int64_t c_row;
   bool accumulate;
 
   template <int kRows, int kVecs>
   __attribute__((always_inline)) inline void operator()(const Vec (&acc)[kRows][kVecs]) const {
+    float* __restrict to = c;
+    const auto put = [&](auto sum) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < kRows; ++i, to += c_row)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) {
-        float* to = c + i * c_row + v * kWidth;
-        store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
-      }
+        for (int v = 0; v < kVecs; ++v) store(to + v * kWidth, sum(to + v * kWidth, acc[i][v]));
+    };
+    if (accumulate)
+      put([](const float* before, Vec sum) { return load(before) + sum; });
+    else
+      put([](const float*, Vec sum) { return sum; });
   }
 };
 
@@ -65,27 +69,47 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
-  const int64_t stride = kOrder == Order::kByRows ? a_stride : kOrder == Order::kByColumns ? 1 : kWidth;
-  for (int64_t p = 0; p < depth;) {
-    const int64_t end = kOrder == Order::kByChunks ? std::min<int64_t>(p + kWidth, depth) : depth;
-    const float* __restrict next = a + a_stride;
-    for (; p < end; ++p) {
-      if constexpr (kOrder != Order::kByColumns) {  // the first tile finds B in the second cache level
-        for (int j = 0; j < kVecs * kWidth; j += 16) __builtin_prefetch(b + 8 * b_row + j);
-      }
-      Vec columns[kVecs];
+  const auto multiply = [&](const auto& element) __attribute__((always_inline)) {
+    Vec columns[kVecs];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);
+    for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const Vec scalar = splat(a[i * stride]);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec scalar = splat(element(i));
 #pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) acc[i][v] += scalar * columns[v];
-      }
-      a += kOrder == Order::kByColumns ? a_stride : 1;
-      b += b_row;
+      for (int v = 0; v < kVecs; ++v) acc[i][v] += scalar * columns[v];
     }
-    if constexpr (kOrder == Order::kByChunks) a = next;
+    b += b_row;
+  };
+  const auto prefetch = [&]() __attribute__((always_inline)) {  // the first tile finds B in the second cache level
+    for (int j = 0; j < kVecs * kWidth; j += 16) __builtin_prefetch(b + 8 * b_row + j);
+  };
+  if constexpr (kOrder == Order::kByRows) {
+    // A pointer for three rows: one for all of them would need as many multiples of the stride, more than there are
+    // registers. The compiler, who would see that they are of one array, is kept from knowing it.
+    constexpr int kGroups = (kRows + 2) / 3;
+    const float* rows[kGroups];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+      rows[g] = a + 3 * g * a_stride;
+      asm("" : "+r"(rows[g]));
+    }
+    for (int64_t p = 0; p < depth; ++p) {
+      prefetch();
+      multiply([&](int i) __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_stride]; });
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) ++rows[g];
+    }
+  } else if constexpr (kOrder == Order::kByColumns) {
+    for (int64_t p = 0; p < depth; ++p, a += a_stride)
+      multiply([&](int i) __attribute__((always_inline)) { return a[i]; });
+  } else {
+    // One loop without branches: the end of an inner one, every kWidth steps, would be mispredicted.
+    for (int64_t p = 1; p <= depth; ++p) {
+      prefetch();
+      multiply([&](int i) __attribute__((always_inline)) { return a[i * kWidth]; });
+      a += p % kWidth == 0 ? a_stride - kWidth + 1 : 1;
+    }
   }
   finish(acc);
 }

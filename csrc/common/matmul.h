@@ -78,30 +78,33 @@ void matmul(const Extent& e, const PackA& pack_a, const PackB& pack_b, const Fin
       for (int64_t j = 0; j < e.columns; j += kPanel) {
         const int64_t width = std::min<int64_t>(kPanel, e.columns - j);
         const bool whole = width % kWidth == 0 || c == nullptr;
-        for (int64_t i = block; i < end; i += kTileRows) {
-          const int64_t height = std::min<int64_t>(kTileRows, end - i);
-          float* const home = c == nullptr ? nullptr : c + i * c_row + j;
-          float* const to = whole ? home : edge;
-          const int64_t to_row = whole ? c_row : kPanel;
-          if (!whole && (p > 0 || accumulate)) load_tile(edge, kPanel, home, c_row, 1, height, width, 1.0f);
-          const float* a = tiles + (i - block) * tile_length;
-          const float* const b = panels + j * length;
-          for (int64_t s = 0; s < length; s += part, a += padded * kTileRows)
-            for (int64_t q = 0; q < part; q += stretch) {
-              const auto finish = finish_of(Place{i, j, p + s + q, to, to_row, accumulate || p + s + q > 0});
-              using Finish = std::decay_t<decltype(finish)>;
-              const auto kernel =
-                  width > kWidth ? micro_kernel_of<2, kOrder, Finish> : micro_kernel_of<1, kOrder, Finish>;
-              kernel(height, a + q * kTileRows, kAStride, b + (s + q) * kPanel, kPanel, std::min(stretch, part - q),
-                     finish);
+        // A stretch of the panel stays in the first cache level while all tiles of the block meet it.
+        for (int64_t s = 0; s == 0 || s < length; s += std::max<int64_t>(part, 1))
+          for (int64_t q = 0; q == 0 || q < part; q += std::max<int64_t>(stretch, 1)) {
+            const bool first = p + s + q == 0, final = last && s + part == length && q + stretch >= part;
+            for (int64_t i = block; i < end; i += kTileRows) {
+              const int64_t height = std::min<int64_t>(kTileRows, end - i);
+              float* const home = c == nullptr ? nullptr : c + i * c_row + j;
+              float* const to = whole ? home : edge;
+              const int64_t to_row = whole ? c_row : kPanel;
+              if (!whole && (!first || accumulate)) load_tile(edge, kPanel, home, c_row, 1, height, width, 1.0f);
+              if (length > 0) {
+                const auto finish = finish_of(Place{i, j, p + s + q, to, to_row, accumulate || !first});
+                using Finish = std::decay_t<decltype(finish)>;
+                const auto kernel =
+                    width > kWidth ? micro_kernel_of<2, kOrder, Finish> : micro_kernel_of<1, kOrder, Finish>;
+                const float* const a = tiles + (i - block) * tile_length + (s / part * padded + q) * kTileRows;
+                kernel(height, a, kAStride, panels + j * length + (s + q) * kPanel, kPanel, std::min(stretch, part - q),
+                       finish);
+              } else if (!accumulate) {
+                for (int64_t r = 0; r < height; ++r) std::fill_n(to + r * to_row, width, 0.0f);
+              }
+              if (final && bias != nullptr)
+                for (int64_t r = 0; r < height; ++r)
+                  for (int64_t l = 0; l < width; ++l) to[r * to_row + l] += bias[j + l];
+              if (!whole) store_tile(home, c_row, 1, edge, kPanel, height, width);
             }
-          if (length == 0 && !accumulate)
-            for (int64_t r = 0; r < height; ++r) std::fill_n(to + r * to_row, width, 0.0f);
-          if (last && bias != nullptr)
-            for (int64_t r = 0; r < height; ++r)
-              for (int64_t l = 0; l < width; ++l) to[r * to_row + l] += bias[j + l];
-          if (!whole) store_tile(home, c_row, 1, edge, kPanel, height, width);
-        }
+          }
       }
     }
   }

@@ -323,20 +323,20 @@ def test_adapter(native, generator):
     tensors += [torch.tensor([4, -1]), torch.tensor([3])]
     options = [7, 1, 1e-5, 1e-5, 1.0, 0.5]
     names = (*NAMES, "index", "seed")
-    save = native == "cpp"  # a GPU makes the bottleneck again, and does not look at it
+    save = native == "cpp"  # a GPU makes the bottleneck and y again, and does not look at it
     call_with_mutations(forward, [*tensors, *options, save], names, is_adapter)
-    _, statistics, hidden = forward(*tensors, *options, save)
-    assert hidden.shape == ((2, 3, 4) if save else (0,)) and hidden.dtype == torch.float32
-    saved = [hidden] if save else []
+    _, statistics, kept = forward(*tensors, *options, save)
+    assert kept.shape == ((2, 3, 4 + 8) if save else (0,)) and kept.dtype == torch.float32
+    saved = [kept] if save else []
     inputs = [torch.randn(2, 3, 8, generator=generator), *tensors, statistics, *saved, *options, 2**13 - 1]
 
     def legal(a):
         same = all(t.dtype == torch.float32 for t in (a[0], a[16], *a[17 : 17 + save])) and a[0].shape == a[1].shape
-        fits = not save or a[17].shape == (*a[1].shape[:2], a[4].shape[1])
+        fits = not save or a[17].shape == (*a[1].shape[:2], a[4].shape[1] + a[1].shape[-1])
         return same and fits and is_adapter(a[1:16]) and a[16].shape == (4, *a[1].shape[:2])
 
-    hidden_or_none = (lambda *a: backward(*a)) if save else (lambda *a: backward(*a[:17], None, *a[17:]))
-    call_with_mutations(hidden_or_none, inputs, ("dout", *names, "statistics", *["hidden"] * save), legal)
+    kept_or_none = (lambda *a: backward(*a)) if save else (lambda *a: backward(*a[:17], None, *a[17:]))
+    call_with_mutations(kept_or_none, inputs, ("dout", *names, "statistics", *["saved"] * save), legal)
     options.append(False)
     for place, wrong, message in ((15, 8, "skip is 8"), (16, 7, "activation is 7"), (20, 1.0, "dropout_p is 1")):
         with pytest.raises(RuntimeError, match=message):

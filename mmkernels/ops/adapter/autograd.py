@@ -2,7 +2,8 @@
 gradients around them.
 
 They serve `cpp` and `cuda`; `mmkernels_triton::` and, in tests, `mmkernels_emulator::` have the same signatures. Saved are the
-inputs and the norms' statistics, on a CPU the bottleneck as well (a GPU makes it again), or the weights of the fusion.
+inputs and the norms' statistics, on a CPU the bottleneck and what is normalised at the end as well (a GPU makes them
+again), or the weights of the fusion.
 """
 
 import torch
@@ -21,8 +22,9 @@ def _forward_fake(*arguments):
     x, save = given["x"], arguments[-1]
     norms = 2 * (given["norm_weight"] is not None) + 2 * (given["out_weight"] is not None)
     rows = x.shape[:-1]
-    hidden = (*rows, given["w_down"].shape[-2]) if save else (0,)
-    numbers = (x.new_empty(shape, dtype=torch.float32) for shape in ((norms, *rows), hidden))
+    normalised = x.shape[-1] if given["out_weight"] is not None and x.dtype == torch.float32 else 0
+    saved = (*rows, given["w_down"].shape[-2] + normalised) if save else (0,)
+    numbers = (x.new_empty(shape, dtype=torch.float32) for shape in ((norms, *rows), saved))
     return x.new_empty(x.shape), *numbers
 
 
@@ -58,9 +60,9 @@ class _Adapter(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.backend, ctx.places, ctx.options, index, seed, *tensors = inputs
-        _, statistics, hidden = output
-        ctx.mark_non_differentiable(statistics, hidden)
-        ctx.save_for_backward(index, seed, statistics, hidden if ctx.backend == "cpp" else None, *tensors)
+        _, statistics, saved = output
+        ctx.mark_non_differentiable(statistics, saved)
+        ctx.save_for_backward(index, seed, statistics, saved if ctx.backend == "cpp" else None, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -68,7 +70,7 @@ class _Adapter(torch.autograd.Function):
         needs, places, skip = ctx.needs_input_grad[5:], ctx.places, ctx.options[0]
         if dout is None:
             return (None,) * (5 + len(needs))
-        index, seed, statistics, hidden, *tensors = ctx.saved_tensors
+        index, seed, statistics, saved, *tensors = ctx.saved_tensors
         need = [place >= 0 and needs[place] for place in places]
         # Where nothing normalises y its gradient is dout; x and input_residual have one gradient unless only one of them
         # is added again.
@@ -83,7 +85,7 @@ class _Adapter(torch.autograd.Function):
             given = [tensors[i] if i >= 0 else None for i in places]
             wanted = sum(1 << i for i, is_asked in enumerate(asked) if is_asked)
             call = forward_backward("adapter", ctx.backend)[1]
-            found = call(dout, *given, index, seed, statistics, hidden, *ctx.options, wanted)
+            found = call(dout, *given, index, seed, statistics, saved, *ctx.options, wanted)
             for i, place in enumerate(places):
                 if not need[i]:
                     continue
