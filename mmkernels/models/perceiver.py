@@ -46,7 +46,7 @@ class PerceiverConfig:
     share_cross: str = "after_first"  # "after_first", "all" or "none"
     share_blocks: bool = True  # all blocks use the same latent layers
     eps: float = 1e-5
-    backend: str = "auto"  # of every attention; "eager" is plain PyTorch
+    backend: str = "auto"  # of attentions and linear layers; "eager" is plain PyTorch
 
     def __post_init__(self):
         for name in ("input_shape", "max_resolution"):

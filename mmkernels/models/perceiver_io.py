@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..modules import FourierPositions, PerceiverDecoder, PerceiverEncoder
-from ..modules.backend import check_backend
+from ..modules.backend import check_backend, set_backend
 from ..modules.kinds import build, make
 from ..modules.perceiver import ACTIVATIONS
 from ..modules.postprocessors import POSTPROCESSORS, MultimodalOutput, TaskOutput, TokenOutput
@@ -47,7 +47,7 @@ class PerceiverIOConfig:
     dropout: float = 0.0  # in the encoder's residual branches
     attention_dropout: float = 0.0  # of all attentions' weights
     eps: float = 1e-5  # of all layer norms
-    backend: str = "auto"  # of every attention; "eager" is plain PyTorch
+    backend: str = "auto"  # of attentions and linear layers; "eager" is plain PyTorch
 
     def __post_init__(self):
         for name in ("input", "output", "queries", "encoder", "decoder"):
@@ -113,6 +113,7 @@ class PerceiverIO(nn.Module):
                 **options,
             )
         self._check_parts()
+        set_backend(self, config.backend)
         self._reset_flow()
 
     def _check_parts(self):

@@ -8,7 +8,7 @@ from torch import nn
 from .. import ops
 from ..ops._shared.arguments import autocast_dtype, check_key_mask, check_number
 from ..ops.latent import api, decode, plan
-from .backend import WithBackend, eager_attention, split_heads
+from .backend import Linear, WithBackend, eager_attention, split_heads
 
 
 class LatentCrossAttention(WithBackend):
@@ -81,10 +81,10 @@ class LatentCrossAttention(WithBackend):
         factory = {"device": device, "dtype": dtype}
         self.query_norm = nn.LayerNorm(query_channels, eps=eps, **factory)
         self.input_norm = nn.LayerNorm(input_channels, eps=eps, **factory)
-        self.query = nn.Linear(query_channels, qk_channels, **factory)
-        self.key = nn.Linear(input_channels, qk_channels, **factory)
-        self.value = nn.Linear(input_channels, v_channels, **factory)
-        self.output = nn.Linear(v_channels, output_channels, **factory)
+        self.query = Linear(query_channels, qk_channels, backend=backend, **factory)
+        self.key = Linear(input_channels, qk_channels, backend=backend, **factory)
+        self.value = Linear(input_channels, v_channels, backend=backend, **factory)
+        self.output = Linear(v_channels, output_channels, backend=backend, **factory)
 
     def forward(self, queries, inputs, *, position=None, key_mask=None, query_position=None, query_mask=None, group=None):
         """Reads `inputs` into the queries: an encoder's latents, or a decoder's outputs, which read the latents.
@@ -347,10 +347,10 @@ class LatentSelfAttention(WithBackend):
         self.num_heads, self.dropout = num_heads, dropout
         factory = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
-        self.query = nn.Linear(channels, qk_channels, **factory)
-        self.key = nn.Linear(channels, qk_channels, **factory)
-        self.value = nn.Linear(channels, v_channels, **factory)
-        self.output = nn.Linear(v_channels, output_channels, **factory)
+        self.query = Linear(channels, qk_channels, backend=backend, **factory)
+        self.key = Linear(channels, qk_channels, backend=backend, **factory)
+        self.value = Linear(channels, v_channels, backend=backend, **factory)
+        self.output = Linear(v_channels, output_channels, backend=backend, **factory)
 
     def forward(self, latents, *, key_mask=None):
         """(B, N, D) -> (B, N, output_channels); `key_mask` bool (B, N), True where a latent may be attended."""

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops._shared.arguments import check_integer, check_number
+from .backend import Linear
 from .latent import LatentCrossAttention, LatentSelfAttention
 from .positions import reset_linear_, reset_table_
 
@@ -16,14 +17,14 @@ SHARING = ("after_first", "all", "none")
 class Mlp(nn.Sequential):
     """Linear, GELU, Linear; the hidden layer is `widening` times as wide."""
 
-    def __init__(self, channels, widening=1, activation="gelu_tanh", **factory):
+    def __init__(self, channels, widening=1, activation="gelu_tanh", *, backend="auto", **factory):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}")
         check_integer("widening", widening)
         super().__init__(
-            nn.Linear(channels, widening * channels, **factory),
+            Linear(channels, widening * channels, backend=backend, **factory),
             nn.GELU(approximate=ACTIVATIONS[activation]),
-            nn.Linear(widening * channels, channels, **factory),
+            Linear(widening * channels, channels, backend=backend, **factory),
         )
 
 
@@ -74,7 +75,7 @@ class CrossBlock(nn.Module):
             **factory,
         )
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
-        self.mlp = Mlp(channels, widening, activation, **factory)
+        self.mlp = Mlp(channels, widening, activation, backend=backend, **factory)
         self.residual, self.dropout = residual, dropout
 
     def forward(self, queries, inputs, *, position=None, key_mask=None, query_position=None, query_mask=None):
@@ -133,7 +134,7 @@ class SelfBlock(nn.Module):
             **factory,
         )
         self.norm = nn.LayerNorm(channels, eps=eps, **factory)
-        self.mlp = Mlp(channels, widening, activation, **factory)
+        self.mlp = Mlp(channels, widening, activation, backend=backend, **factory)
         self.dropout = dropout
 
     def forward(self, latents):
@@ -328,7 +329,7 @@ class PerceiverDecoder(nn.Module):
         )
         if output_channels is not None:
             check_integer("output_channels", output_channels)
-            self.output = nn.Linear(query_channels, output_channels, **factory)
+            self.output = Linear(query_channels, output_channels, backend=backend, **factory)
         else:
             self.output = None
         self.reset_parameters()

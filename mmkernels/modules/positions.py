@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..ops._shared.arguments import check_integer
+from .backend import Linear
 
 
 class FourierPositions(nn.Module):
@@ -96,7 +97,7 @@ class LearnedPositions(nn.Module):
         self.channels, self.projection = channels, None
         if projection is not None:
             check_integer("projection", projection)
-            self.projection = nn.Linear(channels, projection, device=device, dtype=dtype)
+            self.projection = Linear(channels, projection, device=device, dtype=dtype)
             self.channels = projection
         self.reset_parameters()
 

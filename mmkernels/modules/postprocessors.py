@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops._shared.arguments import check_integer, check_number
+from .backend import Linear, WithBackend, linear
 from .kinds import build
 from .positions import check_grid, reset_linear_
 
@@ -110,7 +111,7 @@ class LatentOutput(_Output):
         return latents
 
 
-class TokenOutput(_Output):
+class TokenOutput(_Output, WithBackend):
     """Logits (B, T, vocab_size) of tokens: y E^T + bias with the table E of the input."""
 
     def __init__(self, vocab_size, *, device=None, dtype=None):
@@ -125,7 +126,7 @@ class TokenOutput(_Output):
 
     def forward(self, outputs, table):
         """(B, T, C) and the table (vocab_size, C) -> (B, T, vocab_size)."""
-        return F.linear(outputs, table, self.bias)
+        return linear(outputs, table, self.bias, self.backend)
 
 
 class TaskOutput(_Output):
@@ -158,8 +159,8 @@ class TaskOutput(_Output):
     def reset_parameters(self):
         """Linear layers truncated normal of variance 1 / fan_in."""
         for head in self.heads.values():
-            for linear in (head[0], head[2]):
-                reset_linear_(linear.weight, linear.bias)
+            for layer in (head[0], head[2]):
+                reset_linear_(layer.weight, layer.bias)
 
     def numbers(self, tasks):
         """The places of some tasks, a list of names, among the queries."""
@@ -233,14 +234,14 @@ class MultimodalOutput(_Output):
             {name: build(f"modalities[{name!r}]", kinds, modalities[name], **factory) for name in sorted(modalities)}
         )
         self.linear = nn.ModuleDict(
-            {name: nn.Linear(channels, part.channels, **factory) for name, part in self.modalities.items() if part.channels}
+            {name: Linear(channels, part.channels, **factory) for name, part in self.modalities.items() if part.channels}
         )
         self.reset_parameters()
 
     def reset_parameters(self):
         """Linear layers truncated normal of variance 1 / fan_in."""
-        for linear in self.linear.values():
-            reset_linear_(linear.weight, linear.bias)
+        for layer in self.linear.values():
+            reset_linear_(layer.weight, layer.bias)
 
     def forward(self, outputs, sizes):
         """(B, O, channels), with `sizes` {name: how many of them are its} in this order -> {name: output}."""

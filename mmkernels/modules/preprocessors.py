@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops._shared.arguments import autocast_dtype, check_integer, check_number
+from .backend import Linear
 from .kinds import build
 from .positions import (
     FourierPositions,
@@ -116,7 +117,7 @@ class GridInput(_Input):
         grid = tuple(n // p for n, p in zip(shape, patch, strict=True))
         super().__init__(width if projection is None else projection, grid, positions, add_positions, **factory)
         self.shape, self.input_channels, self.patch, self.grid = shape, channels, tuple(patch), grid
-        self.linear = None if projection is None else nn.Linear(width, projection, **factory)
+        self.linear = None if projection is None else Linear(width, projection, **factory)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -239,7 +240,7 @@ class FlowInput(_Input):
         shape = tuple(shape)
         super().__init__(projection, shape if together else (2, *shape), positions, **factory)
         self.shape, self.input_channels, self.together, self.neighbourhood = shape, channels, together, neighbourhood
-        self.linear = nn.Linear(channels * neighbourhood**2 * (2 if together else 1), projection, **factory)
+        self.linear = Linear(channels * neighbourhood**2 * (2 if together else 1), projection, **factory)
         self.reset_parameters()
 
     def reset_parameters(self):

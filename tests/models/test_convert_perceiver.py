@@ -1,6 +1,7 @@
 """`mmkernels.convert` on live Perceiver models of transformers: the same outputs, gradients and state dict."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 from test_perceiver_huggingface import CASES, POINTS, input_of, library_model
 
 import mmkernels
+from mmkernels import _library
 from mmkernels.modules import convert
 
 transformers.logging.set_verbosity_error()
@@ -64,8 +66,11 @@ def mask_for(kind):
 def test_outputs_and_gradients(kind):
     plain, converted, report = pair(kind)
     blocks = 3 if kind == "PerceiverModel" else 4  # the cross-attention, two self-attentions, the decoder
-    assert len(report.replaced) == blocks and not report.kept
-    assert set(report.replaced.values()) == {convert.PerceiverAttention.__doc__}
+    linears = {name for name, module in plain.named_modules() if type(module) is torch.nn.Linear}
+    assert {n for n, what in report.replaced.items() if what == convert.PerceiverLinear.__doc__} == linears
+    attentions = report.replaced.keys() - linears
+    assert len(attentions) == blocks and {report.replaced[n] for n in attentions} == {convert.PerceiverAttention.__doc__}
+    assert not report.kept and all(type(module) is type(converted.get_submodule(n)) for n, module in plain.named_modules())
     before, after = plain.state_dict(), converted.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     check_same(plain, converted, kind)
@@ -138,6 +143,35 @@ def test_weights_changed_after_conversion():
     check_same(plain, again, "PerceiverModel")
 
 
+@pytest.mark.parametrize("kind", CASES)
+def test_linear_layers_where_ours_is_faster(kind, monkeypatch):
+    """All of them, in copies of the converted model too, but for projections that a cross-attention absorbs."""
+    monkeypatch.setattr(_library, "SLOW_MKL", True)
+    monkeypatch.setattr(importlib.import_module("mmkernels.ops.linear.api"), "LEAST_ROWS", 1)
+    called, linear = [], mmkernels.ops.linear
+    monkeypatch.setattr(mmkernels.ops, "linear", lambda *layer, backend: (called.append(layer[1]), linear(*layer))[1])
+    plain, converted, _ = pair(kind)
+    converted = copy.deepcopy(converted)
+    check_same(plain, converted, kind)
+    own = {n: module.weight for n, module in converted.named_modules() if type(module) is torch.nn.Linear}
+    missed = [n for n, weight in own.items() if not any(weight is w for w in called)]
+    assert all("cross_attention.attention." in n for n in missed), missed
+
+
+def test_adapters_of_peft_find_the_linear_layers():
+    peft = pytest.importorskip("peft")
+    plain, converted, _ = pair("PerceiverForSequenceClassification")
+    ids = input_of("PerceiverForSequenceClassification")
+    found = []
+    for model in (plain, converted):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["dense1", "query"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config).eval()
+        found.append((model(inputs=ids).logits, sorted(model.state_dict())))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_is_dropped():
     """In training attention probabilities are dropped with the library's frequency, and their mean stays."""
     plain, converted, _ = pair("PerceiverModel", attention_probs_dropout_prob=0.3)
@@ -183,4 +217,6 @@ def test_compiled():
 def test_filter():
     model = library_model("PerceiverForMaskedLM")
     report = mmkernels.convert(model, lambda name, module: "decoder" in name)
-    assert list(report.replaced) == ["perceiver.decoder.decoding_cross_attention.attention"]
+    first, *linears = report.replaced
+    assert first == "perceiver.decoder.decoding_cross_attention.attention"
+    assert len(linears) == 6 and all("decoder" in n and type(model.get_submodule(n)) is torch.nn.Linear for n in linears)

@@ -1,12 +1,17 @@
 """Perceiver IO: published sizes, every task at a tiny size, files, errors. test_golden.py has the released code's numbers."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
+import mmkernels
 from mmkernels import _library, models
 from mmkernels.models import perceiver_io
+from mmkernels.modules import set_backend
+from mmkernels.modules.backend import Linear
+from mmkernels.modules.postprocessors import TokenOutput
 
 BACKENDS = ["reference", "eager"] + (["cpp"] if _library.load("cpu").loaded else [])
 ENCODER = {"num_latents": 7, "latent_channels": 12, "num_blocks": 2, "layers_per_block": 2, "self_heads": 3}
@@ -176,6 +181,21 @@ def total(output):
     return sum((part * torch.linspace(0.3, 1, part.numel(), dtype=part.dtype).view_as(part)).sum() for part in parts)
 
 
+@pytest.fixture
+def products(monkeypatch):
+    """The backends that `ops.linear` is called with, on a processor where it is the faster one for any number of rows."""
+    found, linear = [], mmkernels.ops.linear
+    monkeypatch.setattr(_library, "SLOW_MKL", True)
+    monkeypatch.setattr(importlib.import_module("mmkernels.ops.linear.api"), "LEAST_ROWS", 1)
+
+    def counted(*layer, backend):
+        found.append(backend)
+        return linear(*layer, backend=backend)
+
+    monkeypatch.setattr(mmkernels.ops, "linear", counted)
+    return found
+
+
 # --- Published sizes ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +316,30 @@ def test_backends_agree(task, backend):
     for name, value in results[0].items():
         error = float((results[1][name].detach().double() - value.detach()).abs().max())
         assert error <= 3e-4 * max(1.0, float(value.abs().max())), (name, error)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_linear_layers_follow_the_backend(task, products):
+    """`ops.linear` computes them where it is faster or named, plain PyTorch under "eager", however the backend is set."""
+    model, inputs = model_of(task, torch.float32, backend="auto"), input_of(task, dtype=torch.float32)
+    called = []
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.register_forward_hook(lambda *_: called.append(None))
+    found = {}
+    for backend in ("auto", "reference", "eager"):
+        set_backend(model, backend)
+        products.clear(), called.clear()
+        found[backend] = total(model(inputs)).item()
+        expected = len(called) + isinstance(model.output, TokenOutput)
+        assert expected > 0 and products == [backend] * (0 if backend == "eager" else expected)
+        again = perceiver_io.PerceiverIO(perceiver_io.PerceiverIOConfig(**{**TASKS[task][0], "backend": backend}))
+        again.load_state_dict(model.state_dict())
+        products.clear()
+        assert total(again.eval()(inputs)).item() == found[backend]
+        assert products == [backend] * (0 if backend == "eager" else expected)
+    for backend in ("auto", "eager"):
+        assert found[backend] == pytest.approx(found["reference"], rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("task", TASKS)
