@@ -85,7 +85,8 @@ def save_pretrained(model: torch.nn.Module, path) -> None:
     safetensors = require("safetensors.torch", "train")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    config = {"system": type(model).__module__.rpartition(".")[2], **dataclasses.asdict(model.config)}
+    system = type(model).__module__.removeprefix(f"{__package__}.").partition(".")[0]  # its file or folder here
+    config = {"system": system, **dataclasses.asdict(model.config)}
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     contents = {"model.safetensors": safetensors.save(weights), "config.json": json.dumps(config, indent=1).encode()}
     write_files({path / name: content for name, content in contents.items()})

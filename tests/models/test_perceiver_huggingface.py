@@ -110,7 +110,7 @@ def test_same_outputs_and_gradients(kind, activation):
     named = perceiver_io.to_huggingface(ours)
     gradients = {n: p.grad for n, p in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        gradient = gradients[perceiver_io._hf_name(name, kind)]
+        gradient = gradients[perceiver_io.checkpoints._hf_name(name, kind)]
         gradient = torch.zeros_like(parameter) if gradient is None else gradient.view_as(parameter)
         scale = max(1.0, float(gradient.abs().max()))
         torch.testing.assert_close(parameter.grad / scale, gradient / scale, rtol=bound, atol=bound)
