@@ -36,16 +36,17 @@ void define_schemas(Library& m) {
   // key_mask bool (B,M).  xhat = LayerNorm without affine over [x ; position] (eps < 0: no norm).
   // -> out (B,R,C) = softmax(scale q xhat^T) xhat and lse (B,R), both float32: what the backward subtracts from dP is a
   // sum over out, and rounding it to 16 bits would cost the queries' gradient as much as all else together.
-  // With dropout_p > 0 the weights of softmax are dropped by counter (seed int64 (1), row b R + r), and out is
-  // (B,R,C+1): its last channel is the sum of a row's weights, which constants of the values are to be multiplied by.
+  // With dropout_p > 0 the weights of softmax are dropped by counter (seed int64 (1), row b R + r, key first_key + m),
+  // and out is (B,R,C+1): its last channel is the sum of a row's weights, which constants of the values are to be
+  // multiplied by. first_key: how many keys of a longer input, of which x is a part, come before it.
   m.def(
       "latent_fwd(Tensor q, Tensor x, Tensor? position, Tensor? key_mask, float scale, float eps, Tensor? seed=None, "
-      "float dropout_p=0.0) -> (Tensor, Tensor)");
+      "float dropout_p=0.0, int first_key=0) -> (Tensor, Tensor)");
   // dout float32. wanted: 1 dq, 2 dx, 4 dposition. dq has q's shape (summed over the batch where q is shared).
   m.def(
       "latent_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor x, Tensor? position, Tensor? key_mask, Tensor out, "
-      "Tensor lse, float scale, float eps, int wanted, Tensor? seed=None, float dropout_p=0.0) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor lse, float scale, float eps, int wanted, Tensor? seed=None, float dropout_p=0.0, "
+      "int first_key=0) -> (Tensor, Tensor, Tensor)");
   // The whole forward with absorbed projections, for inference on a CPU: arguments as mmkernels.ops.latent_attention.
   // Without w_k, q is absorbed already: per head (q w_k) norm_weight, (B|1,H*N,C).
   m.def(

@@ -24,9 +24,9 @@ SIGNATURES = {
     ops.latent_attention: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
     "position=None, key_mask=None, scale=None, dropout_p=0.0, dropout_seed=None, backend='auto')",
     ops.latent_attention_sharded: "(q, x, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, "
-    "b_v=None, position=None, key_mask=None, scale=None, group=None, backend='auto')",
+    "b_v=None, position=None, key_mask=None, scale=None, dropout_p=0.0, dropout_seed=None, group=None, backend='auto')",
     ops.latent_attention_stream: "(q, chunks, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, "
-    "b_k=None, b_v=None, scale=None, parameters=(), backend='auto')",
+    "b_k=None, b_v=None, scale=None, dropout_p=0.0, dropout_seed=None, parameters=(), backend='auto')",
     ops.LatentState: "(q, w_k, w_v, *, num_heads=1, norm_weight=None, norm_bias=None, eps=1e-05, b_k=None, b_v=None, "
     "scale=None, backend='auto')",
     ops.LatentState.update: "(self, chunk, position=None, key_mask=None)",

@@ -79,6 +79,7 @@ struct Attention {
   bool dropout = false;
   uint64_t seed = 0;
   uint32_t drop_below = 0;
+  uint32_t first_key = 0;  // what dropout counts from: keys that are a part of more have others before them
   float keep_scale = 1.0f;
 
   Joined out;  // (B,H,N,E)

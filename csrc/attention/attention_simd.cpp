@@ -154,7 +154,7 @@ struct PanelDropout {
   }
 
   Vec operator()(const Attention& a, int v, int64_t key, Vec weight) const {
-    return drop(a, low[v], high[v], UintVec{} + static_cast<uint32_t>(key), weight);
+    return drop(a, low[v], high[v], UintVec{} + (a.first_key + static_cast<uint32_t>(key)), weight);
   }
 };
 
@@ -169,10 +169,10 @@ void add_few_bias(const Attention& a, const Part& part, const KeyBlock& block, f
 }
 
 // The keys of kWidth rows of a block, as dropout counts them.
-UintVec keys_of(const KeyBlock& block, int64_t i) {
+UintVec keys_of(const Attention& a, const KeyBlock& block, int64_t i) {
   UintVec offset;
   std::memcpy(&offset, block.offset + i, sizeof(offset));
-  return offset + static_cast<uint32_t>(block.begin);
+  return offset + (a.first_key + static_cast<uint32_t>(block.begin));
 }
 
 // --- Forward -------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ void few_forward(const Attention& a, const Part& part, float* state, float* spac
       if (a.dropout) {
         const DropoutRow r = dropout_row_of(a, part, part.row_begin + n);
         for (int64_t i = 0; i < block.count; i += kWidth)
-          store(row + i, drop(a, UintVec{} + r.low, UintVec{} + r.high, keys_of(block, i), load(row + i)));
+          store(row + i, drop(a, UintVec{} + r.low, UintVec{} + r.high, keys_of(a, block, i), load(row + i)));
       }
       if (factor != 1.0f)
         for (int64_t e = 0; e < a.v_dim; e += kWidth) store(s.out + n * s.ld + e, load(s.out + n * s.ld + e) * factor);
@@ -621,7 +621,7 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
         for (int64_t i = n * kFewRow, key = 0; key < block.count; i += kWidth, key += kWidth) {
           const Vec weight = exp(load(scores + i) - lse[n]);
           Vec keep = splat(1.0f);
-          if (a.dropout) keep = drop(a, UintVec{} + r.low, UintVec{} + r.high, keys_of(block, key), keep);
+          if (a.dropout) keep = drop(a, UintVec{} + r.low, UintVec{} + r.high, keys_of(a, block, key), keep);
           store(scores + i, weight * keep);
           store(dscores + i, weight * (load(dscores + i) * keep - delta[n]));
         }

@@ -56,12 +56,13 @@ LatentAttention describe_input(ScalarType dtype, const Tensor& x, const Optional
 
 // `q` is replaced where the kernels need a copy: the problem points into it.
 LatentAttention describe(Tensor& q, const Tensor& x, const OptionalTensor& position, const OptionalTensor& key_mask,
-                         double scale, double eps, const OptionalTensor& seed, double dropout_p) {
+                         double scale, double eps, const OptionalTensor& seed, double dropout_p, int64_t first_key) {
   const ScalarType dtype = check_first(q, "q", 3);
   LatentAttention a = describe_input(dtype, x, position, key_mask, q.size(1), scale, eps);
   STD_TORCH_CHECK((q.size(0) == 1 || q.size(0) == a.batch) && q.size(2) == a.qk_dim, "q has shape ", text_of_shape(q),
                   "; it must be ", text({a.batch, a.queries, a.qk_dim}), " or the same with a batch of 1");
   set_dropout(a, seed, dropout_p);
+  a.first_key = static_cast<uint32_t>(first_key);
   if (a.dropout) {
     q = torch::stable::pad(q, {0, 1});
     a.key_space = latent_key_space(a.qk_dim = a.v_dim = a.channels + 1);
@@ -73,8 +74,8 @@ LatentAttention describe(Tensor& q, const Tensor& x, const OptionalTensor& posit
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor x, OptionalTensor position, OptionalTensor key_mask, double scale,
-                                   double eps, OptionalTensor seed, double dropout_p) {
-  LatentAttention a = describe(q, x, position, key_mask, scale, eps, seed, dropout_p);
+                                   double eps, OptionalTensor seed, double dropout_p, int64_t first_key) {
+  LatentAttention a = describe(q, x, position, key_mask, scale, eps, seed, dropout_p, first_key);
   Tensor out = allocate(q, {a.batch, a.queries, a.v_dim}, ScalarType::Float);
   Tensor lse = allocate(q, {a.batch, a.queries}, ScalarType::Float);
   a.out = with_one_head(strided(out));
@@ -86,8 +87,8 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor x, OptionalTensor position, 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor x,
                                             OptionalTensor position, OptionalTensor key_mask, Tensor out, Tensor lse,
                                             double scale, double eps, int64_t wanted, OptionalTensor seed,
-                                            double dropout_p) {
-  LatentAttention a = describe(q, x, position, key_mask, scale, eps, seed, dropout_p);
+                                            double dropout_p, int64_t first_key) {
+  LatentAttention a = describe(q, x, position, key_mask, scale, eps, seed, dropout_p, first_key);
   for (const auto& [tensor, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_dtype(*tensor, name, ScalarType::Float);
     check_shape(*tensor, name, {a.batch, a.queries, a.v_dim});

@@ -27,7 +27,7 @@ void check_size(const Tensor& t, const char* name, int64_t dim, int64_t size) {
 }
 
 Problem describe(const Tensor& q, const Tensor& x, const OptionalTensor& position, const OptionalTensor& key_mask,
-                 double scale, double eps, const OptionalTensor& seed, double dropout_p) {
+                 double scale, double eps, const OptionalTensor& seed, double dropout_p, int64_t first_key) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "x has dtype ",
                   dtype_name(type), "; it must be Float, BFloat16 or Half");
@@ -73,6 +73,7 @@ Problem describe(const Tensor& q, const Tensor& x, const OptionalTensor& positio
     p.seed = static_cast<const int64_t*>(seed->const_data_ptr());
     p.drop_below = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
     p.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+    p.first_key = static_cast<uint32_t>(first_key);
   }
   return p;
 }
@@ -115,8 +116,8 @@ float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 std::tuple<Tensor, Tensor> latent_fwd(const Tensor& q, const Tensor& x, const OptionalTensor& position,
                                       const OptionalTensor& key_mask, double scale, double eps,
-                                      const OptionalTensor& seed, double dropout_p) {
-  Problem p = describe(q, x, position, key_mask, scale, eps, seed, dropout_p);
+                                      const OptionalTensor& seed, double dropout_p, int64_t first_key) {
+  Problem p = describe(q, x, position, key_mask, scale, eps, seed, dropout_p, first_key);
   const OnDevice device(x);
   const int64_t channels = p.out_channels();
   Tensor out = empty(q, {p.batch, p.rows, channels}, ScalarType::Float);
@@ -145,9 +146,9 @@ std::tuple<Tensor, Tensor, Tensor> latent_bwd(const Tensor& dout, const Optional
                                               const Tensor& x, const OptionalTensor& position,
                                               const OptionalTensor& key_mask, const Tensor& out, const Tensor& lse,
                                               double scale, double eps, int64_t wanted, const OptionalTensor& seed,
-                                              double dropout_p) {
+                                              double dropout_p, int64_t first_key) {
   enum { kQueries = 1, kInput = 2, kPosition = 4 };
-  Problem p = describe(q, x, position, key_mask, scale, eps, seed, dropout_p);
+  Problem p = describe(q, x, position, key_mask, scale, eps, seed, dropout_p, first_key);
   for (const auto& [t, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_like(*t, name, x, ScalarType::Float, 3);
     check_size(*t, name, 0, p.batch);

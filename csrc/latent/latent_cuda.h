@@ -31,6 +31,7 @@ struct Problem {
       seed;  // of dropout, or null. With it `out` and `dout` have a channel more: the sum of the row's weights
   uint32_t drop_below;
   float keep_scale;
+  uint32_t first_key;  // what dropout counts from
 
   MMK_HOST_DEVICE int out_channels() const { return content + position + (seed ? 1 : 0); }
 };

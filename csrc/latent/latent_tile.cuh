@@ -153,9 +153,9 @@ __device__ __forceinline__ void store_two(T* to, float first, float second) {
 
 // --- Dropout ---
 
-// What a weight of row `row` (counted over batch and rows) and of key `key` is multiplied by.
+// What a weight of row `row` (counted over batch and rows) and of key `key` of the problem is multiplied by.
 __device__ __forceinline__ float keep_factor(const Problem& p, DropoutRow row, int64_t key) {
-  return dropout_bits(row, static_cast<uint32_t>(key)) < p.drop_below ? 0.0f : p.keep_scale;
+  return dropout_bits(row, p.first_key + static_cast<uint32_t>(key)) < p.drop_below ? 0.0f : p.keep_scale;
 }
 
 // --- The gradient of a score ---

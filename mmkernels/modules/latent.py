@@ -121,7 +121,6 @@ class LatentCrossAttention(WithBackend):
     def _sharded(self, queries, inputs, position, key_mask, query_position, group):
         if self.backend == "eager":
             raise ValueError("backend is 'eager'; with a group it must be one of ops.latent_attention, such as 'auto'")
-        self._refuse_dropout("an input in shards")
         return ops.latent_attention_sharded(
             self._project_queries(queries, query_position),
             inputs,
@@ -129,6 +128,7 @@ class LatentCrossAttention(WithBackend):
             self.value.weight,
             position=position,
             key_mask=key_mask,
+            dropout_p=self._dropout(),
             group=group,
             **self._options(),
         )
@@ -147,13 +147,13 @@ class LatentCrossAttention(WithBackend):
         """
         if self.backend == "eager":
             raise ValueError("backend is 'eager'; a stream needs one of ops.latent_attention, such as 'auto' or 'reference'")
-        self._refuse_dropout("a stream")
         self._check_queries(queries, query_position)
         out = ops.latent_attention_stream(
             self._project_queries(queries, query_position),
             chunks,
             self.key.weight,
             self.value.weight,
+            dropout_p=self._dropout(),
             parameters=parameters,
             **self._options(),
         )
@@ -163,12 +163,6 @@ class LatentCrossAttention(WithBackend):
 
     def _dropout(self):
         return self.dropout if self.training else 0.0
-
-    def _refuse_dropout(self, what):
-        if self._dropout() > 0.0:
-            raise ValueError(
-                f"dropout is {self.dropout}; with {what} it must be 0.0 in training: it counts the inputs as one array"
-            )
 
     def _options(self):
         return {

@@ -74,6 +74,19 @@ check(double, poisoned, position.double(), hidden, "reference", 1e-9)
 check({**weights, "q": weights["q"] * 300}, x, position, mask, BACKEND, 1e-3)
 
 
+# --- Dropout: what it drops of all rows ------------------------------------------------------------------------------------
+
+seed = torch.tensor([5])
+check(weights, x, position, mask, BACKEND, dropout_p=0.3, dropout_seed=seed)
+check(double, x.double(), position.double(), None, "reference", 1e-9, dropout_p=0.3, dropout_seed=seed)
+part = dict(x=mine(x, 1), position=mine(position, 0), num_heads=2, backend=BACKEND)
+torch.manual_seed(RANK)  # the first rank draws for all
+drawn = latent_attention_sharded(**weights, **part, dropout_p=0.3)
+torch.manual_seed(0)
+expected = latent_attention(**weights, x=x, position=position, num_heads=2, backend=BACKEND, dropout_p=0.3)
+torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- DDP averages complete gradients, and leaves them as they are ---------------------------------------------------------
 
 
@@ -118,6 +131,9 @@ for what, mine_is, theirs in (
     (dict(w_v=weights["w_v"][:12]), ValueError, "rank 2 of the group was given"),
     (dict(norm_bias=None), None, "norm_bias is None differs between the ranks of the group: [False, False, True]"),
     (dict(q=weights["q"].clone().requires_grad_()), None, "wants a gradient differs between the ranks"),
+    (dict(dropout_p=0.1), None, "dropout_p differs between the ranks of the group: [0.0, 0.0, 0.1]; it must be the same"),
+    (dict(dropout_seed=seed), None, "dropout_seed differs between the ranks of the group: [None, None, 5]"),
+    (dict(dropout_p=1.0), ValueError, "rank 2 of the group was given what it cannot take: ValueError: dropout_p is 1.0"),
     (dict(backend="cuda"), RuntimeError, "rank 2 of the group was given what it cannot take: BackendError"),
 ):
     arguments = {**weights, **local, **(what if RANK == 2 else {})}

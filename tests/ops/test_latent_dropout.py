@@ -11,7 +11,7 @@ from mmkernels import testing
 from mmkernels.ops import latent_attention
 from mmkernels.ops._shared import dropout
 from mmkernels.ops._shared.registration import forward_backward
-from mmkernels.ops.latent import api, plan
+from mmkernels.ops.latent import api, autograd, plan
 
 P = 0.3
 SEED = torch.tensor([20240607])
@@ -164,6 +164,18 @@ def test_the_sum_of_a_row(backend, generator):
     torch.testing.assert_close(out[..., -1].double(), weights.sum(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out[..., :-1].double(), weights @ xhat, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("first_key", [0, 7, 2**31 - 5, 2**32 - 5, 2**33 + 3])
+def test_the_mask_of_a_part(backend, generator, rows, first_key):
+    """With keys that are unit vectors the core returns its weights, and so shows to the bit what it dropped."""
+    q, x = torch.randn(2, rows, 48, generator=generator), torch.eye(48).expand(2, -1, -1)
+    forward = forward_backward("latent", backend)[0]
+    keep = dropout.keep_mask(SEED, (2, 1, rows, 48 + first_key % 100), P, first_key // 100 * 100)[:, 0, :, first_key % 100 :]
+    for own in (forward, autograd.core_pair("reference")[0]):
+        out, _ = own(q, x, None, None, 0.3, -1.0, SEED, P, first_key)
+        assert torch.equal(out[..., :-1] > 0, keep)
 
 
 def test_wrong_dropout(generator):

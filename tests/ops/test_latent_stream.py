@@ -9,6 +9,7 @@ from torch import nn
 import mmkernels
 from mmkernels import _library, ops, testing
 from mmkernels.ops import LatentState, latent_attention, latent_attention_stream
+from mmkernels.ops._shared.dropout import draw_seed, keep_mask
 
 WEIGHTS = ("q", "w_k", "w_v", "norm_weight", "norm_bias", "b_v")
 
@@ -162,6 +163,58 @@ def test_gradients_equal_the_whole(backend, generator, case):
     testing.assert_within_budget(ours[0], best[0], plain[0], "output")
     for name in weights:
         testing.assert_within_budget(ours[1][name], best[1][name], plain[1][name], name, 3.0)
+
+
+@pytest.mark.parametrize("case", ["plain", "masked", "shared queries", "bfloat16"])
+def test_dropout_drops_what_it_drops_of_the_whole(backend, generator, case):
+    """Gradients of weights and of what the chunks are made of, against the definition with the mask written out."""
+    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+    weights, x, position, mask = make(generator, dtype=dtype)
+    if case == "shared queries":
+        weights["q"] = weights["q"][:1]
+    mask = mask if case == "masked" else None
+    p, seed, loss = 0.4, torch.tensor([77]), torch.randn(2, 9, 20, generator=generator)
+    keep = keep_mask(seed, (2, 2, 9, 150), p)
+
+    def attention(q, k, v, *, key_mask=None, scale=None):
+        scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None], float("-inf"))
+        return (scores.softmax(-1) * keep / (1 - p)) @ v
+
+    def definition(x, position, **w):
+        return testing.eager_latent_attention(x=x, position=position, key_mask=mask, num_heads=2, attention=attention, **w)
+
+    def stream(x, position, **w):
+        options = dict(num_heads=2, dropout_p=p, dropout_seed=seed, backend=backend)
+        return latent_attention_stream(chunks=lambda: cut(x, position, mask), parameters=(x, position), **options, **w)
+
+    every = {**weights, "x": x, "position": position}
+    ours, plain = gradients(stream, every, loss), gradients(definition, every, loss)
+    best = gradients(definition, {n: t.double() for n, t in every.items()}, loss)
+    testing.assert_within_budget(ours[0], best[0], plain[0], "output")
+    for name in every:
+        testing.assert_within_budget(ours[1][name], best[1][name], plain[1][name], name, 3.0)
+
+
+def test_dropout_is_drawn_before_the_chunks(generator):
+    """The backward pass reads chunks again that are drawn by the same generator."""
+    weights, _, _, _ = make(generator, shared=0)
+    weights["q"].requires_grad_()
+    torch.manual_seed(4)
+    outs = [
+        latent_attention_stream(
+            chunks=lambda: (torch.randn(2, 30, 13) for _ in range(3)), num_heads=2, dropout_p=0.5, **weights
+        )
+        for _ in range(2)
+    ]
+    assert not torch.equal(*outs)
+    torch.manual_seed(4)
+    seed = draw_seed(torch.device("cpu"))
+    x = torch.cat([torch.randn(2, 30, 13) for _ in range(3)], 1)
+    whole = latent_attention(x=x, num_heads=2, dropout_p=0.5, dropout_seed=seed, **weights)
+    torch.testing.assert_close(outs[0], whole)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), weights["q"])[0] for y in (outs[0], whole)))
 
 
 def test_gradients_in_float64(generator):

@@ -39,13 +39,13 @@ def _mix32(u: torch.Tensor) -> torch.Tensor:
     return u ^ (u >> 16)
 
 
-def keep_mask(seed: torch.Tensor, shape: tuple, dropout_p: float) -> torch.Tensor:
-    """Boolean mask of shape (B, H, N, M), True where the attention weight survives."""
+def keep_mask(seed: torch.Tensor, shape: tuple, dropout_p: float, first_key: int = 0) -> torch.Tensor:
+    """Boolean mask of shape (B, H, N, M), True where the attention weight survives; `first_key` keys come before these."""
     batch, heads, queries, keys = shape
     rows = torch.arange(batch * heads * queries, dtype=torch.int64, device=seed.device).view(batch, heads, queries, 1)
     z = _mix64(seed + (rows + 1) * _GOLDEN64)
     low, high = z & _M32, _shift64(z, 32)
-    m = torch.arange(keys, dtype=torch.int64, device=seed.device)
+    m = torch.arange(first_key, first_key + keys, dtype=torch.int64, device=seed.device)
     u = _mix32(low ^ ((m * _GOLDEN32) & _M32))
     u = _mix32((u + high) & _M32)
     return u >= threshold(dropout_p)

@@ -186,14 +186,19 @@ def _of_absorbed(
     backend, absorbed, x, w_v, num_heads, norm_weight, norm_bias, eps, b_v, position, key_mask, scale, seed=None, dropout_p=0.0
 ):
     out, _ = autograd.core(backend, absorbed, x, position, key_mask, scale, eps, seed, dropout_p)
+    return _where_keys_are(values_of_core(out, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p), x, key_mask)
+
+
+def values_of_core(out, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p=0.0):
+    """`project_values` of what the core returns, with dropout (B, H*N, C + 1)."""
     row_sum = None
     if dropout_p > 0.0:
         out, row_sum = out[..., :-1], out[..., -1:]
-    return _where_keys_are(project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v, row_sum), x, key_mask)
+    return project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v, row_sum)
 
 
 def project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v, row_sum=None):
-    """From what the core returns, (B, H*N, C), float32 at least, to (B, N, H*E) of w_v's dtype.
+    """From (B, H*N, C), float32 at least, to (B, N, H*E) of w_v's dtype.
 
     `row_sum` (B, H*N, 1): what the weights of a row sum to where that is not one.
     """
@@ -423,9 +428,9 @@ def _check(q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, pos
     return q, x, w_k, w_v, b_k, b_v, position, scale, eps
 
 
-def _check_dropout(dropout_p, dropout_seed, device):
+def _check_dropout(dropout_p, dropout_seed, device, other="x"):
     dropout_p = check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
-    return dropout_p, check_seed(dropout_seed, "x", device)
+    return dropout_p, check_seed(dropout_seed, other, device)
 
 
 def _check_eps(eps):

@@ -6,18 +6,19 @@ the absorption of the projections and every weight's gradient.
 
 import torch
 
+from .._shared import dropout
 from .._shared.registration import fake, forward_backward, once_differentiable
 from . import reference
 
 
 @fake("latent_fwd")
-def _forward_fake(q, x, position, key_mask, scale, eps, seed=None, dropout_p=0.0):
+def _forward_fake(q, x, position, key_mask, scale, eps, seed=None, dropout_p=0.0, first_key=0):
     shape = (x.shape[0], q.shape[1], q.shape[2] + (dropout_p > 0.0))
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape[:2], dtype=torch.float32)
 
 
 @fake("latent_bwd")
-def _backward_fake(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted, seed=None, dropout_p=0.0):
+def _backward_fake(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted, seed=None, dropout_p=0.0, first_key=0):
     def grad(tensor, bit):
         return q.new_empty(tensor.shape if tensor is not None and wanted & bit else (0,))
 
@@ -88,8 +89,28 @@ def core(backend, q, x, position, key_mask, scale, eps, seed=None, dropout_p=0.0
 def core_pair(backend):
     """The core's forward and backward on any backend, without autograd."""
     if backend == "reference":
-        return reference.core, reference.core_backward
+        return _reference_forward, _reference_backward
     return forward_backward("latent", backend)
+
+
+def _reference_forward(q, x, position, key_mask, scale, eps, seed=None, dropout_p=0.0, first_key=0):
+    keep = _keep_factors(q, x, seed, dropout_p, first_key)
+    return reference.core(q, x, position, key_mask, scale, eps, keep)
+
+
+def _reference_backward(
+    dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted, seed=None, dropout_p=0.0, first_key=0
+):
+    keep = _keep_factors(q, x, seed, dropout_p, first_key)
+    return reference.core_backward(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted, keep)
+
+
+def _keep_factors(q, x, seed, dropout_p, first_key):
+    """What weights (B, R, M) are multiplied by, or None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    keep = dropout.keep_mask(seed, (x.shape[0], 1, q.shape[1], x.shape[1]), dropout_p, first_key)[:, 0]
+    return keep.to(torch.promote_types(x.dtype, torch.float32)) / (1.0 - dropout_p)
 
 
 def merge(out, lse, other_out, other_lse):

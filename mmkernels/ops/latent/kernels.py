@@ -310,6 +310,7 @@ def forward(
     eps,
     keep_scale,
     threshold,
+    first_key,
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -370,7 +371,8 @@ def forward(
         shrink = tl.exp2((top - shift) * LOG2_E)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(dropout_keep(low[:, None], high[:, None], keys[None, :], threshold), p * keep_scale, 0.0)
+            kept = dropout_keep(low[:, None], high[:, None], (keys + first_key)[None, :], threshold)
+            p = tl.where(kept, p * keep_scale, 0.0)
             left = left * shrink + tl.sum(p, 1)
         if FOLD:
             p *= rstd[None, :]
@@ -434,6 +436,7 @@ def backward_q(
     eps,
     keep_scale,
     threshold,
+    first_key,
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -486,7 +489,7 @@ def backward_q(
             raw = _cast(_normalise(raw, mean, rstd, CX + CP, WIDTHS), WIDTHS, dtype)
             s, dp = _inner_pair(q, dout, raw, WIDTHS, PRECISION)
         if DROPOUT:
-            kept = dropout_keep(low[:, None], high[:, None], keys[None, :], threshold)
+            kept = dropout_keep(low[:, None], high[:, None], (keys + first_key)[None, :], threshold)
             dp = tl.where(kept, (dp + dsum[:, None]) * keep_scale, 0.0)
         s *= scale
         p = tl.where(visible[None, :], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
@@ -528,6 +531,7 @@ def backward_x(
     eps,
     keep_scale,
     threshold,
+    first_key,
     CX: tl.constexpr,
     CP: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -581,7 +585,8 @@ def backward_x(
             if DROPOUT:
                 low, high = dropout_row(tl.load(seed_ptr), batch * R + rows)
                 dsum = tl.load(dsum_ptr + batch * R + rows, mask=inside, other=0.0)
-                kept = tl.where(dropout_keep(low[:, None], high[:, None], keys[None, :], threshold), keep_scale, 0.0)
+                kept = dropout_keep(low[:, None], high[:, None], (keys + first_key)[None, :], threshold)
+                kept = tl.where(kept, keep_scale, 0.0)
                 ds = p * ((dp + dsum[:, None]) * kept - delta[:, None]) * scale
                 p *= kept
             else:
@@ -716,7 +721,7 @@ def _guard(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _common(q, x, position, key_mask, scale, eps, dropout_p):
+def _common(q, x, position, key_mask, scale, eps, dropout_p, first_key):
     """Arguments that the three kernels share: strides, and compile-time facts."""
     channels, shared = q.shape[2], 0 if position is None else position.shape[1]
     x_unit = math.gcd(16, *x.stride()[:2])
@@ -729,6 +734,7 @@ def _common(q, x, position, key_mask, scale, eps, dropout_p):
         eps=eps,
         keep_scale=1.0 / (1.0 - dropout_p),
         threshold=dropout.threshold(dropout_p),
+        first_key=first_key,
         CX=channels - shared,
         CP=shared,
         X_UNIT=x_unit,
@@ -770,6 +776,7 @@ def latent_fwd(
     eps: float,
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    first_key: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q xhat^T) xhat and its log-sum-exp; shapes in csrc/schemas.h."""
     batch, keys, _ = x.shape
@@ -787,7 +794,7 @@ def latent_fwd(
     if splits > 1:
         part = q.new_empty(splits, *out.shape, dtype=torch.float32)
         top, total = lse.new_empty(2, splits, batch, rows)
-    strides, facts = _common(q, x, position, key_mask, scale, eps, dropout_p)
+    strides, facts = _common(q, x, position, key_mask, scale, eps, dropout_p, first_key)
     with _guard(x):
         forward[(splits * batch * triton.cdiv(rows, tiles.queries),)](
             *(
@@ -829,6 +836,7 @@ def latent_bwd(
     wanted: int,
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    first_key: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, x and position, those that `wanted` asks for; shapes in csrc/schemas.h."""
     batch, keys, content = x.shape
@@ -842,7 +850,7 @@ def latent_bwd(
         return dq.zero_(), dx.zero_(), dposition.to(q.dtype).zero_()
     # delta is made of the dout that dP is made of: together they must vanish where dS does.
     dout, lse = dout.to(q.dtype).contiguous(), lse.contiguous()
-    strides, facts = _common(q, x, position, key_mask, scale, eps, dropout_p)
+    strides, facts = _common(q, x, position, key_mask, scale, eps, dropout_p, first_key)
     delta, dsum = torch.empty_like(lse), None
     with _guard(x):
         row_sums[(batch * rows,)](

@@ -34,16 +34,22 @@ def latent_attention(
     return (probabilities @ v).transpose(1, 2).flatten(2).to(out_dtype)
 
 
-def core(q, x, position, key_mask, scale, eps):
-    """softmax(scale q xhat^T) xhat and the lse, float32 at least, for absorbed q (B|1,R,C); see csrc/schemas.h."""
+def core(q, x, position, key_mask, scale, eps, keep=None):
+    """softmax(scale q xhat^T) xhat and the lse, float32 at least, for absorbed q (B|1,R,C); see csrc/schemas.h.
+
+    `keep` (B,R,M) or None is what dropout multiplies the weights by.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     xhat = normalise(x.to(dtype), None if position is None else position.to(dtype), key_mask, eps)
     scores = (q.to(dtype) * scale) @ xhat.transpose(-1, -2)
     probabilities, lse = masked_softmax(scores, None if key_mask is None else key_mask[:, None, :])
-    return probabilities @ xhat, lse
+    if keep is None:
+        return probabilities @ xhat, lse
+    probabilities = probabilities * keep
+    return torch.cat([probabilities @ xhat, probabilities.sum(-1, keepdim=True)], -1), lse
 
 
-def core_backward(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted):
+def core_backward(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wanted, keep=None):
     """`latent_bwd`: the gradients of `core` from its results, which may be those of a longer input that `x` is a part of."""
     dtype = out.dtype
     inputs = [
@@ -57,10 +63,15 @@ def core_backward(dout, dlse, q, x, position, key_mask, out, lse, scale, eps, wa
     if key_mask is not None:
         probabilities = probabilities.masked_fill(~key_mask[:, None, :], 0.0)
     delta = (dout * out).sum(-1) - (0.0 if dlse is None else dlse)
-    dscores = probabilities * (dout @ xhat.detach().transpose(-1, -2) - delta[..., None])
+    if keep is None:
+        dweights, kept = dout @ xhat.detach().transpose(-1, -2), probabilities
+    else:
+        dout, dsum = dout[..., :-1], dout[..., -1:]
+        dweights, kept = (dout @ xhat.detach().transpose(-1, -2) + dsum) * keep, probabilities * keep
+    dscores = probabilities * (dweights - delta[..., None])
     outputs, cotangents = [scores], [torch.where(probabilities > 0.0, dscores, 0.0)]
     if xhat.requires_grad:
-        outputs, cotangents = [*outputs, xhat], [*cotangents, probabilities.transpose(-1, -2) @ dout]
+        outputs, cotangents = [*outputs, xhat], [*cotangents, kept.transpose(-1, -2) @ dout]
     asked = [t for t in inputs if t is not None and t.requires_grad]
     gradients = iter(torch.autograd.grad(outputs, asked, cotangents) if asked else ())
     return tuple(

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from .._shared import dropout
 from . import api, autograd
 from .stream import ABSORBED, choose, finish, where_visible
 
@@ -22,6 +23,8 @@ def latent_attention_sharded(
     position=None,
     key_mask=None,
     scale=None,
+    dropout_p=0.0,
+    dropout_seed=None,
     group=None,
     backend="auto",
 ):
@@ -35,7 +38,9 @@ def latent_attention_sharded(
     Args:
         q, w_k, w_v, norm_weight, norm_bias, b_k, b_v: as in `latent_attention`, and the same values on every rank.
         x, position, key_mask: this rank's rows: (B, m, Cx), (m, Cp), (B, m). m may differ and may be 0.
-        num_heads, eps, scale, backend: as in `latent_attention`, always by the absorbed plan.
+        num_heads, eps, scale, dropout_p, backend: as in `latent_attention`, always by the absorbed plan. Dropout drops what
+            it drops of all rows, those of the ranks behind each other.
+        dropout_seed: as in `latent_attention`, and the same value on every rank; when None the first rank's draw is taken.
         group: a process group of torch.distributed, gloo or NCCL; None is the default one. All its ranks call, in the same
             order, and where one goes backward, all do.
 
@@ -57,12 +62,13 @@ def latent_attention_sharded(
         raise RuntimeError("latent_attention_sharded needs a process group: call torch.distributed.init_process_group first")
     if dist.get_rank(group) < 0:
         raise ValueError("group does not have this rank; only the ranks of a group may call latent_attention_sharded with it")
-    facts, name, failure = {}, "", None
+    facts, name, own, failure = {}, "", None, None
     try:
         q, x, w_k, w_v, b_k, b_v, position, scale, eps = api._check(
             q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
         )
-        order = api._preference(q, x, position, num_heads, ABSORBED)
+        dropout_p, seed = api._check_dropout(dropout_p, dropout_seed, x.device)
+        order = api._preference(q, x, position, num_heads, ABSORBED, dropout_p)
         name = choose("latent_attention_sharded", x, w_k.shape[1], backend, order)
         training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, w_k, norm_weight))
         facts = {
@@ -77,22 +83,28 @@ def latent_attention_sharded(
             "norm_weight is None": norm_weight is None,
             "norm_bias is None": norm_bias is None,
             "b_v is None": b_v is None,
+            "dropout_p": dropout_p,
+            "dropout_seed": None if seed is None else int(seed),
             "q, w_k or norm_weight wants a gradient": training,
         }
+        drawn = dropout.draw_seed(x.device) if dropout_p > 0.0 and seed is None else seed
+        own = x.shape[1], 0 if drawn is None else int(drawn)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         failure = error
-    _agree(group, facts, failure)
+    lengths, seeds = zip(*_agree(group, facts, own, failure), strict=True)
+    seed = torch.tensor(seeds[:1], device=x.device) if dropout_p > 0.0 else None
+    counter = seed, dropout_p, sum(lengths[: dist.get_rank(group)])
     with torch.no_grad():
         forward, backward = autograd.core_pair(name)
         absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
-        out, lse = _merge(group, *forward(absorbed, x, position, key_mask, scale, eps))
+        out, lse = _merge(group, *forward(absorbed, x, position, key_mask, scale, eps, *counter))
     if q.shape[0] == x.shape[0]:
         q = where_visible(q, lse)  # else NaN of an example without keys would reach w_k's gradient
     absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
 
     def gradients(dout, out, lse, absorbed, inputs, wanted):
         bits = sum(want << i for i, want in enumerate(wanted))
-        found = backward(dout, None, absorbed, *inputs, key_mask, out, lse, scale, eps, bits)
+        found = backward(dout, None, absorbed, *inputs, key_mask, out, lse, scale, eps, bits, *counter)
         if wanted[0]:
             total = found[0].to(out.dtype)
             dist.all_reduce(total, group=group)
@@ -100,23 +112,25 @@ def latent_attention_sharded(
         return tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=True))
 
     out = autograd.merged(gradients, out, lse, absorbed, x, position)
-    out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v)
+    out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p)
     return out if b_k is None or not b_k.requires_grad else out + b_k.sum() * 0.0
 
 
-def _agree(group, facts, failure):
-    """Raises on every rank unless all have the same `facts` and none has a `failure`."""
+def _agree(group, facts, own, failure):
+    """What every rank has as its `own`. Raises on all of them unless all have the same `facts` and none has a `failure`."""
     every = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, (facts, None if failure is None else f"{type(failure).__name__}: {failure}"), group)
+    message = None if failure is None else f"{type(failure).__name__}: {failure}"
+    dist.all_gather_object(every, (facts, own, message), group)
     if failure is not None:
         raise failure
-    for rank, (_, message) in enumerate(every):
+    for rank, (*_, message) in enumerate(every):
         if message is not None:
             raise ValueError(f"rank {rank} of the group was given what it cannot take: {message}")
     for fact in facts:
-        values = [of_rank[fact] for of_rank, _ in every]
+        values = [of_rank[fact] for of_rank, *_ in every]
         if any(value != values[0] for value in values):
             raise ValueError(f"{fact} differs between the ranks of the group: {values}; it must be the same")
+    return [own for _, own, _ in every]
 
 
 def _merge(group, out, lse):

@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from ... import _backends
+from .._shared import dropout
 from .._shared.arguments import autocast_dtype, check_key_mask, check_tensor
 from . import api, autograd, plan
 
@@ -62,6 +63,8 @@ class LatentState:
             self._absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
         self._kind = None  # (B, Cx, Cp) of the chunks
         self._partial = None  # (out, lse) of what has been read
+        self._dropout = (None, 0.0)  # seed and probability: of a stream, whose chunks have an order
+        self._length = 0  # keys that have been read
 
     def update(self, chunk, position=None, key_mask=None):
         """Reads `chunk` (B, m, Cx), m of 0 or more; `position` (m, Cp) and `key_mask` bool (B, m) belong to its rows.
@@ -136,14 +139,16 @@ class LatentState:
         return x, position
 
     def _choose(self, x, position):
-        order = api._preference(self._tensors["q"], x, position, self._numbers["num_heads"], ABSORBED)
+        order = api._preference(self._tensors["q"], x, position, self._numbers["num_heads"], ABSORBED, self._dropout[1])
         return choose("latent_attention_stream", x, self._absorbed.shape[2], self._backend, order)
 
     @torch.no_grad()
     def _read(self, x, position, key_mask):
         forward, _ = autograd.core_pair(self._choose(x, position))
         self._kind = _kind(x, position)
-        self._add(*forward(self._absorbed, x, position, key_mask, self._numbers["scale"], self._numbers["eps"]))
+        numbers = self._numbers["scale"], self._numbers["eps"], *self._dropout, self._length
+        self._add(*forward(self._absorbed, x, position, key_mask, *numbers))
+        self._length += x.shape[1]
 
     def _add(self, out, lse):
         self._partial = (out, lse) if self._partial is None else autograd.merge(*self._partial, out, lse)
@@ -162,6 +167,8 @@ def latent_attention_stream(
     b_k=None,
     b_v=None,
     scale=None,
+    dropout_p=0.0,
+    dropout_seed=None,
     parameters=(),
     backend="auto",
 ):
@@ -171,8 +178,9 @@ def latent_attention_stream(
     pass reads the chunks a second time instead of keeping them: memory is one chunk and N-sized tensors, whatever M is.
 
     Args:
-        q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, backend: as in `latent_attention`. The plan is
-            always the absorbed one; the kernels take up to 1024 channels.
+        q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, dropout_p, dropout_seed, backend: as in
+            `latent_attention`, also what dropout drops. The plan is always the absorbed one; the kernels take up to 1024
+            channels.
         chunks: what can be iterated twice, a list, `x.split(4096, 1)`, a dataset, a loader, or a function without arguments
             that returns an iterator (a generator function). Each element is x (B, m, Cx), or (x, position), or (x, position,
             key_mask) with position (m, Cp) or None and key_mask bool (B, m) or None. m may differ, B, Cx and Cp may not.
@@ -201,11 +209,15 @@ def latent_attention_stream(
     q, w_k, w_v, b_k, b_v, scale, eps = check_weights(
         q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, backend
     )
+    dropout_p, seed = api._check_dropout(dropout_p, dropout_seed, q.device, "q")
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout.draw_seed(q.device)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, w_k, norm_weight, *parameters))
     source = _Source(chunks, q.device, training)
     options = dict(num_heads=num_heads, norm_weight=norm_weight, norm_bias=norm_bias, b_v=b_v, scale=scale)
     with torch.no_grad():
         state = LatentState(q, w_k, w_v, eps=None if eps < 0 else eps, backend=backend, **options)
+        state._dropout = (seed, dropout_p)
     marks = []
     with torch.set_grad_enabled(torch.is_grad_enabled() and not parameters):  # with a graph that is dropped: to notice it
         for i, parts in enumerate(source):
@@ -227,7 +239,7 @@ def latent_attention_stream(
             q = where_visible(q, lse)  # else NaN of an example without keys would reach w_k's gradient
         absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
         out = autograd.merged(_Gradients(source, state, marks, parameters), out, lse, absorbed, *parameters)
-    out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v)
+    out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p)
     return out if b_k is None or not b_k.requires_grad else out + b_k.sum() * 0.0
 
 
@@ -244,6 +256,8 @@ def explain_latent_attention_stream(
     b_k=None,
     b_v=None,
     scale=None,
+    dropout_p=0.0,
+    dropout_seed=None,
     parameters=(),
     backend="auto",
 ):
@@ -254,6 +268,7 @@ def explain_latent_attention_stream(
     options = dict(num_heads=num_heads, norm_weight=norm_weight, norm_bias=norm_bias, b_v=b_v, scale=scale)
     with torch.no_grad():
         state = LatentState(q, w_k, w_v, eps=None if eps < 0 else eps, backend=backend, **options)
+        state._dropout = api._check_dropout(dropout_p, dropout_seed, q.device, "q")[::-1]
         x, position = q.new_empty(q.shape[0], 0, w_k.shape[1]), None
         for parts in _Source(chunks, q.device, False):
             x, position = state._check_chunk("chunks[0]", *parts)
@@ -290,9 +305,9 @@ def _refusals(name, x, channels):
     return reasons
 
 
-def finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v):
+def finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p=0.0):
     """The result from the core's `out` over the whole input; zeros where nothing was visible."""
-    return where_visible(api.project_values(out, w_v, num_heads, norm_weight, norm_bias, b_v), lse)
+    return where_visible(api.values_of_core(out, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p), lse)
 
 
 def where_visible(tensor, lse):
@@ -394,7 +409,7 @@ class _Gradients:
     def __call__(self, dout, out, lse, absorbed, _, wanted):
         asked = [p for p, want in zip(self.parameters, wanted[1:], strict=True) if want]
         dq = torch.zeros_like(absorbed, dtype=out.dtype) if wanted[0] else None
-        sums, changed, count = [None] * len(asked), [], 0
+        sums, changed, count, length = [None] * len(asked), [], 0, 0
         with self.source.again(), torch.set_grad_enabled(bool(asked)):
             for i, parts in enumerate(self.source):
                 count += 1
@@ -403,7 +418,9 @@ class _Gradients:
                 x, position = self.state._check_chunk(f"chunks[{i}]", *parts)
                 changed += self.marks[i].check(i, x, position, parts[2])
                 made = [t is not None and t.requires_grad for t in (x, position)]
-                dq_here, *dparts = self._of_chunk(dout, out, lse, absorbed, x, position, parts[2], (wanted[0], *made))
+                chunk = x, position, parts[2]
+                dq_here, *dparts = self._of_chunk(dout, out, lse, absorbed, *chunk, (wanted[0], *made), length)
+                length += x.shape[1]
                 if wanted[0]:
                     dq += dq_here
                 if any(made):
@@ -420,13 +437,13 @@ class _Gradients:
         return (dq.to(absorbed.dtype) if wanted[0] else None, *(next(found) if want else None for want in wanted[1:]))
 
     @torch.no_grad()
-    def _of_chunk(self, dout, out, lse, absorbed, x, position, key_mask, wanted):
+    def _of_chunk(self, dout, out, lse, absorbed, x, position, key_mask, wanted, first_key):
         bits = sum(want << i for i, want in enumerate(wanted))
         if not bits:
             return None, None, None
         _, backward = autograd.core_pair(self.state._choose(x, position))
-        scale, eps = self.state._numbers["scale"], self.state._numbers["eps"]
-        return backward(dout, None, absorbed, x, position, key_mask, out, lse, scale, eps, bits)
+        numbers = self.state._numbers["scale"], self.state._numbers["eps"], bits, *self.state._dropout, first_key
+        return backward(dout, None, absorbed, x, position, key_mask, out, lse, *numbers)
 
 
 _CHANGED = "the second reading of chunks, for the gradient, differs from the first:"
