@@ -9,6 +9,7 @@ from .hypergrid import explain_hypergrid_gate, explain_hypergrid_linear, hypergr
 from .latent import (
     LatentState,
     explain_latent_attention,
+    explain_latent_attention_sharded,
     explain_latent_attention_stream,
     explain_latent_decode,
     latent_attention,
@@ -29,6 +30,7 @@ EXPLAINERS = {
     "hypergrid_gate": explain_hypergrid_gate,
     "hypergrid_linear": explain_hypergrid_linear,
     "latent_attention": explain_latent_attention,
+    "latent_attention_sharded": explain_latent_attention_sharded,
     "latent_attention_stream": explain_latent_attention_stream,
     "latent_decode": explain_latent_decode,
     "linear": explain_linear,

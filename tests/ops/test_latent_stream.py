@@ -408,6 +408,7 @@ def test_wrong_weights_and_parameters(generator):
         lambda **w: LatentState(**w),
         lambda **w: latent_attention_stream(chunks=[x], **w),
         lambda **w: mmkernels.explain("latent_attention_stream", chunks=[x], **w),
+        lambda **w: mmkernels.explain("latent_attention_sharded", x=x, **w),
     ):
         for changes, error, message in (
             (dict(q=None), TypeError, "q is a NoneType; it must be a tensor"),
@@ -459,6 +460,13 @@ def test_explain(generator):
     told = mmkernels.explain("latent_attention_stream", chunks=[x], num_heads=2, backend="reference", **weights)
     assert (told.op, told.backend) == ("latent_attention_stream", "reference") and told.refusals["sdpa"]
     assert mmkernels.explain("latent_attention_stream", chunks=[], num_heads=2, **weights).backend
+    told = mmkernels.explain("latent_attention_sharded", x=x, num_heads=2, dropout_p=0.5, backend="reference", **weights)
+    assert (told.op, told.backend) == ("latent_attention_sharded", "reference") and told.refusals["sdpa"]
+    rows, sent = 2 * 2 * 9, (2 * 2 * 9) * (13 + 3) * 4  # maxima; sums, with those of dropped weights
+    assert told.detail == (
+        f"absorbed, {4 * rows * 150 * 13:.3g} operations for this rank's 150 rows; all-reduces of {sent:.3g} bytes forward "
+        f"and {rows * 13 * 4:.3g} bytes backward"
+    )
     assert ops.LatentState is LatentState
 
 

@@ -3,9 +3,10 @@
 import torch
 import torch.distributed as dist
 
+from ... import _backends
 from .._shared import dropout
 from . import api, autograd
-from .stream import ABSORBED, choose, finish, where_visible
+from .stream import ABSORBED, choose, finish, refusals, where_visible
 
 
 def latent_attention_sharded(
@@ -114,6 +115,44 @@ def latent_attention_sharded(
     out = autograd.merged(gradients, out, lse, absorbed, x, position)
     out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p)
     return out if b_k is None or not b_k.requires_grad else out + b_k.sum() * 0.0
+
+
+def explain_latent_attention_sharded(
+    q,
+    x,
+    w_k,
+    w_v,
+    *,
+    num_heads=1,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    b_k=None,
+    b_v=None,
+    position=None,
+    key_mask=None,
+    scale=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    group=None,
+    backend="auto",
+):
+    """The `explain` of `latent_attention_sharded`: what this rank computes and sends. It asks no other rank."""
+    q, x, w_k, w_v, *_ = api._check(
+        q, x, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, position, key_mask, scale
+    )
+    dropout_p, _ = api._check_dropout(dropout_p, dropout_seed, x.device)
+    order = api._preference(q, x, position, num_heads, ABSORBED, dropout_p)
+    name = choose("latent_attention_sharded", x, w_k.shape[1], backend, order)
+    rows, channels, batch, length = num_heads * q.shape[1], w_k.shape[1], x.shape[0], x.shape[1]
+    number = torch.promote_types(x.dtype, torch.float32).itemsize
+    forward, backward = batch * rows * (channels + 2 + (dropout_p > 0.0)) * number, q.shape[0] * rows * channels * number
+    detail = (
+        f"absorbed, {4 * batch * rows * length * channels:.3g} operations for this rank's {length} rows; all-reduces of "
+        f"{forward:.3g} bytes forward and {backward:.3g} bytes backward"
+    )
+    reasons = {n: refusals(n, x, channels) for n in _backends.NAMES}
+    return _backends.Explanation("latent_attention_sharded", name, detail, reasons)
 
 
 def _agree(group, facts, own, failure):

@@ -273,7 +273,7 @@ def explain_latent_attention_stream(
         for parts in _Source(chunks, q.device, False):
             x, position = state._check_chunk("chunks[0]", *parts)
             break
-    reasons = {n: _refusals(n, x, w_k.shape[1]) for n in _backends.NAMES}
+    reasons = {n: refusals(n, x, w_k.shape[1]) for n in _backends.NAMES}
     return _backends.Explanation("latent_attention_stream", state._choose(x, position), "absorbed, chunk by chunk", reasons)
 
 
@@ -295,10 +295,10 @@ def check_weights(q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v,
 
 
 def choose(op, x, channels, backend, order):
-    return _backends.choose(op, backend, order, lambda name: _refusals(name, x, channels))
+    return _backends.choose(op, backend, order, lambda name: refusals(name, x, channels))
 
 
-def _refusals(name, x, channels):
+def refusals(name, x, channels):
     reasons = api._refusals(name, x)
     if name not in ("reference", "sdpa") and channels > api.MAX_CHANNELS:
         reasons.append(f"the input has {channels} channels; its absorbed kernels take up to {api.MAX_CHANNELS}")
