@@ -15,30 +15,26 @@ def add_systems(systems) -> None:
     add("--sample-rate", type=cli.positive, default=48000, help="that sound is resampled to (default 48000)")
     add("--fps", type=cli.positive_float, default=25.0, help="of the frames that are looked at (default 25)")
     add("--stride", type=cli.positive, default=1, help="every so many of them is read (default 1)")
-    _add_options(clips, config="perceiver-io-kinetics", output="runs/perceiver-autoencode", points=512)
-    clips.set_defaults(run=lambda arguments: cli.guarded(_train, arguments))
+    recipes = ("perceiver-io-kinetics", "perceiver-io-kinetics-label")
+    _add_options(clips, *recipes, output="runs/perceiver-autoencode", points=512)
+    clips.set_defaults(run=perceiver_cli.running(_train))
 
     demo = systems.add_parser("perceiver-autoencode-demo", help="the same, small, on written and spoken digits")
     demo.add_argument("--clips", type=cli.positive, help="train on so many of the clips (default all)")
     demo.add_argument("--held-out", type=cli.positive, default=60, help="clips, at most (default 60)")
     changes = {"epochs": None, "steps": 1500, "batch_size": 8, "learning_rate": 2e-3, "optimizer": "adamw"}
-    changes |= {"warmup_steps": 100, "weight_decay": 0.01, "clip_norm": 1.0, "beta2": 0.99}
-    _add_options(
-        demo,
-        config="perceiver-io-autoencoder-demo",
-        output="runs/perceiver-autoencode-demo",
-        points=192,
-        weights=(1.0, 0.3, 0.03),
-        **changes,
-    )
-    demo.set_defaults(run=lambda arguments: cli.guarded(_demo, arguments), save_every=500, evaluate_every=500)
+    changes |= {"warmup_steps": 100, "weight_decay": 0.01, "clip_norm": 1.0, "beta2": 0.99, "label_weight": 0.03}
+    changes |= {"config": "perceiver-io-autoencoder-demo"}
+    output = "runs/perceiver-autoencode-demo"
+    _add_options(demo, "perceiver-io-kinetics", output=output, points=192, weights=(1.0, 0.3), **changes)
+    demo.set_defaults(run=perceiver_cli.running(_demo), save_every=500, evaluate_every=500)
 
 
-def _add_options(parser, *, config, output, points, weights=(0.03, 1.0, 1e-4), **changes):
-    perceiver_cli.add_options(parser, recipe="perceiver-io-kinetics", config=config, output=output, **changes)
+def _add_options(parser, *recipes, output, points, weights=(0.03, 1.0), **changes):
+    perceiver_cli.add_options(parser, *recipes, output=output, own=("label_weight",), **changes)
     add = parser.add_argument
     add("--points", type=cli.positive, default=points, help=f"pixels, and patches of sound, of a step (default {points})")
-    for name, weight in zip(("image", "audio", "label"), weights, strict=True):
+    for name, weight in zip(("image", "audio"), weights, strict=True):
         add(f"--{name}-weight", type=cli.non_negative_float, default=weight, help=f"in the loss (default {weight:g})")
     add("--masked", type=cli.probability, default=0.5, help="how often the label is hidden in training (default 0.5)")
 

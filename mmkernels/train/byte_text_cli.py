@@ -11,23 +11,14 @@ def add_systems(systems) -> None:
     text.add_argument("--text", type=Path, action="append", required=True, metavar="FILE", help="UTF-8; can be repeated")
     text.add_argument("--val-text", type=Path, action="append", metavar="FILE", help="held out; default: a share of --text")
     text.add_argument("--val-fraction", type=cli.fraction, default=0.05, help="share of --text, its end (default 0.05)")
-    perceiver_cli.add_options(
-        text, recipe="perceiver-io-mlm", config="perceiver-io-language-bytes", output="runs/perceiver-mlm"
-    )
-    text.set_defaults(run=lambda arguments: cli.guarded(_train, arguments))
+    perceiver_cli.add_options(text, "perceiver-io-mlm", output="runs/perceiver-mlm")
+    text.set_defaults(run=perceiver_cli.running(_train))
     demo = systems.add_parser("perceiver-mlm-demo", help="the same, small, on docstrings of Python and torch")
     changes = {"steps": 16_000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 200, "optimizer": "adamw"}
-    perceiver_cli.add_options(
-        demo,
-        recipe="perceiver-io-mlm",
-        config="perceiver-io-language-demo",
-        output="runs/perceiver-mlm-demo",
-        clip_norm=1.0,
-        beta2=0.99,
-        **changes,
-    )
+    changes |= {"config": "perceiver-io-language-demo", "clip_norm": 1.0, "beta2": 0.99}
+    perceiver_cli.add_options(demo, "perceiver-io-mlm", output="runs/perceiver-mlm-demo", **changes)
     demo.add_argument("--held-out", type=cli.positive, default=500, help="blocks, at most (default 500)")
-    demo.set_defaults(run=lambda arguments: cli.guarded(_demo, arguments))
+    demo.set_defaults(run=perceiver_cli.running(_demo))
 
 
 def _train(arguments):

@@ -11,7 +11,6 @@ import torch
 
 from .. import models
 from ..models.registry import InputError, read_json, require, write_atomically
-from .compare import classification_loss
 from .data import derive_seed
 from .data.images import Images, Preprocessing
 from .loop import Task, split_by
@@ -41,7 +40,7 @@ class MixedLoss:
 
     def __call__(self, model, batch) -> torch.Tensor:
         images, labels = batch
-        targets = torch.nn.functional.one_hot(labels, self.classes).float()
+        targets = distribution(labels, self.classes)
         kinds = [kind for kind, wanted in ((self._mixup, self.mixup), (self._cutmix, self.cutmix)) if wanted]
         if kinds:
             parts = zip(kinds, images.chunk(len(kinds)), targets.chunk(len(kinds)), strict=False)
@@ -66,25 +65,29 @@ class MixedLoss:
         return images, mixed(targets, 1 - cut)
 
 
-def make_task(training: Images, held_out: Images, loss=classification_loss) -> Task:
-    """`loss`: a function, or a `MixedLoss`."""
-    parts = [training.fingerprint(), held_out.fingerprint()]
-    if loss is not classification_loss:
-        parts.append(asdict(loss))
+def distribution(labels, classes: int) -> torch.Tensor:
+    """Class numbers (B,), or ones and zeros (B, classes), as shares (B, classes) whose sum is 1 for every image."""
+    if labels.dim() == 1:
+        return torch.nn.functional.one_hot(labels, classes).float()
+    return labels / labels.sum(-1, keepdim=True)
+
+
+def make_task(training: Images, held_out: Images, loss: MixedLoss) -> Task:
+    fingerprint = derive_seed(training.fingerprint(), held_out.fingerprint(), asdict(loss))
     split = split_by(lambda batch: len(batch[0]))
-    return Task(training, held_out, loss, accuracy, f"{derive_seed(*parts):016x}", split=split)
+    return Task(training, held_out, loss, accuracy, f"{fingerprint:016x}", split=split)
 
 
 def accuracy(model, batches) -> dict:
-    """{"accuracy": share of right answers, "held_out_loss": mean cross-entropy}."""
-    metrics = require("sklearn.metrics", "train")
-    right, predicted, loss = [], [], 0.0
+    """{"accuracy": share of images whose first answer is one of their labels, "held_out_loss": mean cross-entropy}."""
+    right, count, loss = 0, 0, 0.0
     for inputs, labels in batches:
         logits = model(inputs).float()
-        loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        right += labels.tolist()
-        predicted += logits.argmax(-1).tolist()
-    return {"accuracy": float(metrics.accuracy_score(right, predicted)), "held_out_loss": loss / len(right)}
+        targets = distribution(labels, logits.shape[-1])
+        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        right += (targets.gather(1, logits.argmax(-1, keepdim=True)) > 0).sum().item()
+        count += len(labels)
+    return {"accuracy": right / count, "held_out_loss": loss / count}
 
 
 def save_result(folder: Path, model, preprocessing: Preprocessing, classes: list, history: list) -> None:
@@ -100,9 +103,10 @@ def learning_curve(history: list, metric="accuracy") -> bytes:
     figure_class = require("matplotlib.figure", "train").Figure  # no pyplot: no display is looked for
     figure = figure_class(figsize=(8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = draw_losses(left, history, "epoch", "cross-entropy")
-    right.plot(epochs, [100 * row[metric] for row in history], ".-")
-    right.set(xlabel="epoch", ylabel=f"held-out {metric} (%)")
+    by = "epoch" if "epoch" in history[-1] else "step"
+    numbers = draw_losses(left, history, by, "cross-entropy")
+    right.plot(numbers, [100 * row[metric] for row in history], ".-")
+    right.set(xlabel=by, ylabel=f"held-out {metric} (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -11,24 +11,13 @@ def add_commands(subparsers) -> None:
     """Adds both commands; each sets `run`, a function of the parsed arguments that returns the exit code."""
     train = subparsers.add_parser("train", help="train a model")
     systems = train.add_subparsers(dest="system", required=True, metavar="SYSTEM")
-    digits = systems.add_parser("perceiver-digits", help="Perceiver on scikit-learn's handwritten digits")
-    _add_training_options(digits, config="perceiver-digits", output="runs/perceiver-digits", epochs=16, batch_size=16, lr=2e-3)
-    digits.set_defaults(run=lambda arguments: guarded(_train, arguments, _digits))
-    folder = systems.add_parser("perceiver", help="Perceiver on a folder of class folders of images")
-    add_folder_options(folder)
-    _add_training_options(folder, config="perceiver-small", output="runs/perceiver", epochs=30, batch_size=32, lr=1e-3)
-    folder.set_defaults(run=lambda arguments: guarded(_train, arguments, folder_data))
+    from . import adapters_cli, autoencode_cli, byte_text_cli, flow_cli, images_cli, multimodal_cli, multitask_cli, text_cli
 
-    from . import adapters_cli, autoencode_cli, byte_text_cli, flow_cli, multimodal_cli, multitask_cli, perceiver_cli, text_cli
-
-    perceiver_cli.add_systems(systems)
-    byte_text_cli.add_systems(systems)
-    flow_cli.add_systems(systems)
-    autoencode_cli.add_systems(systems)
-    multimodal_cli.add_systems(systems)
-    text_cli.add_systems(systems)
-    multitask_cli.add_systems(systems)
-    adapters_cli.add_systems(systems)
+    for commands in (
+        *(images_cli, byte_text_cli, flow_cli, autoencode_cli),
+        *(multimodal_cli, text_cli, multitask_cli, adapters_cli),
+    ):
+        commands.add_systems(systems)
 
     predict = subparsers.add_parser("predict", help="what a trained model makes of image files, a clip or a text")
     predict.add_argument("images", nargs="*", metavar="IMAGE")
@@ -50,40 +39,21 @@ def add_commands(subparsers) -> None:
     predict.set_defaults(run=lambda arguments: guarded(_predict, arguments))
 
 
-def add_folder_options(parser):
-    """Which images to train on; see `folder_data`."""
-    add = parser.add_argument
-    add("--data", required=True, metavar="FOLDER", help="one folder of images per class")
-    add("--val-data", metavar="FOLDER", help="held-out images in the same layout; default: a share of --data")
-    add("--val-fraction", type=fraction, default=0.1, help="share of --data that is held out (default 0.1)")
-    add("--flip", action="store_true", help="mirror half of the training images left to right")
-
-
-def _add_training_options(parser, *, config, output, epochs, batch_size, lr):
-    add = parser.add_argument
-    add_common_options(parser, output=output, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=0.05)
-    add("--no-compare", action="store_true", help="leave out the comparison with the plain PyTorch path")
-    add(
-        "--config", default=config, metavar="NAME", help=f"model sizes by name (default {config}); the flags below change them"
-    )
-    add("--image-size", type=positive, help="side of the square that images are sampled to")
-    add("--latents", type=positive, help="number of latents")
-    add("--latent-dim", type=positive, help="channels of a latent")
-    add("--cross-attends", type=positive, help="how often the latents read the image")
-    add("--layers", type=positive, help="latent layers after every cross-attend")
-    add("--heads", type=positive, help="heads of the latent layers")
-    add("--bands", type=positive, help="Fourier bands of the positions")
-
-
 def add_common_options(parser, *, output, epochs, batch_size, lr, weight_decay):
-    """The options of every training."""
+    """The options of a training, numbers with their defaults."""
+    add_run_options(parser, output)
     add = parser.add_argument
-    add("--output", type=Path, default=Path(output), metavar="DIR", help=f"default {output}")
     if epochs is not None:
         add("--epochs", type=positive, default=epochs, help=f"default {epochs}")
     add("--batch-size", type=positive, default=batch_size, help=f"default {batch_size}")
     add("--lr", type=positive_float, default=lr, help=f"highest learning rate (default {lr})")
     add("--weight-decay", type=non_negative_float, default=weight_decay, help=f"default {weight_decay}")
+
+
+def add_run_options(parser, output):
+    """The options of every training: where, and how it is run."""
+    add = parser.add_argument
+    add("--output", type=Path, default=Path(output), metavar="DIR", help=f"default {output}")
     add("--seed", type=seed, default=0, help="of the split, the weights, the order and the augmentation (default 0)")
     add("--save-every", type=positive, default=50, metavar="STEPS", help="checkpoint interval (default 50)")
     add("--workers", type=non_negative, default=0, help="processes that read images (default 0)")
@@ -115,90 +85,6 @@ def guarded(command, *arguments):
         message = f"not enough memory; smaller sizes or batches need less: {error}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _digits(arguments, image_size):
-    from .data import digits
-
-    training, held_out, preprocessing = digits.load(image_size, arguments.seed)
-    return training, held_out, preprocessing, digits.CLASSES
-
-
-def folder_data(arguments, image_size):
-    from .data import folder
-
-    return folder.load(
-        arguments.data,
-        image_size,
-        arguments.seed,
-        held_out_folder=arguments.val_data,
-        held_out=arguments.val_fraction,
-        flip=arguments.flip,
-    )
-
-
-def _train(arguments, load_data):
-    import time
-
-    import torch
-
-    from .. import models
-    from ..models import InputError
-    from . import classification, compare, loop
-
-    started = time.perf_counter()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = device_of(arguments)
-    config = models.load(arguments.config, device="meta").config
-    if not isinstance(config, models.perceiver.PerceiverConfig):
-        raise InputError(
-            f"--config is {arguments.config!r}, which is no Perceiver; allowed are {', '.join(models.perceiver.CONFIGS)}"
-        )
-    image_size = arguments.image_size or config.input_shape[0]
-    training, held_out, preprocessing, classes = load_data(arguments, image_size)
-    torch.manual_seed(arguments.seed)
-    model = models.load(
-        arguments.config,
-        **_overrides(arguments),
-        input_shape=(image_size, image_size),
-        input_channels=len(preprocessing.mean),
-        num_classes=len(classes),
-        backend=arguments.backend,
-        device=device,
-    )
-    settings = loop.Settings(
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.lr,
-        weight_decay=arguments.weight_decay,
-        seed=arguments.seed,
-    )
-    task = classification.make_task(training, held_out)
-
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{len(training)} images to train on, {len(held_out)} held out, {len(classes)} classes; "
-        f"{parameters:,} parameters, {image_size * image_size} input elements, backend {compare.backend_of(model)}"
-    )
-    with resumable(arguments, arguments.output):
-        history = loop.fit(
-            model,
-            task,
-            settings,
-            arguments.output,
-            device=device,
-            save_every=arguments.save_every,
-            workers=arguments.workers,
-        )
-        classification.save_result(arguments.output, model, preprocessing, classes, history)
-    print(f"held-out accuracy {history[-1]['accuracy']:.2%} after {len(history)} epochs")
-    print(f"checkpoint {arguments.output}, learning curve {arguments.output / classification.CURVE}")
-    if not arguments.no_compare:
-        costs = compare.compare(model, settings.batch_size, device)
-        print(compare.describe(costs, model, settings.batch_size))
-    print(f"{time.perf_counter() - started:.0f} s in all")
-    return 0
 
 
 @contextlib.contextmanager
@@ -282,18 +168,6 @@ def device_of(arguments):
     if torch.device(name).type == "meta":
         raise InputError("--device is 'meta', whose tensors hold no numbers; allowed are cpu and cuda")
     return name
-
-
-def _overrides(arguments):
-    fields = {
-        "num_latents": arguments.latents,
-        "latent_channels": arguments.latent_dim,
-        "num_cross_attends": arguments.cross_attends,
-        "layers_per_block": arguments.layers,
-        "self_heads": arguments.heads,
-        "num_bands": arguments.bands,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _number(kind, allowed, holds):

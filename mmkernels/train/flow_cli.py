@@ -13,17 +13,15 @@ def add_systems(systems) -> None:
     add("--val-data", type=Path, metavar="DIR", help="held out; default: a share of --data, or rendered pairs")
     add("--val-fraction", type=cli.fraction, default=0.1, help="share of --data that is held out, by name (default 0.1)")
     _add_rendering(flow, pairs=400_000, held_out=200, motion=40.0, shapes=6)
-    _add_options(flow, config="perceiver-io-flow", output="runs/perceiver-flow")
-    flow.set_defaults(run=lambda arguments: cli.guarded(_train, arguments), keep=False)
+    _add_options(flow, output="runs/perceiver-flow")
+    flow.set_defaults(run=perceiver_cli.running(_train), keep=False)
 
     demo = systems.add_parser("perceiver-flow-demo", help="the same, small, on rendered pairs")
     _add_rendering(demo, pairs=2000, held_out=200, motion=2.0, shapes=2)
     changes = {"epochs": 30, "batch_size": 16, "learning_rate": 3e-3, "optimizer": "adamw", "warmup_steps": 100}
-    changes |= {"weight_decay": 0.01, "clip_norm": 1.0, "beta2": 0.99}
-    _add_options(demo, config="perceiver-io-flow-demo", output="runs/perceiver-flow-demo", points=128, **changes)
-    demo.set_defaults(
-        run=lambda arguments: cli.guarded(_train, arguments), data=None, val_data=None, keep=True, save_every=500
-    )
+    changes |= {"weight_decay": 0.01, "clip_norm": 1.0, "beta2": 0.99, "config": "perceiver-io-flow-demo"}
+    _add_options(demo, output="runs/perceiver-flow-demo", points=128, **changes)
+    demo.set_defaults(run=perceiver_cli.running(_train), data=None, val_data=None, keep=True, save_every=500)
 
 
 def _add_rendering(parser, *, pairs, held_out, motion, shapes):
@@ -34,8 +32,8 @@ def _add_rendering(parser, *, pairs, held_out, motion, shapes):
     add("--shapes", type=cli.positive, default=shapes, help=f"in front of the background, at most (default {shapes})")
 
 
-def _add_options(parser, *, config, output, points=None, **changes):
-    perceiver_cli.add_options(parser, recipe="perceiver-io-flow", config=config, output=output, **changes)
+def _add_options(parser, *, output, points=None, **changes):
+    perceiver_cli.add_options(parser, "perceiver-io-flow", output=output, **changes)
     what = "all" if points is None else points
     parser.add_argument("--points", type=cli.positive, default=points, help=f"pixels that a step asks for (default {what})")
 

@@ -56,7 +56,7 @@ def save_result(folder: Path, model, readers: dict, labels: Labels, history: lis
 
 def headline(history: list) -> str:
     """The metric by which a training is judged: the first one that its objective names."""
-    return next(name for name in history[-1] if name not in ("epoch", "loss"))
+    return next(name for name in history[-1] if name not in ("epoch", "step", "loss"))
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from mmkernels.__main__ import main
-from mmkernels.train.classification import MixedLoss
+from mmkernels.train import checkpoint
+from mmkernels.train.classification import MixedLoss, accuracy
 
 TINY = {
     "input": {"kind": "grid", "shape": [8, 8], "positions": {"kind": "fourier", "num_bands": 2}},
@@ -97,3 +98,67 @@ def test_a_training_on_a_folder_and_its_prediction(tmp_path, capsys):
     assert status == 0 and [line.split("\t")[1] for line in out.splitlines()] == ["blue", "red"]
     status, _, error = run(capsys, *command, "--config", "perceiver-io-audioset", "--restart")
     assert status == 2 and "it must read square images" in error and error.count("\n") == 1
+
+
+def test_multi_hot_targets_are_shares():
+    labels = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 1]])
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    found = MixedLoss(4)(lambda _: logits, (torch.zeros(2, 2, 2, 3), labels))
+    logs = logits.log_softmax(-1)
+    torch.testing.assert_close(found, -(0.5 * (logs[0, 0] + logs[0, 2]) + logs[1, 3]) / 2)
+    # Right is what is one of an image's labels.
+    answers = torch.tensor([[0.0, 0, 9, 0], [0, 0, 9, 0]])
+    found = accuracy(lambda _: answers, [(torch.zeros(2, 2, 2, 3), labels)])
+    assert found["accuracy"] == 0.5
+
+
+def tables(tmp_path):
+    """Pictures that are red, blue, or both (violet), in a table of labels."""
+    rows = ["image,labels,split"]
+    for number in range(24):
+        red, blue = ((255, 0), (0, 255), (255, 255))[number % 3]
+        Image.new("RGB", (9, 8), (red, number, blue)).save(tmp_path / f"{number}.png")
+        labels = ";".join(name for name, value in (("red", red), ("blue", blue)) if value)
+        rows.append(f"{number}.png,{labels},{'val' if number >= 18 else 'train'}")
+    (tmp_path / "images.csv").write_text("\n".join(rows))
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    return ["--data", tmp_path / "images.csv", "--config", tmp_path / "tiny.json", "--threads", 1]
+
+
+def test_pre_training_on_labels_of_a_table_and_fine_tuning(tmp_path, capsys):
+    options = tables(tmp_path)
+    small = ["--epochs", 10, "--batch-size", 6, "--lr", 0.02, "--output", tmp_path / "run"]
+    status, out, _ = run(capsys, "train", "perceiver-io", *options, "--recipe", "perceiver-io-jft", *small)
+    assert status == 0 and "18 images to train on, 6 held out, 2 classes" in out
+    assert "held-out accuracy 100.00% after 10 epochs" in out
+    fine = ["--recipe", "perceiver-io-jft-fine-tune", "--init", tmp_path / "run", "--steps", 4, "--batch-size", 6]
+    status, out, _ = run(capsys, "train", "perceiver-io", *options, *fine, "--output", tmp_path / "fine")
+    assert status == 0 and "after 4 steps" in out and "lamb at 0.002" in out and f"are those of {tmp_path / 'run'}" in out
+    settings = checkpoint.read_state(tmp_path / "fine")["identity"]["settings"]
+    assert settings["flat"] == pytest.approx(70 / 131) and settings["weight_decay"] == 0.1
+
+
+def test_bad_tables_of_images(tmp_path, capsys):
+    options = tables(tmp_path)
+    (tmp_path / "3.png").write_text("no image")
+
+    def fails(message, *more):
+        status, _, error = run(capsys, "train", "perceiver-io", *options, *more, "--output", tmp_path / "run")
+        assert status == 2 and message in error and error.count("\n") == 1, error
+        assert not (tmp_path / "run").exists()
+
+    fails("has 1 broken row: line 5: ")
+    fails("--val-data is for folders", "--val-data", tmp_path)
+    (tmp_path / "other.csv").write_text("picture,label\n3.png,a")
+    fails("has no column 'image'; it has picture, label", "--data", tmp_path / "other.csv")
+    status, out, error = run(
+        capsys, "train", "perceiver-io", *options, "--on-error", "skip", "--epochs", 1, "--output", tmp_path / "run"
+    )
+    assert status == 0 and "17 images to train on" in out and "left out: line 5: " in error
+    for text in ("4", "4,11", "a,b"):
+        with pytest.raises(SystemExit):
+            run(capsys, "train", "perceiver-io", *options, "--randaugment", text)
+        assert "such as 4,5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(capsys, "train", "perceiver-io", *options, "--recipe", "perceiver-imagenet-22k")
+    assert "perceiver-io-jft" in capsys.readouterr().err

@@ -1,12 +1,18 @@
 """Recipes and what the loop has for them: schedules and LAMB."""
 
+import argparse
 import math
 
 import pytest
 import torch
 
+from mmkernels.models import perceiver, perceiver_io
+from mmkernels.train import cli, perceiver_cli
 from mmkernels.train.loop import Settings, learning_rate, make_optimizer
-from mmkernels.train.recipes import RECIPES
+from mmkernels.train.recipes import OTHERS, RECIPES
+
+
+PLANNED = {"perceiver-modelnet40", "perceiver-io-glue", "perceiver-audioset", "perceiver-io-audioset"}
 
 
 def rates(name, steps, **changes):
@@ -34,7 +40,32 @@ def test_recipes_are_the_published_ones():
     assert (io.learning_rate, io.weight_decay, io.clip_norm, io.label_smoothing, io.mixup) == (2e-3, 0.1, 10.0, 0.1, 0.2)
     settings = io.settings(epochs=3, batch_size=8)
     assert settings == Settings(3, 8, 2e-3, 0.1, 0, 10.0, optimizer="lamb", beta2=0.999, flat=0.5)
-    assert all(recipe.optimizer == "lamb" and (recipe.epochs is None) != (recipe.steps is None) for recipe in RECIPES.values())
+    assert io.randaugment == RECIPES["perceiver-imagenet"].randaugment == (4, 5) and io.cutmix
+    fine = RECIPES["perceiver-io-jft-fine-tune-conv"]
+    assert (fine.learning_rate, fine.steps) == (2e-4, 70_000 + 61_000) and fine.flat * fine.steps == pytest.approx(70_000)
+    for name, recipe in RECIPES.items():
+        assert (recipe.epochs is None) != (recipe.steps is None)
+        assert recipe.optimizer == ("adamw" if name == "perceiver-small" else "lamb")
+        assert recipe.config in perceiver_io.CONFIGS or recipe.config in perceiver.CONFIGS
+
+
+@pytest.mark.parametrize("name", RECIPES.keys() - PLANNED)
+def test_every_recipe_is_one_of_a_command(name):
+    """And its options, where none is given, are its own."""
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser.add_subparsers())
+    systems = parser._subparsers._group_actions[0].choices["train"]._subparsers._group_actions[0].choices
+    owners = [s for s, p in systems.items() for a in p._actions if a.dest == "recipe" and name in a.choices]
+    assert owners
+    wanted = [option for a in systems[owners[0]]._actions if a.required for option in (a.option_strings[0], "PATH")]
+    arguments = parser.parse_args(["train", owners[0], *wanted, "--recipe", name])
+    found = perceiver_cli.settled(arguments)
+    recipe = RECIPES[name]
+    settings = perceiver_cli.settings_of(found)
+    every = None if recipe.steps is None else recipe.steps // 10
+    assert settings == recipe.settings(seed=0, evaluate_every=every) and found.config == recipe.config
+    for field in OTHERS:
+        assert getattr(found, field, getattr(recipe, field)) == getattr(recipe, field)
 
 
 def test_lamb_is_the_papers():

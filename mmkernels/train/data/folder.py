@@ -1,10 +1,12 @@
-"""A folder of class folders of images."""
+"""A folder of class folders of images, and tables of images with labels."""
 
 from pathlib import Path
 
 from ...models.registry import InputError, require
+from . import manifest
 from .images import EXTENSIONS, Images, Preprocessing
 
+_SMALL = {"shift": 0.1, "scale": 0.1}
 # Mean and deviation of natural images (ImageNet's).
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -36,10 +38,11 @@ def _is_visible_file(path):
     return path.is_file() and not path.name.startswith(".")  # a Mac puts ._NAME beside every file it copies
 
 
-def load(folder, size: int, seed: int, *, held_out_folder=None, held_out=0.1, shift=0.1, scale=0.1, flip=False):
+def load(folder, size: int, seed: int, *, held_out_folder=None, held_out=0.1, **augmentation):
     """(training, held out, preprocessing, classes); without a `held_out_folder` a share of every class is held out.
 
-    Every image is read once here, so that an unreadable one is named before the training starts.
+    Every image is read once here, so that an unreadable one is named before the training starts. `augmentation`, of the
+    training images, is that of `Images`, to which shifts and scalings are added.
     """
     paths, labels, classes = scan(folder)
     if held_out_folder is not None:
@@ -64,5 +67,20 @@ def load(folder, size: int, seed: int, *, held_out_folder=None, held_out=0.1, sh
     preprocessing = Preprocessing("RGB", size, _MEAN, _STD)
     for path in (*paths, *held_paths):
         preprocessing.read(path)
-    training = Images(paths, labels, preprocessing, shift=shift, scale=scale, flip=flip, seed=seed)
+    training = Images(paths, labels, preprocessing, **{**_SMALL, **augmentation}, seed=seed)
     return training, Images(held_paths, held_labels, preprocessing), preprocessing, classes
+
+
+def load_table(path, size: int, seed: int, *, held_out=0.1, on_error="stop", **augmentation):
+    """(training, held out, preprocessing, classes, problems) of a table of images with any number of labels each.
+
+    See `manifest.load_images` and `load`; labels are targets of ones and zeros, of a column `label` as well as of `labels`.
+    """
+    preprocessing = Preprocessing("RGB", size, _MEAN, _STD)
+    training, held, labels, problems = manifest.load_images(
+        path, seed, preprocessing.read, held_out=held_out, on_error=on_error
+    )
+    if len(labels.heads) > 1:
+        raise InputError(f"{path} has labels {', '.join(labels.heads)}; images take one column, 'label' or 'labels'")
+    training = Images(*training, preprocessing, **{**_SMALL, **augmentation}, seed=seed)
+    return training, Images(*held, preprocessing), preprocessing, labels.names, problems

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ...models.registry import InputError, require
 from . import derive_seed
+from .randaugment import randaugment
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -96,17 +97,20 @@ class Images(torch.utils.data.Dataset):
 
     Args:
         images: a tensor (n, channels, s, s), or a list of paths to read.
-        labels: class numbers.
+        labels: class numbers, or targets (n, classes), ones where an image shows a class.
         preprocessing: how an image becomes an input.
         shift: largest shift, as a share of the side.
         scale: largest relative change of size.
         flip: mirror half of the images left to right.
+        augment: (N, M) of `randaugment`.
         seed: of the augmentation.
     """
 
-    def __init__(self, images, labels, preprocessing: Preprocessing, *, shift=0.0, scale=0.0, flip=False, seed=0):
+    def __init__(
+        self, images, labels, preprocessing: Preprocessing, *, shift=0.0, scale=0.0, flip=False, augment=(0, 0), seed=0
+    ):
         self.images, self.labels, self.preprocessing = images, labels, preprocessing
-        self.shift, self.scale, self.flip, self.seed = shift, scale, flip, seed
+        self.shift, self.scale, self.flip, self.augment, self.seed = shift, scale, flip, tuple(augment), seed
 
     def __len__(self):
         return len(self.images)
@@ -116,17 +120,23 @@ class Images(torch.utils.data.Dataset):
         image = self.images[index]
         if isinstance(image, (str, Path)):
             image = self.preprocessing.read(image)
-        transform = None if epoch is None else self._draw(epoch, index)
+        transform = None
+        if epoch is not None:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, index))
+            transform = self._draw(generator)
+            if self.augment[0]:
+                image = randaugment(image, *self.augment, generator)
         return self.preprocessing.finish(image, transform), self.labels[index]
 
     def fingerprint(self) -> int:
         """Changes with the images (tensors by value, files by path), the labels, and how they are read and augmented."""
         images = self.images
         images = [str(i) for i in images] if not isinstance(images, torch.Tensor) else images.numpy().tobytes()
-        return derive_seed(images, self.labels, self.preprocessing, self.shift, self.scale, self.flip, self.seed)
+        labels = self.labels.tolist() if isinstance(self.labels, torch.Tensor) else self.labels
+        parts = [images, labels, self.preprocessing, self.shift, self.scale, self.flip, self.seed]
+        return derive_seed(*parts, *([self.augment] if self.augment[0] else []))
 
-    def _draw(self, epoch, index):
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, index))
+    def _draw(self, generator):
         dx, dy, size, mirror = torch.rand(4, generator=generator).tolist()
         zoom = math.exp((2 * size - 1) * self.scale)
         sign = -1.0 if self.flip and mirror < 0.5 else 1.0

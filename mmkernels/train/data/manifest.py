@@ -1,4 +1,4 @@
-"""A table of clips, CSV or Parquet: a column of paths per modality, the labels, and which rows are held out. Or a folder.
+"""A table of clips or images, CSV or Parquet: a column of paths per modality, the labels, and which are held out. Or a folder.
 
 | column | holds |
 |---|---|
@@ -79,16 +79,52 @@ def load(path, readers: dict, seed: int, *, held_out=0.1, windows=4, on_error="s
     """
     path = Path(path)
     columns, records = _read_folder(path, readers) if path.is_dir() else _read_table(path)
+
+    def measure(row):
+        row.lengths = {name: reader.length(row.paths[name]) for name, reader in readers.items()}
+
+    training, held_out, labels, problems = _rows(
+        path, columns, records, list(readers), seed, measure, held_out=held_out, on_error=on_error, unit="clip"
+    )
+
+    def clips(pairs, windows):
+        rows, targets = zip(*pairs, strict=True)
+        paths, lengths = [row.paths for row in rows], [row.lengths for row in rows]
+        return Clips(paths, lengths, torch.stack(targets), readers, windows=windows, seed=seed)
+
+    return clips(training, 1), clips(held_out, windows), labels, problems
+
+
+def load_images(path, seed: int, check, *, held_out=0.1, on_error="stop"):
+    """((paths, targets) to train on, the same held out, labels, problems) of a table with a column `image`; see `load`.
+
+    Args:
+        check: of a path; raises InputError where it is no image.
+    """
+    path = Path(path)
+    columns, records = _read_table(path)
+    *parts, labels, problems = _rows(
+        *(path, columns, records, ["image"], seed, lambda row: check(row.paths["image"])),
+        held_out=held_out,
+        on_error=on_error,
+        unit="image",
+    )
+    parts = [([row.paths["image"] for row, _ in pairs], torch.stack([target for _, target in pairs])) for pairs in parts]
+    return *parts, labels, problems
+
+
+def _rows(path, columns, records, names, seed, measure, *, held_out, on_error, unit):
+    """([(Row, targets), ...] to train on, the same held out, `Labels`, a line for every broken row); `measure` reads a row."""
     kind = _label_columns(path, columns)
-    for name in readers:
+    for name in names:
         if name not in columns:
             raise InputError(f"{path} has no column {name!r}; it has {', '.join(columns)}")
     rows, problems = [], []
     tqdm = require("tqdm", "train").tqdm  # every frame of a folder is decoded once
-    for where, record in tqdm(records, desc="checking clips", unit="clip", leave=False, delay=1.0, dynamic_ncols=True):
+    for where, record in tqdm(records, desc=f"checking {unit}s", unit=unit, leave=False, delay=1.0, dynamic_ncols=True):
         try:
-            row = _parse(where, record, path if path.is_dir() else path.parent, readers, kind)
-            row.lengths = {name: reader.length(row.paths[name]) for name, reader in readers.items()}
+            row = _parse(where, record, path if path.is_dir() else path.parent, names, kind)
+            measure(row)
             rows.append(row)
         except InputError as error:
             problems.append(f"{where}: {error}")
@@ -116,13 +152,7 @@ def load(path, readers: dict, seed: int, *, held_out=0.1, windows=4, on_error="s
             raise InputError(f"{path} has no row {part}: {len(records)} rows, {len(problems)} of them broken")
     if len(labels.names) < 2:
         raise InputError(f"{path} has only the class {labels.names}; a classifier needs at least two")
-
-    def clips(pairs, windows):
-        rows, targets = zip(*pairs, strict=True)
-        paths, lengths = [row.paths for row in rows], [row.lengths for row in rows]
-        return Clips(paths, lengths, torch.stack(targets), readers, windows=windows, seed=seed)
-
-    return clips(chosen[False], 1), clips(chosen[True], windows), labels, problems
+    return chosen[False], chosen[True], labels, problems
 
 
 def _read_folder(path, readers):
@@ -163,7 +193,7 @@ def _read_table(path):
         columns = table.column_names
         records = [(f"row {number}", record) for number, record in enumerate(table.to_pylist(), 1)]
     else:
-        raise InputError(f"{path} is no table of clips; allowed are files ending in .csv and .parquet")
+        raise InputError(f"{path} is no table of clips or images; allowed are files ending in .csv and .parquet")
     if not records:
         raise InputError(f"{path} has no rows")
     return columns, records

@@ -148,7 +148,7 @@ def test_damaged_frames_are_found_before_training(folder, damage):
 
 
 def test_tables_that_cannot_be_used(folder):
-    fails("no table of clips; allowed are files ending in .csv and .parquet", folder / "0.wav")
+    fails("no table of clips or images; allowed are files ending in .csv and .parquet", folder / "0.wav")
     fails("cannot be read as CSV", folder / "gone.csv")
     fails("cannot be read as Parquet", table(folder, "PAR1 not really", name="x.parquet"))
     (folder / "latin.csv").write_bytes("spectrogram,label\n0.wav,über\n".encode("latin-1"))
