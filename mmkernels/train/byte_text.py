@@ -9,6 +9,7 @@ import torch
 
 from .. import models
 from ..models.registry import InputError, require, write_atomically
+from . import tokenizer
 from .classification import CURVE, TASK, draw_losses, png
 from .masked_lm import IGNORED, Masking
 
@@ -39,6 +40,19 @@ def encode_blanks(text: str) -> list:
         ids += encode(text[end : found.start()]) + [MASK] * int(found[1] or 1)
         end = found.end()
     return ids + encode(text[end:])
+
+
+class BytePairs:
+    """One text or two as ids: [CLS] first [SEP], or [CLS] first [SEP] second [SEP]; as `tokenizer.Bert` does it."""
+
+    size, pad_id, fingerprint = SIZE, PAD, "bytes"
+
+    def encode_pair(self, first: str, second: str | None, length: int) -> tuple:
+        """(at most `length` ids, how many of them come before second); bytes are cut off the end of the longer text."""
+        return tokenizer.joined(encode(first), None if second is None else encode(second), length, CLS, SEP)
+
+
+PAIRS = BytePairs()
 
 
 def decode(ids) -> str:

@@ -11,10 +11,20 @@ def add_commands(subparsers) -> None:
     """Adds both commands; each sets `run`, a function of the parsed arguments that returns the exit code."""
     train = subparsers.add_parser("train", help="train a model")
     systems = train.add_subparsers(dest="system", required=True, metavar="SYSTEM")
-    from . import adapters_cli, autoencode_cli, byte_text_cli, flow_cli, images_cli, multimodal_cli, multitask_cli, text_cli
+    from . import (
+        adapters_cli,
+        autoencode_cli,
+        byte_glue_cli,
+        byte_text_cli,
+        flow_cli,
+        images_cli,
+        multimodal_cli,
+        multitask_cli,
+        text_cli,
+    )
 
     for commands in (
-        *(images_cli, byte_text_cli, flow_cli, autoencode_cli),
+        *(images_cli, byte_text_cli, byte_glue_cli, flow_cli, autoencode_cli),
         *(multimodal_cli, text_cli, multitask_cli, adapters_cli),
     ):
         commands.add_systems(systems)

@@ -113,18 +113,25 @@ class Bert:
 
         Tokens are cut off the end of the longer text, one after another; of the second where both are as long.
         """
-        a = self.model.encode(first, add_special_tokens=False).ids
-        b = [] if second is None else self.model.encode(second, add_special_tokens=False).ids
-        surplus = len(a) + len(b) - (length - 2 - (second is not None))
-        while surplus > 0:
-            longer = a if len(a) > len(b) else b
-            cut = min(max(abs(len(a) - len(b)), 1), surplus)
-            del longer[-cut:]
-            surplus -= cut
-        ids = [self.start, *a, self.end]
-        return (ids, len(ids)) if second is None else ([*ids, *b, self.end], len(ids))
+        first, second = (
+            None if text is None else self.model.encode(text, add_special_tokens=False).ids for text in (first, second)
+        )
+        return joined(first, second, length, self.start, self.end)
 
     fingerprint = SentencePiece.fingerprint
+
+
+def joined(first: list, second: list | None, length: int, start: int, end: int) -> tuple:
+    """`Bert.encode_pair` of ids."""
+    a, b = list(first), list(second or ())
+    surplus = len(a) + len(b) - (length - 2 - (second is not None))
+    while surplus > 0:
+        longer = a if len(a) > len(b) else b
+        cut = min(max(abs(len(a) - len(b)), 1), surplus)
+        del longer[-cut:]
+        surplus -= cut
+    ids = [start, *a, end]
+    return (ids, len(ids)) if second is None else ([*ids, *b, end], len(ids))
 
 
 class Pretrained:
