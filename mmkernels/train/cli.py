@@ -20,11 +20,12 @@ def add_commands(subparsers) -> None:
         images_cli,
         multimodal_cli,
         multitask_cli,
+        points_cli,
         text_cli,
     )
 
     for commands in (
-        *(images_cli, byte_text_cli, byte_glue_cli, flow_cli, autoencode_cli),
+        *(images_cli, points_cli, byte_text_cli, byte_glue_cli, flow_cli, autoencode_cli),
         *(multimodal_cli, text_cli, multitask_cli, adapters_cli),
     ):
         commands.add_systems(systems)
@@ -126,9 +127,9 @@ def resumable(arguments, folder):
 
 def _predict(arguments):
     from ..models import InputError
-    from . import autoencode_cli, byte_text_cli, flow_cli, perceiver_cli
+    from . import autoencode_cli, byte_text_cli, flow_cli, perceiver_cli, points_cli
 
-    own = {"tokens": byte_text_cli, "flow": flow_cli, "multimodal": autoencode_cli}
+    own = {"tokens": byte_text_cli, "flow": flow_cli, "multimodal": autoencode_cli, "classes of points": points_cli}
     if (kind := perceiver_cli.kind_of(arguments.checkpoint)) in own:
         return own[kind].predict(arguments)
     if arguments.output is not None:

@@ -239,10 +239,15 @@ def started_from(arguments, task):
 
 
 def kind_of(checkpoint) -> str | None:
-    """What a Perceiver IO in the folder `checkpoint` puts out, such as "flow"; None for other models and folders."""
+    """What a Perceiver IO in the folder `checkpoint` puts out, such as "flow"; None for other models and folders.
+
+    Of a classifier what it reads as well: "classes of points", "classes of multimodal", ...
+    """
     from ..models.registry import read_json
 
     path = Path(checkpoint) / "config.json"
     fields = read_json(path) if path.is_file() else {}
-    output = fields.get("output")
-    return output.get("kind") if fields.get("system") == "perceiver_io" and isinstance(output, dict) else None
+    if fields.get("system") != "perceiver_io":
+        return None
+    reads, gives = (fields[part].get("kind") if isinstance(fields.get(part), dict) else None for part in ("input", "output"))
+    return f"classes of {reads}" if gives in ("classes", "pooled") else gives

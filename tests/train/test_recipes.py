@@ -11,7 +11,7 @@ from mmkernels.train import cli, perceiver_cli
 from mmkernels.train.loop import Settings, learning_rate, make_optimizer
 from mmkernels.train.recipes import OTHERS, RECIPES
 
-PLANNED = {"perceiver-modelnet40", "perceiver-audioset", "perceiver-io-audioset"}
+PLANNED = {"perceiver-audioset", "perceiver-io-audioset"}
 
 
 def rates(name, steps, **changes):
