@@ -8,9 +8,13 @@ from . import cli, perceiver_cli
 def add_systems(systems) -> None:
     """Adds the trainings of masked bytes to the systems of `train`."""
     text = systems.add_parser("perceiver-mlm", help="Perceiver IO on text as bytes, whole words masked")
-    text.add_argument("--text", type=Path, action="append", required=True, metavar="FILE", help="UTF-8; can be repeated")
-    text.add_argument("--val-text", type=Path, action="append", metavar="FILE", help="held out; default: a share of --text")
-    text.add_argument("--val-fraction", type=cli.fraction, default=0.05, help="share of --text, its end (default 0.05)")
+    add = text.add_argument
+    what = "UTF-8: a file, or a folder with .txt files; can be repeated"
+    add("--text", type=Path, action="append", required=True, metavar="PATH", help=what)
+    what = "share of each --text in the batches, such as 70,30 (default: all of their blocks equally often)"
+    add("--weights", type=_weights, metavar="A,B", help=what)
+    add("--val-text", type=Path, action="append", metavar="PATH", help="held out; default: a share of every --text")
+    add("--val-fraction", type=cli.fraction, default=0.05, help="share of a --text, its end (default 0.05)")
     perceiver_cli.add_options(text, "perceiver-io-mlm", output="runs/perceiver-mlm")
     text.set_defaults(run=perceiver_cli.running(_train))
     demo = systems.add_parser("perceiver-mlm-demo", help="the same, small, on docstrings of Python and torch")
@@ -21,21 +25,30 @@ def add_systems(systems) -> None:
     demo.set_defaults(run=perceiver_cli.running(_demo))
 
 
+def _weights(text):
+    return [cli.positive_float(part) for part in text.split(",")]
+
+
 def _train(arguments):
+    from ..models import InputError
     from . import byte_text, masked_lm
 
     config = perceiver_cli.config_of(arguments, "tokens")
-    length = config.input["max_length"]
+    length, shares = config.input["max_length"], arguments.weights
+    if shares is not None and len(shares) != len(arguments.text):
+        raise InputError(f"--weights has {len(shares)} numbers; it must have one for each --text, {len(arguments.text)}")
 
-    def blocks(files):
+    def blocks(path):
+        files = masked_lm.files_of(path)
         return masked_lm.TextBlocks(files, byte_text.encode_line, length, byte_text.MASKING, seed=arguments.seed)
 
-    training = blocks(arguments.text)
+    texts = [blocks(path) for path in arguments.text]
     if arguments.val_text:
-        held_out = blocks(arguments.val_text)
+        held_out = [blocks(path) for path in arguments.val_text]
     else:
-        training, held_out = training.split(arguments.val_fraction)
-    return _fit(arguments, config, training, held_out)
+        texts, held_out = zip(*(text.split(arguments.val_fraction) for text in texts), strict=True)
+    join = masked_lm.TextBlocks.joined
+    return _fit(arguments, config, join(texts), join(held_out), shares)
 
 
 def _demo(arguments):
@@ -51,7 +64,7 @@ def _demo(arguments):
     return _fit(arguments, config, training, held_out)
 
 
-def _fit(arguments, config, training, held_out):
+def _fit(arguments, config, training, held_out, shares=None):
     from ..models import InputError
     from . import byte_text, masked_lm
 
@@ -65,7 +78,8 @@ def _fit(arguments, config, training, held_out):
     def save(model, history):
         rows.update(byte_text.save_result(arguments.output, model, held_out, baselines, history))
 
-    _, history, seconds = perceiver_cli.fit(arguments, config, masked_lm.make_task(training, held_out), save)
+    task = masked_lm.make_task(training, held_out, shares=shares, batch_size=arguments.batch_size)
+    _, history, seconds = perceiver_cli.fit(arguments, config, task, save)
     print(f"\n{byte_text.table(rows)}\n\n{byte_text.examples(arguments.output)}")
     print(f"\ncheckpoint, learning-curve.png and {byte_text.EXAMPLES} in {arguments.output}; {seconds:.0f} s")
     return 0

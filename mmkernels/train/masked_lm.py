@@ -6,6 +6,7 @@ train(hub.model, make_task(files, tokenizer.encode, ...), settings, folder)
 hub.save_adapter("qu", folder / "qu")
 """
 
+import array
 import copy
 import dataclasses
 import hashlib
@@ -16,6 +17,7 @@ import torch
 from ..models.registry import InputError
 from . import checkpoint
 from .data import derive_seed
+from .data.text import Mixture
 from .loop import Settings, Task, fit, split_by
 
 IGNORED = -100
@@ -51,18 +53,19 @@ class TextBlocks(torch.utils.data.Dataset):
     """
 
     def __init__(self, files, encode, length, masking: Masking, *, first=None, last=None, seed=0):
-        ids, self.masking, self.seed = [], masking, seed
+        ids, self.masking, self.seed = array.array("i"), masking, seed
         for line in lines_of(files):
-            ids += encode(line)
+            ids.extend(encode(line))
         before, after = ([] if one is None else [one] for one in (first, last))
         inner = length - len(before) - len(after)
         if inner < 1 or len(ids) < inner:
             raise InputError(f"the texts have {len(ids)} tokens; one block of length {length} needs {max(inner, 1)}")
         if max(ids) >= masking.vocab_size or min(ids) < 0:
             raise InputError(f"the texts have token {max(ids)}; vocab_size is {masking.vocab_size}")
-        blocks = torch.tensor(ids[: len(ids) // inner * inner]).view(-1, inner)
+        blocks = torch.frombuffer(ids, dtype=torch.int32)[: len(ids) // inner * inner].view(-1, inner).long()
         edges = [torch.tensor(ids).expand(len(blocks), -1) for ids in (before, after)]
         self.blocks = torch.cat([edges[0], blocks, edges[1]], 1).long() if before or after else blocks
+        self.sizes = [len(blocks)]  # of the texts that are mixed
         self.special = torch.tensor(sorted({*masking.special_ids, *before, *after, masking.mask_id}))
         self.ordinary = torch.tensor(sorted(set(range(masking.vocab_size)) - set(self.special.tolist())))
 
@@ -73,7 +76,16 @@ class TextBlocks(torch.utils.data.Dataset):
             raise InputError(f"the texts fill {len(self)} blocks; some to train on and {count} held out need more")
         parts = copy.copy(self), copy.copy(self)
         parts[0].blocks, parts[1].blocks = self.blocks[:-count], self.blocks[-count:]
+        for part in parts:
+            part.sizes = [len(part)]
         return parts
+
+    @staticmethod
+    def joined(texts: list):
+        """Several of one length and masking as one, whose `sizes` are how many blocks each has, one behind the other."""
+        whole = copy.copy(texts[0])
+        whole.blocks, whole.sizes = torch.cat([text.blocks for text in texts]), [len(text) for text in texts]
+        return whole
 
     def words(self, ids) -> torch.Tensor:
         """(L,) -> (L,), the number of the word that a token belongs to, from 0; -1 for separators and special tokens."""
@@ -102,6 +114,17 @@ class TextBlocks(torch.utils.data.Dataset):
         return {"input_ids": torch.where(chosen & (kind >= 0.9), drawn, ids), "labels": labels}
 
 
+def files_of(path) -> list:
+    """The file, or the .txt files of a folder and of those in it, by name; raises InputError where there are none."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(found for found in path.rglob("*.txt") if found.is_file())
+    if not files:
+        raise InputError(f"{path} has no .txt files")
+    return files
+
+
 def lines_of(files):
     """Yields the lines of text files that are not empty; raises InputError for one that cannot be read."""
     for file in files:
@@ -112,15 +135,23 @@ def lines_of(files):
         yield from filter(None, map(str.strip, lines))
 
 
-def make_task(training: TextBlocks, held_out: TextBlocks) -> Task:
-    """For `train`: the model's logits, and on the held-out texts the loss and the share of tokens that are guessed."""
+def make_task(training: TextBlocks, held_out: TextBlocks, *, shares=None, batch_size=None) -> Task:
+    """For `train`: the model's logits, and on the held-out texts the loss and the share of tokens that are guessed.
+
+    With `shares`, a positive number for each of the texts that were joined to `training`, a step has so many blocks of each
+    among its `batch_size`, on average, however long the texts are; else all blocks are read equally often.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for blocks in (training.blocks, held_out.blocks):
         digest.update(blocks.numpy().tobytes())
     fingerprint = f"{digest.hexdigest()} {training.masking} {training.seed}"
-    return Task(
-        training, held_out, loss, accuracy, fingerprint, split=split_by(lambda batch: (batch["labels"] != IGNORED).sum())
-    )
+    draw = None
+    if shares is not None:
+        fingerprint += f" {training.sizes} by {shares}"
+        shares = torch.tensor(shares, dtype=torch.float64)
+        draw = Mixture(training.sizes, shares / shares.sum(), batch_size, training.seed).batches
+    split = split_by(lambda batch: (batch["labels"] != IGNORED).sum())
+    return Task(training, held_out, loss, accuracy, fingerprint, draw=draw, split=split)
 
 
 def loss(model, batch) -> torch.Tensor:

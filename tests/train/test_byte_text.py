@@ -136,6 +136,39 @@ def test_a_training_and_its_predictions(files, capsys):
     assert "this model fills in text" in capsys.readouterr().err
 
 
+def test_texts_are_mixed_by_weights(files):
+    """However long they are; of every text, a folder of files among them, the end is held out."""
+    (files / "long").mkdir()
+    for number in range(3):
+        (files / "long" / f"{number}.txt").write_text("abc " * 4000)
+    short, long = (
+        masked_lm.TextBlocks(masked_lm.files_of(files / name), encode_line, 64, MASKING) for name in ("text.txt", "long")
+    )
+    parts = [text.split(0.25) for text in (short, long)]
+    training, held_out = (masked_lm.TextBlocks.joined(part) for part in zip(*parts, strict=True))
+    assert training.sizes == [len(parts[0][0]), len(parts[1][0])] and 2 * training.sizes[0] < training.sizes[1]
+    assert torch.equal(held_out.blocks[: held_out.sizes[0]], short.blocks[-held_out.sizes[0] :])
+    task = masked_lm.make_task(training, held_out, shares=[70.0, 30.0], batch_size=10)
+    drawn = [number for batch in task.draw(0, 1024) for _, number in batch]
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(training))
+    assert counts[: training.sizes[0]].sum() == round(0.7 * 10_240)
+    for own in counts.split(training.sizes):  # each text is gone through, block by block
+        assert own.max() - own.min() <= 1
+    assert task.draw(5, 7) == task.draw(0, 9)[5:7]
+    plain = masked_lm.make_task(training, held_out)
+    assert plain.draw is None and plain.fingerprint != task.fingerprint
+
+
+def test_a_training_on_a_mixture(files, capsys):
+    (files / "more").mkdir()
+    (files / "more" / "a.txt").write_text(TEXT * 30)
+    options = {"--batch-size": 4}
+    assert run(*command(files, **options), "--text", files / "more", "--weights", "70,30") == 0
+    assert "resuming" not in capsys.readouterr().out
+    assert run(*command(files, **options), "--text", files / "more", "--weights", "60,40") == 2
+    assert "holds a training with data" in capsys.readouterr().err
+
+
 def test_blanks_are_filled_in_the_order_of_certainty():
     """A model that is sure of a byte only where the one to its left is known."""
 
@@ -169,6 +202,13 @@ def test_bad_input(files, capsys):
     fails("other.json: ", **{"--config": files / "other.json"})
     (files / "short.txt").write_text("too short")
     fails("one block of length 64 needs 64", **{"--text": files / "short.txt", "--val-text": files / "short.txt"})
+    fails("--weights has 2 numbers; it must have one for each --text, 1", **{"--weights": "1,2"})
+    (files / "empty").mkdir()
+    fails("has no .txt files", **{"--val-text": files / "empty"})
+    for weights in ("1,-1", "a", ""):
+        with pytest.raises(SystemExit):
+            run(*command(files, **{"--weights": weights}))
+        capsys.readouterr()
     with pytest.raises(InputError, match="has a vocabulary of 30"):
         part = {**TINY, "input": {**TINY["input"], "vocab_size": 30}, "output": {"kind": "tokens", "vocab_size": 30}}
         models.perceiver_io.PerceiverIO(models.perceiver_io.PerceiverIOConfig(**part)).save_pretrained(files / "small")
