@@ -35,16 +35,19 @@ struct AdapterProblem {
   bool needs_hidden() const { return saved == nullptr || !is_backward(); }  // is z computed, or read?
   bool needs_y() const { return !is_backward() || (out_weight.data != nullptr && !(saved != nullptr && saves_y())); }
 
-  // Do the rows of `s` lie as products take them, float32 and evenly in their order?
+  int64_t row(int64_t i) const { return order == nullptr ? i : order[i]; }
+  // Do rows order[begin] to order[end], which ascend within an adapter, lie one behind the other?
+  bool are_consecutive(int64_t begin, int64_t end) const { return row(end - 1) - row(begin) == end - 1 - begin; }
+  // Do the rows of `s` lie as products take them, float32 and evenly?
   bool is_even(const Strided& s) const {
-    return s.dtype == DType::kFloat32 && order == nullptr && s.stride[3] == 1 &&
+    return s.dtype == DType::kFloat32 && s.stride[3] == 1 &&
            (length == 1 || length == rows || s.stride[1] == length * s.stride[2]);
   }
   int64_t row_stride(const Strided& s) const { return s.stride[length == 1 ? 1 : 2]; }
   bool x_is_u() const { return norm_weight.data == nullptr && input_residual.data == nullptr && is_even(x); }
   bool dout_is_dy() const { return out_weight.data == nullptr && is_even(dout); }
   // Can a product be summed in a result of x's size? It writes whole vectors.
-  bool sums_in_place() const { return x.dtype == DType::kFloat32 && order == nullptr && channels % 16 == 0; }
+  bool sums_in_place() const { return x.dtype == DType::kFloat32 && channels % 16 == 0; }
 };
 
 // One adapter; the last two strides of the weights count.
@@ -72,7 +75,7 @@ struct WideRows {
 };
 
 // What the rows of some parts, from order[begin] on, leave to the products that sum over them: u and the gradient of o,
-// which may lie in x and dout, and a and dz (rows, r), in rows of padded length.
+// where they are not the rows of x and dout themselves, and a and dz (rows, r), in rows of padded length.
 struct AdapterRows {
   int64_t begin;
   WideRows u, gradient;

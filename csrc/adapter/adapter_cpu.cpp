@@ -349,18 +349,13 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   const int64_t together = 2 * at.size < 128 * 1024 ? step : std::max(step, ceil_div(1024, most));
   const int64_t wide = padded_row(channels), narrow = padded_row(r);
   const int64_t space = std::min(together * most, p.rows) * (p.wants_up || p.wants_down);
-  const bool copies_u = p.wants_down && !p.x_is_u(), copies_gradient = p.wants_up && (!p.dout_is_dy() || p.dropout);
-  const Space u(copies_u ? space * wide : 0), gradient(copies_gradient ? space * wide : 0);
+  const bool may_copy = p.order != nullptr;
+  const Space u(p.wants_down && (may_copy || !p.x_is_u()) ? space * wide : 0);
+  const Space gradient(p.wants_up && (may_copy || !p.dout_is_dy() || p.dropout) ? space * wide : 0);
   const Space a(p.wants_up ? space * narrow : 0), dz(p.wants_down ? space * narrow : 0);
   for (int64_t begin = 0; begin < parts.count(); begin += together) {
     const int64_t end = std::min(begin + together, parts.count());
-    const int64_t row = parts.parts[begin].begin;
-    const auto rows_in = [&](bool wanted, bool copies, const Space& copy, const Strided& s) {
-      if (copies || !wanted) return WideRows{copy.at(0), wide};
-      return WideRows{reinterpret_cast<float*>(s.data), p.row_stride(s)}.from(row);
-    };
-    const AdapterRows rows{row, rows_in(p.wants_down, copies_u, u, p.x),
-                           rows_in(p.wants_up, copies_gradient, gradient, p.dout), a.at(0), dz.at(0)};
+    const AdapterRows rows{parts.parts[begin].begin, {u.at(0), wide}, {gradient.at(0), wide}, a.at(0), dz.at(0)};
     parts.run(threads, begin, end,
               [&](const AdapterPart& part, float* scratch) { kernels().backward(p, part, rows, scratch); });
     if (space == 0) continue;

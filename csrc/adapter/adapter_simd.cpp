@@ -120,11 +120,21 @@ struct Scratch {
 
 int64_t space(const AdapterProblem& p) { return Scratch(p, nullptr).size; }
 
-// The numbers of the rows of a block.
+// The rows of a block. What is said of x, dout and results holds where they lie one behind the other.
 struct Block {
   const AdapterProblem& p;
   int64_t begin, count;
-  int64_t row(int64_t i) const { return p.order == nullptr ? begin + i : p.order[begin + i]; }
+  bool consecutive;
+
+  int64_t row(int64_t i) const { return p.row(begin + i); }
+  bool x_is_u() const { return consecutive && p.x_is_u(); }
+  bool dout_is_dy() const { return consecutive && p.dout_is_dy(); }
+
+  // Its rows of x or dout, or of a result, as float32.
+  WideRows in(const Strided& s) const {
+    return WideRows{reinterpret_cast<float*>(s.data), p.row_stride(s)}.from(row(0));
+  }
+  WideRows in(char* result) const { return WideRows{reinterpret_cast<float*>(result), p.channels}.from(row(0)); }
 };
 
 template <class T>
@@ -147,20 +157,12 @@ MMK_INLINE Statistics statistics_of(const float* values, float total, int64_t co
   return {mean, 1.0f / std::sqrt(squares.total() * scale + eps)};
 }
 
-// The rows of x, dout or a result from `begin` on as float32.
-WideRows rows_in(const AdapterProblem& p, const Strided& s, int64_t begin) {
-  return {reinterpret_cast<float*>(s.data) + begin * p.row_stride(s), p.row_stride(s)};
-}
-WideRows rows_in(const AdapterProblem& p, char* result, int64_t begin) {
-  return {reinterpret_cast<float*>(result) + begin * p.channels, p.channels};
-}
-
 // u, and what is added to the branch: residuals and, with `bias`, the bias of the up-projection times the gate.
 template <class T>
 void input_rows(const Block& block, const Scratch& s, const float* bias, bool wants_y, bool saved) {
   const AdapterProblem& p = block.p;
   const int64_t columns = p.channels;
-  const bool wants_u = !p.x_is_u();
+  const bool wants_u = !block.x_is_u();
   if (!wants_u && !wants_y) return;
   const bool normed = p.norm_weight.data != nullptr, x_again = p.skip & 1, input_again = p.skip & 2;
   for (int64_t i = 0; i < block.count; ++i) {
@@ -261,12 +263,13 @@ void forward_of(const AdapterProblem& p, const AdapterPart& part, float* space) 
   Scratch s(p, space);
   const Panels at(p);
   const int64_t columns = p.channels, step = even_block(p, part);
-  const bool normed = p.out_weight.data != nullptr, in_place = !normed && p.sums_in_place();
+  const bool normed = p.out_weight.data != nullptr, consecutive = p.are_consecutive(part.begin, part.end);
+  const bool in_place = !normed && consecutive && p.sums_in_place();
   load_norms(p, s);
   for (int64_t begin = part.begin; begin < part.end; begin += step) {
-    const Block block{p, begin, std::min(step, part.end - begin)};
-    if (p.x_is_u()) s.u = rows_in(p, p.x, begin);
-    if (in_place) s.y = rows_in(p, p.out, begin);
+    const Block block{p, begin, std::min(step, part.end - begin), consecutive};
+    if (block.x_is_u()) s.u = block.in(p.x);
+    if (in_place) s.y = block.in(p.out);
     load_gates(block, s);
     input_rows<T>(block, s, part.panels == nullptr || p.dropout ? nullptr : part.panels + at.b_up, true, false);
     if (part.panels != nullptr) {
@@ -334,7 +337,7 @@ template <class T>
 void output_rows(const Block& block, const Scratch& s, const AdapterSums& at, float* sums, bool branch) {
   const AdapterProblem& p = block.p;
   const int64_t columns = p.channels;
-  const bool in_dout = p.dout_is_dy();
+  const bool in_dout = block.dout_is_dy();
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t row = block.row(i);
     const T* dout = row_of<T>(p, p.dout, row, s.rows + 3 * s.wide);
@@ -440,16 +443,18 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, const Adapter
   char* const result = p.norm_weight.data != nullptr || (p.dx != nullptr && p.dinput_residual != nullptr) ? nullptr
                        : p.dx != nullptr ? p.dx
                                          : p.dinput_residual;
-  const bool in_place = result != nullptr && p.sums_in_place(), add_dy = p.skip & (result == p.dx ? 1 : 2);
+  const bool consecutive = p.are_consecutive(part.begin, part.end);
+  const bool in_place = result != nullptr && consecutive && p.sums_in_place(),
+             add_dy = p.skip & (result == p.dx ? 1 : 2);
   load_norms(p, s);
   std::fill_n(part.rest, sums.rest, 0.0f);
   for (int64_t begin = part.begin; begin < part.end; begin += step) {
-    const Block block{p, begin, std::min(step, part.end - begin)};
+    const Block block{p, begin, std::min(step, part.end - begin), consecutive};
     const int64_t place = begin - rows.begin;
     if (rows.u.data != nullptr) s.u = rows.u.from(place);
     if (rows.gradient.data != nullptr) (p.dropout ? s.dropped : s.dy) = rows.gradient.from(place);
-    if (p.x_is_u()) s.u = rows_in(p, p.x, begin);
-    if (p.dout_is_dy()) s.dy = rows_in(p, p.dout, begin);
+    if (block.x_is_u()) s.u = block.in(p.x);
+    if (block.dout_is_dy()) s.dy = block.in(p.dout);
     if (rows.a != nullptr) s.a = rows.a + place * s.narrow;
     if (rows.dz != nullptr) s.da = rows.dz + place * s.narrow;
     load_gates(block, s);
@@ -462,7 +467,7 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, const Adapter
       bottleneck_backward(block, s, at, panels, p.dropout ? s.dropped : s.dy,
                           p.wants_b_down ? part.rest + sums.b_down : nullptr);
     if (!p.wants_sum()) continue;
-    const WideRows du = in_place ? rows_in(p, result, begin) : s.y;
+    const WideRows du = in_place ? block.in(result) : s.y;
     for (int64_t i = 0; i < block.count && (!branch || (in_place && add_dy)); ++i) {
       if (in_place && add_dy)
         std::copy_n(s.dy.row(i), columns, du.row(i));
@@ -503,12 +508,17 @@ void products(const AdapterProblem& p, const AdapterRows& rows, const AdapterPar
   const int64_t sums_row = AdapterSums(p.channels, p.bottleneck).row, narrow = padded_row(p.bottleneck);
   for (const AdapterPart* part = parts; part < parts + count; ++part, accumulate = true) {
     const int64_t depth = part->end - part->begin, place = part->begin - rows.begin;
-    if (up != nullptr)
-      product(rows.a + place * narrow, narrow, rows.gradient.row(place) + first, rows.gradient.stride, depth,
-              p.bottleneck, last - first, up + first, sums_row, accumulate);
-    if (down != nullptr)
-      product(rows.dz + place * narrow, narrow, rows.u.row(place) + first, rows.u.stride, depth, p.bottleneck,
-              last - first, down + first, sums_row, accumulate);
+    const Block all{p, part->begin, depth, p.are_consecutive(part->begin, part->end)};
+    if (up != nullptr) {
+      const WideRows gradient = all.dout_is_dy() && !p.dropout ? all.in(p.dout) : rows.gradient.from(place);
+      product(rows.a + place * narrow, narrow, gradient.data + first, gradient.stride, depth, p.bottleneck,
+              last - first, up + first, sums_row, accumulate);
+    }
+    if (down != nullptr) {
+      const WideRows u = all.x_is_u() ? all.in(p.x) : rows.u.from(place);
+      product(rows.dz + place * narrow, narrow, u.data + first, u.stride, depth, p.bottleneck, last - first,
+              down + first, sums_row, accumulate);
+    }
   }
 }
 
