@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops._shared.arguments import autocast_dtype, check_integer, check_key_mask, check_number
+from ..ops.latent import api, plan
 from .backend import Linear, WithBackend, linear, own_backend, split_heads
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "silu": F.silu}
@@ -149,30 +150,22 @@ def resample(latents, context, key_mask, layers, options):
     In every layer, with x the context and z the latents: z <- z + Attention(z, [x ; z]), z <- z + MLP(z). The norm of x is
     the same in all layers up to gain and shift. It is computed once, and these go where they cost less: into a layer's
     weights, so that no layer makes, or keeps for its backward, a normalised context of its own, or into a context of few rows.
-    RMSNorm's own factor, one of each row, goes into keys and values, which are narrower than the context.
+    RMSNorm's own factor, one of each row, goes into keys and values, which are narrower than the context. Very few latents
+    make neither, but absorb the projections of both (`ops/latent`), and plain matrix products are what is left.
     """
     eager = options.backend == "eager"
     x, factor = (context, None) if eager else _normalised(context, options)
     z = latents[None]  # the first layer's queries, and the keys of the latents, are the same in all examples
     for layer in layers:
         own = layer.latent_norm(z)
-        q = split_heads(_apply(layer.query, own, options), options.num_heads).expand(x.shape[0], -1, -1, -1)
+        q = _apply(layer.query, own, options)
         if eager:
-            keys = torch.cat([layer.context_norm(x), own.expand(x.shape[0], -1, -1)], 1)
-            k, v = (split_heads(part(keys), options.kv_heads) for part in (layer.key, layer.value))
-            if key_mask is not None:
-                mask = F.pad(key_mask, (0, own.shape[1]), value=True)[:, None, None]
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=None if key_mask is None else mask, dropout_p=options.dropout, enable_gqa=True
-            )
+            out = _eager(layer, q, x, own, key_mask, options)
+        elif _absorbs(layer, q, x, options):
+            out = _absorbed(layer, q, _scaled(layer, x, factor), own, key_mask, options)
         else:
-            pairs = []
-            for of_context, part in zip(_read(layer, x, factor, options), (layer.key, layer.value), strict=True):
-                of_latents = split_heads(_apply(part, own, options), options.kv_heads).expand(x.shape[0], -1, -1, -1)
-                pairs.append((split_heads(of_context, options.kv_heads), of_latents))
-            masks = None if key_mask is None else (key_mask, None)
-            out = ops.attention(q, *pairs, key_mask=masks, dropout_p=options.dropout, backend=options.backend)
-        z = z + _apply(layer.output, out.transpose(1, 2).flatten(2), options)
+            out = _projected(layer, q, x, factor, own, key_mask, options)
+        z = z + _apply(layer.output, out, options)
         own = layer.mlp_norm(z)
         hidden = _apply(layer.up, own, options)
         if layer.gate is None:
@@ -181,6 +174,66 @@ def resample(latents, context, key_mask, layers, options):
             hidden = options.activation(_apply(layer.gate, own, options)) * hidden
         z = z + _apply(layer.down, hidden, options)
     return z
+
+
+# What the latents of a layer read, (B, N, H D): q (B or 1, N, H D) are their queries, `own` (B or 1, N, C) they, normalised.
+
+
+def _eager(layer, q, x, own, key_mask, options):
+    keys = torch.cat([layer.context_norm(x), own.expand(x.shape[0], -1, -1)], 1)
+    q = split_heads(q, options.num_heads).expand(x.shape[0], -1, -1, -1)
+    k, v = (split_heads(part(keys), options.kv_heads) for part in (layer.key, layer.value))
+    mask = None if key_mask is None else _with_latents(key_mask, own)[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=options.dropout, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _projected(layer, q, x, factor, own, key_mask, options):
+    pairs = []
+    for of_context, part in zip(_read(layer, x, factor, options), (layer.key, layer.value), strict=True):
+        of_latents = split_heads(_apply(part, own, options), options.kv_heads).expand(x.shape[0], -1, -1, -1)
+        pairs.append((split_heads(of_context, options.kv_heads), of_latents))
+    q = split_heads(q, options.num_heads).expand(x.shape[0], -1, -1, -1)
+    masks = None if key_mask is None else (key_mask, None)
+    out = ops.attention(q, *pairs, key_mask=masks, dropout_p=options.dropout, backend=options.backend)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _absorbs(layer, q, x, options):
+    """Does absorbing take less than half of the operations? With less to gain the passes over the scores eat it up.
+
+    In 16 bits the scores, which attention keeps in float32, would be rounded.
+    """
+    plain = all(type(part) in (nn.Linear, Linear) for part in (layer.key, layer.value))
+    exact = x.dtype in (torch.float32, torch.float64) and autocast_dtype(x.device) is None
+    if not (plain and exact) or options.backend != "auto" or options.dropout > 0.0 or options.kv_heads != options.num_heads:
+        return False
+    channels, width = layer.key.in_features, layer.key.out_features
+    sizes = (q.shape[1], x.shape[1] + q.shape[1], 0, channels, width, width, 0, options.num_heads)
+    project, absorb = (
+        plan.choose_plan(*sizes, score_plans=(score,), value_plans=(value,)).flops
+        for score, value in zip(plan.SCORE_PLANS[:2], plan.VALUE_PLANS[:2], strict=True)
+    )
+    return 2 * absorb < project
+
+
+def _absorbed(layer, q, x, own, key_mask, options):
+    """Keys and values are [x ; own] themselves, the same for all heads; a bias of the keys moves all scores of a row alike."""
+    if key_mask is not None:
+        x = torch.where(key_mask[..., None], x, 0.0)  # NaN behind the mask must not reach a sum
+    keys = torch.cat([x, own.expand(x.shape[0], -1, -1)], 1)
+    rows = api.absorb_queries(q, layer.key.weight, options.num_heads, None)  # (B or 1, H N, C)
+    scores = (rows * (layer.key.out_features // options.num_heads) ** -0.5) @ keys.mT
+    if key_mask is not None:
+        scores = scores.masked_fill(~_with_latents(key_mask, own)[:, None], float("-inf"))
+    out = scores.softmax(-1) @ keys
+    out = api.project_values(out, layer.value.weight, options.num_heads, None, None, layer.value.bias)
+    return out if layer.key.bias is None else out + layer.key.bias.sum() * 0.0  # a gradient of zero instead of none
+
+
+def _with_latents(key_mask, own):
+    """(B, M) -> (B, M + N): latents are always read."""
+    return F.pad(key_mask, (0, own.shape[1]), value=True)
 
 
 def _apply(module, x, options):
@@ -216,10 +269,16 @@ def _read(layer, x, factor, options):
                 bias = F.linear(shift[None], part.weight, bias)[0].to(part.weight.dtype)
             yield linear(x, weight, bias, options.backend)
     else:
-        x = x if factor is None else (x * factor).to(x.dtype)
-        x = x * gain if shift is None else torch.addcmul(shift, x, gain)
+        x = _scaled(layer, x, factor)
         for part in parts:
             yield _apply(part, x, options)
+
+
+def _scaled(layer, x, factor):
+    """The layer's normalised context (B, M, C), of one from `_normalised`."""
+    gain, shift = layer.context_norm.weight, getattr(layer.context_norm, "bias", None)
+    x = x if factor is None else (x * factor).to(x.dtype)
+    return x * gain if shift is None else torch.addcmul(shift, x, gain)
 
 
 # --- The module -------------------------------------------------------------------------------------------------------------

@@ -292,6 +292,57 @@ def test_what_stands_behind_the_mask_never_reaches_the_output():
     assert torch.equal(module(poisoned, key_mask=mask), module(x, key_mask=mask))
 
 
+FEW = dict(num_latents=2, num_heads=3, kv_heads=3, head_dim=16)  # a latent costs less than a channel of a key
+
+
+@pytest.mark.parametrize("norm, bias", [("layer", True), ("rms", True), ("layer", False)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_few_latents_absorb_the_projections(norm, bias, rows, monkeypatch):
+    options = dict(norm=norm, bias=bias, **FEW)
+    x, mask = context(3, rows, 12), torch.arange(rows) < torch.tensor([[rows - 2], [0], [rows]])
+    right = results(small("eager", **options).double(), [x.double()], key_mask=mask)
+    plain = results(small("eager", **options), [x], key_mask=mask)
+    monkeypatch.setattr(resampler.ops, "attention", None)  # not called
+    module = small(**options)
+    ours = results(module, [x], key_mask=mask)
+    assert ours.keys() == right.keys()
+    for what, exactly in right.items():
+        if what.endswith("key.bias"):
+            assert not ours[what].any()
+        else:
+            assert_within_budget(ours[what], exactly, plain[what], what, factor=3.0, typical=1e-6)
+    with torch.no_grad():
+        poisoned = torch.where(mask[..., None], x, float("nan"))
+        assert torch.equal(module(poisoned, key_mask=mask), module(x, key_mask=mask))
+        full = set_backend(small(**options), "eager")(x)
+        torch.testing.assert_close(module(x), full, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, dtype",
+    [
+        (dict(num_latents=12), torch.float32),
+        (dict(kv_heads=1), torch.float32),
+        (dict(backend="reference"), torch.float32),
+        (dict(dropout=0.1), torch.float32),
+        (dict(), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_what_absorbs_nothing(changes, dtype, monkeypatch):
+    """Many latents, heads that share keys, named backends, dropout in training, 16 bits."""
+    called, attention = [], resampler.ops.attention
+    monkeypatch.setattr(resampler.ops, "attention", lambda *a, **k: (called.append(1), attention(*a, **k))[1])
+    module = small(**FEW | changes).to(dtype)
+    module(context(2, 70, 12, dtype=dtype))
+    assert len(called) == 2
+    replaced = small(**FEW)
+    replaced.layers[1].key = nn.Sequential(replaced.layers[1].key)  # as a library's LoRA layer would be
+    called.clear()
+    replaced(context(2, 70, 12))
+    assert len(called) == 1
+
+
 def test_dropout_in_training_alone():
     module, x = small(dropout=0.5), context(2, 9, 12)
     assert torch.equal(module.eval()(x), small()(x))
@@ -302,10 +353,11 @@ def test_dropout_in_training_alone():
     assert torch.equal(module(x), first)
 
 
-def test_compile_fullgraph_once_for_all_sizes():
+@pytest.mark.parametrize("backend, options", [(FUSED, {}), ("auto", FEW)], ids=["attention", "absorbed"])
+def test_compile_fullgraph_once_for_all_sizes(backend, options):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    module = small(FUSED, depth=1)
+    module = small(backend, depth=1, **options)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     counts = []
     for batch, rows in ((2, 40), (3, 50), (5, 61)):
