@@ -80,6 +80,26 @@ def load(name_or_path, *, device=None, dtype=None, **overrides) -> torch.nn.Modu
     )
 
 
+def config_of(option: str, system, name: str, allowed=None, **changes):
+    """The config of `system`, a module of this package, that the value `name` of an option asks for, with `changes` to it.
+
+    Args:
+        name: one of the system's configs, or a file that ends in .json with the fields of one.
+        allowed: the names that the message of another one tells; default all.
+
+    Raises InputError for a name that is not known, a file that is no config, and sizes of which no model can be made.
+    """
+    if name in system.CONFIGS:
+        fields = dataclasses.asdict(system.CONFIGS[name])
+    elif name.endswith(".json"):
+        fields = read_json(Path(name))
+        fields.pop("system", None)
+    else:
+        names = system.CONFIGS if allowed is None else allowed
+        raise InputError(f"{option} is {name!r}; allowed are a .json file and {', '.join(names)}")
+    return _build(system, {**fields, **changes}, name, "meta", None).config
+
+
 def save_pretrained(model: torch.nn.Module, path) -> None:
     """Writes config.json and model.safetensors into `path`: both, or a folder that `load` refuses; never parts of two."""
     safetensors = require("safetensors.torch", "train")

@@ -181,29 +181,12 @@ def _config(arguments, names):
     """The MBTConfig of --config with the modalities `names`, in its order."""
     import dataclasses
 
-    from ..models import InputError, mbt
-    from ..models.registry import read_json
+    from ..models import InputError, mbt, registry
 
-    if arguments.config in mbt.CONFIGS:
-        fields = dataclasses.asdict(mbt.CONFIGS[arguments.config])
-    elif arguments.config.endswith(".json"):
-        fields = read_json(Path(arguments.config))
-        fields.pop("system", None)
-    else:
-        raise InputError(
-            f"--config is {arguments.config!r}; allowed are a .json file of an MBT's config and {', '.join(mbt.CONFIGS)}"
-        )
-    fields |= {"stochastic_depth": arguments.stochastic_depth, "backend": arguments.backend}
-    try:
-        config = mbt.MBTConfig(**fields)
-        known = [modality.name for modality in config.modalities]
-        for name in names:
-            if name not in known:
-                raise InputError(f"--modalities has {name!r}; {arguments.config} allows {', '.join(known)}")
-        config = dataclasses.replace(config, modalities=tuple(m for m in config.modalities if m.name in names))
-        mbt.MBT(config, device="meta")  # sizes that do not fit are said before the data are read
-        return config
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{arguments.config}: {error}") from error
+    changes = {"stochastic_depth": arguments.stochastic_depth, "backend": arguments.backend}
+    config = registry.config_of("--config", mbt, arguments.config, **changes)
+    known = [modality.name for modality in config.modalities]
+    for name in names:
+        if name not in known:
+            raise InputError(f"--modalities has {name!r}; {arguments.config} allows {', '.join(known)}")
+    return dataclasses.replace(config, modalities=tuple(m for m in config.modalities if m.name in names))

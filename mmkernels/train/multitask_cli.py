@@ -140,18 +140,6 @@ def _build(arguments, tasks):
 
 def _config(arguments):
     """The CAMTLConfig of --config; with --init its variant and length are all that is read."""
-    from ..models import InputError, ca_mtl
-    from ..models.registry import read_json
+    from ..models import ca_mtl, registry
 
-    if arguments.config in ca_mtl.CONFIGS:
-        return ca_mtl.CONFIGS[arguments.config]
-    if not arguments.config.endswith(".json"):
-        raise InputError(
-            f"--config is {arguments.config!r}; allowed are a .json file of a CA-MTL's config and {', '.join(ca_mtl.CONFIGS)}"
-        )
-    fields = read_json(Path(arguments.config))
-    fields.pop("system", None)
-    try:
-        return ca_mtl.CAMTLConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{arguments.config}: {error}") from error
+    return registry.config_of("--config", ca_mtl, arguments.config)

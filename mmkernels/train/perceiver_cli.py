@@ -142,29 +142,13 @@ def config_of(arguments, *outputs: str):
 
     Raises InputError for a name that is not known, a file that is no config, and sizes that do not fit.
     """
-    import dataclasses
-
-    from ..models import InputError, perceiver_io
-    from ..models.registry import read_json
+    from ..models import InputError, perceiver_io, registry
 
     allowed = [name for name, config in perceiver_io.CONFIGS.items() if config.output.get("kind") in outputs]
-    if arguments.config in perceiver_io.CONFIGS:
-        fields = dataclasses.asdict(perceiver_io.CONFIGS[arguments.config])
-    elif arguments.config.endswith(".json"):
-        fields = read_json(Path(arguments.config))
-        fields.pop("system", None)
-    else:
-        raise InputError(f"--config is {arguments.config!r}; allowed are a .json file and {', '.join(allowed)}")
-    try:
-        config = perceiver_io.PerceiverIOConfig(**{**fields, "backend": arguments.backend})
-        if (kind := config.output.get("kind")) not in outputs:
-            wanted = " or ".join(map(repr, outputs))
-            raise InputError(f"--config {arguments.config} has an output {kind!r}; it must be {wanted}")
-        perceiver_io.PerceiverIO(config, device="meta")  # sizes that do not fit are said before the data are read
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{arguments.config}: {error}") from error
+    config = registry.config_of("--config", perceiver_io, arguments.config, allowed, backend=arguments.backend)
+    if (kind := config.output.get("kind")) not in outputs:
+        wanted = " or ".join(map(repr, outputs))
+        raise InputError(f"--config {arguments.config} has an output {kind!r}; it must be {wanted}")
     return config
 
 

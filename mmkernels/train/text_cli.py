@@ -200,22 +200,9 @@ def _build(arguments, tasks):
 
 def _config(arguments):
     """The HyperGridT5Config of --config; that of --init has other sizes, and its grids are the only thing that is read."""
-    from ..models import InputError, hypergrid_t5
-    from ..models.registry import read_json
+    from ..models import hypergrid_t5, registry
 
-    if arguments.config in hypergrid_t5.CONFIGS:
-        return hypergrid_t5.CONFIGS[arguments.config]
-    if not arguments.config.endswith(".json"):
-        raise InputError(
-            f"--config is {arguments.config!r}; allowed are a .json file of a HyperGrid-T5's config and "
-            f"{', '.join(hypergrid_t5.CONFIGS)}"
-        )
-    fields = read_json(Path(arguments.config))
-    fields.pop("system", None)
-    try:
-        return hypergrid_t5.HyperGridT5Config(**fields)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{arguments.config}: {error}") from error
+    return registry.config_of("--config", hypergrid_t5, arguments.config)
 
 
 def grid_config(arguments, config):

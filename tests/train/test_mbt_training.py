@@ -165,7 +165,7 @@ def test_bad_arguments(data, trained, tmp_path, capsys):
     check("--modalities has 'sound'; ", "--modalities", "rgb,sound")
     check("allows rgb, spectrogram", "--modalities", "sound")
     check("it must name each modality once", "--modalities", "rgb,rgb")
-    check("allowed are a .json file of an MBT's config and mbt-base", "--config", "mbt-bas")
+    check("allowed are a .json file and mbt-base", "--config", "mbt-bas")
     (data / "bad.json").write_text(json.dumps({**CONFIG, "channels": 17}))
     check("bad.json: ", "--config", data / "bad.json")
     (data / "odd.json").write_text(json.dumps({**CONFIG, "width": 17}))

@@ -367,7 +367,7 @@ def test_from_a_checkpoint_of_hugging_face(data, tmp_path, tokens, capsys):
         (["--tasks", "color,squad"], "task 'squad' is unknown; allowed are cola, sst2, "),
         (
             ["--config", "t5-base"],
-            "--config is 't5-base'; allowed are a .json file of a HyperGrid-T5's config and hypergrid-t5-",
+            "--config is 't5-base'; allowed are a .json file and hypergrid-t5-",
         ),
         (["--grid", "5,4"], "--grid, --variant or --dropout do not fit the model: "),
         (["--grid", "4x4"], "--grid is '4x4'; it must be two numbers, such as 32,32"),
