@@ -210,11 +210,7 @@ def _absorbs(layer, q, x, options):
         return False
     channels, width = layer.key.in_features, layer.key.out_features
     sizes = (q.shape[1], x.shape[1] + q.shape[1], 0, channels, width, width, 0, options.num_heads)
-    project, absorb = (
-        plan.choose_plan(*sizes, score_plans=(score,), value_plans=(value,)).flops
-        for score, value in zip(plan.SCORE_PLANS[:2], plan.VALUE_PLANS[:2], strict=True)
-    )
-    return 2 * absorb < project
+    return plan.absorbing_share(*sizes) < 0.5
 
 
 def _absorbed(layer, q, x, own, key_mask, options):

@@ -10,8 +10,16 @@ import mmkernels
 from mmkernels import _library, ops, testing
 from mmkernels.ops import LatentState, latent_attention, latent_attention_stream
 from mmkernels.ops._shared.dropout import draw_seed, keep_mask
+from mmkernels.ops.latent import plan
 
 WEIGHTS = ("q", "w_k", "w_v", "norm_weight", "norm_bias", "b_v")
+
+
+@pytest.fixture(params=["absorbed", "projected"])
+def form(request, monkeypatch):
+    """What the chunks become, whatever takes fewer operations."""
+    monkeypatch.setattr(plan, "absorbing_share", lambda *_: 0.5 if request.param == "absorbed" else 2.0)
+    return request.param
 
 
 def make(generator, batch=2, queries=9, keys=150, content=13, shared=8, heads=2, dtype=torch.float32):
@@ -56,7 +64,7 @@ def exact(weights, x, position, mask, **options):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_state_equals_the_whole(backend, generator, dtype):
+def test_state_equals_the_whole(backend, generator, form, dtype):
     weights, x, position, mask = make(generator, dtype=dtype)
     state = LatentState(**weights, num_heads=2, backend=backend)
     for chunk in cut(x, position, mask):
@@ -65,7 +73,7 @@ def test_state_equals_the_whole(backend, generator, dtype):
     testing.assert_within_budget(state.result(), best, plain, "output")
 
 
-def test_states_merge_in_any_grouping(generator):
+def test_states_merge_in_any_grouping(generator, form):
     weights, x, position, mask = make(generator)
     chunks = cut(x, position, mask)
     states = [LatentState(**weights, num_heads=2).update(*chunk) for chunk in reversed(chunks)]
@@ -76,7 +84,7 @@ def test_states_merge_in_any_grouping(generator):
     testing.assert_within_budget(whole.result(), best, plain, "output")
 
 
-def test_state_without_norm_and_position_and_with_shared_queries(backend, generator):
+def test_state_without_norm_and_position_and_with_shared_queries(backend, generator, form):
     weights, x, _, _ = make(generator, shared=0, heads=1)
     weights = {n: weights[n] for n in ("q", "w_k", "w_v")}
     weights["q"] = weights["q"][:1]
@@ -87,7 +95,7 @@ def test_state_without_norm_and_position_and_with_shared_queries(backend, genera
     testing.assert_within_budget(state.result(), best, plain, "output")
 
 
-def test_rows_without_keys_are_zero(backend, generator):
+def test_rows_without_keys_are_zero(backend, generator, form):
     weights, x, position, mask = make(generator)
     mask[1] = False
     state = LatentState(**weights, num_heads=2, backend=backend)
@@ -100,7 +108,7 @@ def test_rows_without_keys_are_zero(backend, generator):
     assert (state.result()[0] != 0).any()
 
 
-def test_large_scores_do_not_overflow(generator):
+def test_large_scores_do_not_overflow(generator, form):
     """Every chunk's sum of exponentials would be infinite or zero on its own scale of another one."""
     weights, x, position, _ = make(generator)
     weights["q"] = weights["q"] * 300
@@ -124,16 +132,17 @@ def test_state_in_float64_and_beyond_the_kernels(generator):
         single.update(x.float(), position.float())
 
 
-def test_state_under_autocast(generator):
+def test_state_under_autocast(generator, form):
     weights, x, position, mask = make(generator)
     with torch.autocast("cpu", torch.bfloat16):
         state = LatentState(**weights, num_heads=2)
         for chunk in cut(x, position, mask):
             state.update(*chunk)
         out = state.result()
-        whole = latent_attention(**weights, x=x, position=position, key_mask=mask, num_heads=2)
+        plain = testing.eager_latent_attention(**weights, x=x, position=position, key_mask=mask, num_heads=2)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, whole)
+    best, _ = exact(weights, x, position, mask, num_heads=2)
+    testing.assert_within_budget(out, best, plain, "output")
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------
@@ -146,7 +155,7 @@ def gradients(function, weights, loss):
 
 
 @pytest.mark.parametrize("case", ["plain", "masked", "shared queries", "bfloat16"])
-def test_gradients_equal_the_whole(backend, generator, case):
+def test_gradients_equal_the_whole(backend, generator, form, case):
     weights, x, position, mask = make(generator, dtype=torch.bfloat16 if case == "bfloat16" else torch.float32)
     if case == "shared queries":
         weights["q"] = weights["q"][:1]
@@ -166,7 +175,7 @@ def test_gradients_equal_the_whole(backend, generator, case):
 
 
 @pytest.mark.parametrize("case", ["plain", "masked", "shared queries", "bfloat16"])
-def test_dropout_drops_what_it_drops_of_the_whole(backend, generator, case):
+def test_dropout_drops_what_it_drops_of_the_whole(backend, generator, form, case):
     """Gradients of weights and of what the chunks are made of, against the definition with the mask written out."""
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
     weights, x, position, mask = make(generator, dtype=dtype)
@@ -217,7 +226,16 @@ def test_dropout_is_drawn_before_the_chunks(generator):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), weights["q"])[0] for y in (outs[0], whole)))
 
 
-def test_gradients_in_float64(generator):
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_one_weight_alone(generator, form, name):
+    weights, x, position, mask = make(generator, dtype=torch.float64)
+    weights[name].requires_grad_()
+    stream = latent_attention_stream(chunks=cut(x, position, mask), num_heads=2, **weights)
+    whole = latent_attention(x=x, position=position, key_mask=mask, num_heads=2, **weights)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), weights[name]) for y in (stream, whole)))
+
+
+def test_gradients_in_float64(generator, form):
     weights, x, position, mask = make(generator, dtype=torch.float64)
     mask[1] = False
     x[1] = weights["q"][1] = float("nan")  # of an example without keys: no weight's gradient may see it
@@ -254,7 +272,7 @@ def test_what_chunks_may_be(generator, kind):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), w_k)[0] for y in (out, whole)))
 
 
-def test_chunks_made_of_parameters(backend, generator):
+def test_chunks_made_of_parameters(backend, generator, form):
     """A preprocessor with dropout, and a learned table of positions."""
     weights, _, _, mask = make(generator)
     raw = torch.randn(2, 150, 5, generator=generator)
@@ -285,7 +303,7 @@ def test_chunks_made_of_parameters(backend, generator):
     torch.testing.assert_close(ours[:-1], expected[:-1], rtol=1e-4, atol=1e-5)
 
 
-def test_parameters_under_autocast(generator):
+def test_parameters_under_autocast(generator, form):
     weights, _, _, _ = make(generator, shared=0)
     raw, layer = torch.randn(2, 100, 5, generator=generator), nn.Linear(5, 13)
     with torch.autocast("cpu", torch.bfloat16):
@@ -293,27 +311,28 @@ def test_parameters_under_autocast(generator):
             chunks=lambda: map(layer, raw.split(50, 1)), parameters=layer.parameters(), num_heads=2, **weights
         )
         whole = latent_attention(x=layer(raw), num_heads=2, **weights)
-    torch.testing.assert_close(out, whole)
+        plain = testing.eager_latent_attention(x=layer(raw), num_heads=2, **weights)
+    testing.assert_within_budget(out, exact(weights, layer(raw), None, None, num_heads=2)[0], plain, "output")
     ours, expected = (torch.autograd.grad(y.float().square().sum(), layer.weight)[0] for y in (out, whole))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
-def test_no_chunk_at_all(generator):
+def test_no_chunk_at_all(generator, form):
     weights, *_ = make(generator)
     out, grads = gradients(lambda **w: latent_attention_stream(chunks=[], num_heads=2, **w), weights, torch.ones(2, 9, 20))
     assert torch.equal(out, torch.zeros(2, 9, 20))
     assert all(torch.equal(g, torch.zeros_like(weights[n])) for n, g in grads.items())
 
 
-def test_the_key_bias_has_a_zero_gradient(generator):
+def test_the_key_bias_has_a_zero_gradient(generator, form):
     weights, x, position, _ = make(generator)
     b_k = torch.randn(24, generator=generator).requires_grad_()
     out = latent_attention_stream(chunks=[(x, position)], b_k=b_k, num_heads=2, **weights)
     assert torch.equal(torch.autograd.grad(out.sum(), b_k)[0], torch.zeros(24))
 
 
-def test_nothing_of_a_chunk_is_kept(generator):
+def test_nothing_of_a_chunk_is_kept(generator, form):
     weights, x, position, _ = make(generator)
     weights = {n: t.requires_grad_() for n, t in weights.items()}
     saved, read = [], []
@@ -355,7 +374,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_a_second_reading_that_differs(generator, case):
+def test_a_second_reading_that_differs(generator, form, case):
     weights, x, _, _ = make(generator, shared=0)
     weights["q"].requires_grad_()
     chunks = list(x.split(50, 1))
@@ -394,7 +413,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_chunks(generator, case):
+def test_wrong_chunks(generator, form, case):
     weights, x, _, _ = make(generator, shared=0)
     weights["q"].requires_grad_()
     chunks, error, message = WRONG[case]
@@ -455,11 +474,24 @@ def test_state_refuses(generator):
         torch.testing.assert_close(LatentState(**trained, num_heads=2).update(x, position).result(), state.result())
 
 
-def test_explain(generator):
+def test_explain(generator, monkeypatch):
     weights, x, _, _ = make(generator, shared=0)
     told = mmkernels.explain("latent_attention_stream", chunks=[x], num_heads=2, backend="reference", **weights)
     assert (told.op, told.backend) == ("latent_attention_stream", "reference") and told.refusals["sdpa"]
     assert mmkernels.explain("latent_attention_stream", chunks=[], num_heads=2, **weights).backend
+    assert told.detail == "absorbed, chunk by chunk"
+    monkeypatch.setattr(plan, "absorbing_share", lambda *_: 1.5)
+    for grad in (False, True):  # with gradients, which cost more where weights are on the chunks' side
+        weights["w_v"].requires_grad_(grad)
+        told = mmkernels.explain("latent_attention_stream", chunks=[x], num_heads=2, **weights)
+        assert told.detail == f"{'absorbed' if grad else 'projected'}, chunk by chunk"
+    monkeypatch.undo()
+    weights["w_v"].requires_grad_(False)
+    many = {**weights, "q": weights["q"].repeat(1, 20, 1)}
+    told = mmkernels.explain("latent_attention_stream", chunks=[x], num_heads=2, backend="reference", **many)
+    assert (told.op, told.backend, told.detail) == ("latent_attention_stream", "reference", "projected, chunk by chunk")
+    told = mmkernels.explain("latent_attention_stream", chunks=[x], num_heads=2, dropout_p=0.1, **many)
+    assert told.detail == "absorbed, chunk by chunk"
     told = mmkernels.explain("latent_attention_sharded", x=x, num_heads=2, dropout_p=0.5, backend="reference", **weights)
     assert (told.op, told.backend) == ("latent_attention_sharded", "reference") and told.refusals["sdpa"]
     rows, sent = 2 * 2 * 9, (2 * 2 * 9) * (13 + 3) * 4  # maxima; sums, with those of dropped weights

@@ -270,14 +270,7 @@ def _projected(
     seed,
     dropout_p,
 ):
-    if position is not None:
-        x = torch.cat([x, position.expand(x.shape[0], -1, -1)], -1)
-    if key_mask is not None:
-        x = torch.where(key_mask[..., None], x, 0.0)  # NaN behind the mask must not reach a weight's gradient
-    if eps >= 0:
-        weight = None if norm_weight is None else norm_weight.to(x.dtype)
-        bias = None if norm_bias is None else norm_bias.to(x.dtype)
-        x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    x = normalised_input(x, position, key_mask, norm_weight, norm_bias, eps)
 
     def heads(t):
         return torch.unflatten(t, -1, (num_heads, -1)).transpose(1, 2)
@@ -304,6 +297,19 @@ def _projected(
             out, row_sum = out[..., :-1], out[..., -1:].flatten(1, 2)
         out = project_values(out.flatten(1, 2), w_v, num_heads, None, None, b_v, row_sum)
     return _where_keys_are(out, x, key_mask)
+
+
+def normalised_input(x, position, key_mask, norm_weight, norm_bias, eps):
+    """What the projections read: LayerNorm([x ; position]), (B, M, C)."""
+    if position is not None:
+        x = torch.cat([x, position.expand(x.shape[0], -1, -1)], -1)
+    if key_mask is not None:
+        x = torch.where(key_mask[..., None], x, 0.0)  # NaN behind the mask must not reach a weight's gradient
+    if eps < 0:
+        return x
+    weight = None if norm_weight is None else norm_weight.to(x.dtype)
+    bias = None if norm_bias is None else norm_bias.to(x.dtype)
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _plan(q, x, w_k, w_v, num_heads):

@@ -77,6 +77,15 @@ def choose_plan(
     return Plan(best_score[1], best_value[1], best_score[0] + best_value[0])
 
 
+def absorbing_share(*sizes) -> float:
+    """Operations of absorbing both sides into the queries, of one attention, over those of projecting keys and values."""
+    absorb, project = (
+        choose_plan(*sizes, score_plans=(score,), value_plans=(value,)).flops
+        for score, value in (("absorb_into_queries", "raw_input"), ("project", "project"))
+    )
+    return absorb / project
+
+
 def decoding_is_cheaper(*sizes) -> bool:
     """Has `ops.latent_decode` a plan of fewer operations than all of `ops.latent_attention`? Args as of `choose_plan`."""
     decoding = choose_plan(*sizes, score_plans=SCORE_PLANS[::2], value_plans=VALUE_PLANS[::2])

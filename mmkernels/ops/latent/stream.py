@@ -3,10 +3,12 @@
 import contextlib
 
 import torch
+from torch.nn.functional import linear
 
 from ... import _backends
 from .._shared import dropout
 from .._shared.arguments import autocast_dtype, check_key_mask, check_tensor
+from ..attention import attention, explain_attention
 from . import api, autograd, plan
 
 ABSORBED = plan.Plan("absorb_into_queries", "raw_input", 0)
@@ -20,11 +22,12 @@ class LatentState:
             state.update(x, position)
         out = state.result()        # latent_attention(q, all of x, ..., position=all of position) up to rounding
 
-    It keeps the absorbed queries, and of everything read so far softmax(scale q' xhat^T) xhat with its log-sum-exp. Both are
-    N-sized; in which order chunks come does not matter. Rounding apart, neither does how the input is cut: states of the same
-    queries and weights that read different chunks, in other threads or processes, are put together by `merge`.
+    It keeps the absorbed queries, and of everything read so far softmax(scale q' xhat^T) xhat with its log-sum-exp; or, where
+    projecting takes fewer operations, softmax(scale q K^T) V. Both are N-sized; in which order chunks come does not matter.
+    Rounding apart, neither does how the input is cut: states of the same queries and weights that read different chunks, in
+    other threads or processes, are put together by `merge`.
 
-    Arguments, errors and backends as `ops.latent_attention`, always by the absorbed plan; kernels take up to 1024 channels.
+    Arguments, errors and backends as `ops.latent_attention`; the kernels of absorbed queries take up to 1024 channels.
     A state keeps no gradient, and refuses tensors that want one while gradients are enabled: `ops.latent_attention_stream`
     trains. The queries and weights are those at the time it was made: change none of them in place.
     """
@@ -59,12 +62,20 @@ class LatentState:
             _refuse_gradient(name, tensor)
         self._numbers = {"num_heads": num_heads, "eps": eps, "scale": scale}
         self._backend = backend
-        with torch.no_grad():
-            self._absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
+        self._absorbed = None  # the queries, or None where what is read is projected
+        sizes = q.shape[1], 1 << 30, 0, w_k.shape[1], w_k.shape[0], w_v.shape[0], 0, num_heads
+        self._share = plan.absorbing_share(*sizes)  # of a long input, whatever its chunks are
+        if self._share <= 1.0:
+            self._absorb()
         self._kind = None  # (B, Cx, Cp) of the chunks
         self._partial = None  # (out, lse) of what has been read
         self._dropout = (None, 0.0)  # seed and probability: of a stream, whose chunks have an order
         self._length = 0  # keys that have been read
+
+    @torch.no_grad()
+    def _absorb(self):
+        t = self._tensors
+        self._absorbed = api.absorb_queries(t["q"], t["w_k"], self._numbers["num_heads"], t["norm_weight"])
 
     def update(self, chunk, position=None, key_mask=None):
         """Reads `chunk` (B, m, Cx), m of 0 or more; `position` (m, Cp) and `key_mask` bool (B, m) belong to its rows.
@@ -108,8 +119,13 @@ class LatentState:
         if self._partial is None:
             return w_v.new_zeros(q.shape[0], q.shape[1], w_v.shape[0])
         with torch.no_grad():
-            out, lse = self._partial
-            return finish(out, lse, w_v, self._numbers["num_heads"], *(self._tensors[n] for n in AFTER))
+            return self._finish(*self._partial)
+
+    def _finish(self, out, lse):
+        if self._absorbed is None:
+            return where_visible(out.transpose(1, 2).flatten(2).to(self._tensors["w_v"].dtype), lse)
+        after = (self._tensors[name] for name in AFTER)
+        return finish(out, lse, self._tensors["w_v"], self._numbers["num_heads"], *after, self._dropout[1])
 
     def _check_chunk(self, name, x, position, key_mask):
         """(x, position) as they are read, under autocast in its dtype."""
@@ -144,11 +160,25 @@ class LatentState:
 
     @torch.no_grad()
     def _read(self, x, position, key_mask):
-        forward, _ = autograd.core_pair(self._choose(x, position))
+        if self._absorbed is None:
+            partial = self._attend(self._tensors["q"], x, position, key_mask)
+        else:
+            forward, _ = autograd.core_pair(self._choose(x, position))
+            numbers = self._numbers["scale"], self._numbers["eps"], *self._dropout, self._length
+            partial = forward(self._absorbed, x, position, key_mask, *numbers)
         self._kind = _kind(x, position)
-        numbers = self._numbers["scale"], self._numbers["eps"], *self._dropout, self._length
-        self._add(*forward(self._absorbed, x, position, key_mask, *numbers))
+        self._add(*partial)
         self._length += x.shape[1]
+
+    def _attend(self, q, x, position, key_mask):
+        """(out, lse) of `ops.attention` to projected keys and values, (B, H, N, E) and (B, H, N); out of lse's dtype."""
+        t, heads = self._tensors, self._numbers["num_heads"]
+        x = api.normalised_input(x, position, key_mask, t["norm_weight"], t["norm_bias"], self._numbers["eps"])
+        projected = q.expand(x.shape[0], -1, -1), linear(x, t["w_k"]), linear(x, t["w_v"], t["b_v"])
+        q, k, v = (torch.unflatten(p, -1, (heads, -1)).transpose(1, 2) for p in projected)
+        options = dict(key_mask=key_mask, scale=self._numbers["scale"], return_lse=True, backend=self._backend)
+        out, lse = attention(q, k, v, **options)
+        return out.to(lse.dtype), lse
 
     def _add(self, out, lse):
         self._partial = (out, lse) if self._partial is None else autograd.merge(*self._partial, out, lse)
@@ -179,8 +209,8 @@ def latent_attention_stream(
 
     Args:
         q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, dropout_p, dropout_seed, backend: as in
-            `latent_attention`, also what dropout drops. The plan is always the absorbed one; the kernels take up to 1024
-            channels.
+            `latent_attention`, also what dropout drops. The projections are absorbed into the queries, or made chunk by chunk
+            where that takes fewer operations and nothing is dropped; the kernels of the former take up to 1024 channels.
         chunks: what can be iterated twice, a list, `x.split(4096, 1)`, a dataset, a loader, or a function without arguments
             that returns an iterator (a generator function). Each element is x (B, m, Cx), or (x, position), or (x, position,
             key_mask) with position (m, Cp) or None and key_mask bool (B, m) or None. m may differ, B, Cx and Cp may not.
@@ -212,12 +242,12 @@ def latent_attention_stream(
     dropout_p, seed = api._check_dropout(dropout_p, dropout_seed, q.device, "q")
     if dropout_p > 0.0 and seed is None:
         seed = dropout.draw_seed(q.device)
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, w_k, norm_weight, *parameters))
+    weights = dict(q=q, w_k=w_k, w_v=w_v, norm_weight=norm_weight, norm_bias=norm_bias, b_v=b_v)
+    state = _state_of(weights, parameters, (seed, dropout_p), num_heads=num_heads, eps=eps, scale=scale, backend=backend)
+    # What wants a second reading if it wants a gradient: what is on the chunks' side, and the queries.
+    beside = parameters if state._absorbed is not None else (w_k, w_v, norm_weight, norm_bias, b_v, *parameters)
+    training = _want_gradients(q, w_k, norm_weight, *beside)
     source = _Source(chunks, q.device, training)
-    options = dict(num_heads=num_heads, norm_weight=norm_weight, norm_bias=norm_bias, b_v=b_v, scale=scale)
-    with torch.no_grad():
-        state = LatentState(q, w_k, w_v, eps=None if eps < 0 else eps, backend=backend, **options)
-        state._dropout = (seed, dropout_p)
     marks = []
     with torch.set_grad_enabled(torch.is_grad_enabled() and not parameters):  # with a graph that is dropped: to notice it
         for i, parts in enumerate(source):
@@ -237,9 +267,10 @@ def latent_attention_stream(
     if training:
         if q.shape[0] == out.shape[0]:
             q = where_visible(q, lse)  # else NaN of an example without keys would reach w_k's gradient
-        absorbed = api.absorb_queries(q, w_k, num_heads, norm_weight)
-        out = autograd.merged(_Gradients(source, state, marks, parameters), out, lse, absorbed, *parameters)
-    out = finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p)
+        if state._absorbed is not None:
+            q = api.absorb_queries(q, w_k, num_heads, norm_weight)
+        out = autograd.merged(_Gradients(source, state, marks, beside), out, lse, q, *beside)
+    out = state._finish(out, lse)
     return out if b_k is None or not b_k.requires_grad else out + b_k.sum() * 0.0
 
 
@@ -265,16 +296,39 @@ def explain_latent_attention_stream(
     q, w_k, w_v, b_k, b_v, scale, eps = check_weights(
         q, w_k, w_v, num_heads, norm_weight, norm_bias, eps, b_k, b_v, scale, backend
     )
-    options = dict(num_heads=num_heads, norm_weight=norm_weight, norm_bias=norm_bias, b_v=b_v, scale=scale)
+    dropout_p, seed = api._check_dropout(dropout_p, dropout_seed, q.device, "q")
+    weights = dict(q=q, w_k=w_k, w_v=w_v, norm_weight=norm_weight, norm_bias=norm_bias, b_v=b_v)
+    state = _state_of(weights, parameters, (seed, dropout_p), num_heads=num_heads, eps=eps, scale=scale, backend=backend)
+    x, position = q.new_empty(q.shape[0], 0, w_k.shape[1]), None
     with torch.no_grad():
-        state = LatentState(q, w_k, w_v, eps=None if eps < 0 else eps, backend=backend, **options)
-        state._dropout = api._check_dropout(dropout_p, dropout_seed, q.device, "q")[::-1]
-        x, position = q.new_empty(q.shape[0], 0, w_k.shape[1]), None
         for parts in _Source(chunks, q.device, False):
             x, position = state._check_chunk("chunks[0]", *parts)
             break
-    reasons = {n: refusals(n, x, w_k.shape[1]) for n in _backends.NAMES}
-    return _backends.Explanation("latent_attention_stream", state._choose(x, position), "absorbed, chunk by chunk", reasons)
+    if state._absorbed is not None:
+        name, reasons = state._choose(x, position), {n: refusals(n, x, w_k.shape[1]) for n in _backends.NAMES}
+        return _backends.Explanation("latent_attention_stream", name, "absorbed, chunk by chunk", reasons)
+    shapes = (q.shape[1], w_k.shape[0]), (x.shape[1], w_k.shape[0]), (x.shape[1], w_v.shape[0])
+    heads = (q.new_empty(1).expand(x.shape[0], num_heads, rows, width // num_heads) for rows, width in shapes)
+    told = explain_attention(*heads, return_lse=True, backend=backend)
+    return told._replace(op="latent_attention_stream", detail="projected, chunk by chunk")
+
+
+TRAINING_SHARE = 1.7  # with gradients absorbing was measured to be the faster way up to so many times the operations
+
+
+def _state_of(weights, parameters, dropout, *, eps, **numbers):
+    """The state of a stream. Its chunks are absorbed where weights are dropped, which `ops.attention` counts from zero."""
+    learns = _want_gradients(*weights.values(), *parameters)
+    with torch.no_grad():
+        state = LatentState(**weights, eps=None if eps < 0 else eps, **numbers)
+        state._dropout = dropout
+        if state._absorbed is None and (dropout[1] > 0.0 or (learns and state._share <= TRAINING_SHARE)):
+            state._absorb()
+    return state
+
+
+def _want_gradients(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # --- What streams and shards share -----------------------------------------------------------------------------------
@@ -312,7 +366,7 @@ def finish(out, lse, w_v, num_heads, norm_weight, norm_bias, b_v, dropout_p=0.0)
 
 def where_visible(tensor, lse):
     """`tensor` (B, ...), zeros in the examples that have no key. Selected, so that no NaN passes, nor a gradient."""
-    return torch.where((lse != float("-inf")).any(1).view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0.0)
+    return torch.where((lse != float("-inf")).flatten(1).any(1).view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0.0)
 
 
 # --- Reading twice ---------------------------------------------------------------------------------------------------
@@ -401,15 +455,16 @@ def _bit_sum(tensor):
 
 
 class _Gradients:
-    """Reads the chunks of a stream again and collects the gradients of the absorbed queries and of `parameters`."""
+    """Reads the chunks of a stream again and collects the gradients of the queries, absorbed or not, and of `parameters`."""
 
     def __init__(self, source, state, marks, parameters):
         self.source, self.state, self.marks, self.parameters = source, state, marks, parameters
 
-    def __call__(self, dout, out, lse, absorbed, _, wanted):
+    def __call__(self, dout, out, lse, q, _, wanted):
         asked = [p for p, want in zip(self.parameters, wanted[1:], strict=True) if want]
-        dq = torch.zeros_like(absorbed, dtype=out.dtype) if wanted[0] else None
+        dq = torch.zeros_like(q, dtype=out.dtype) if wanted[0] else None
         sums, changed, count, length = [None] * len(asked), [], 0, 0
+        of_chunk = self._of_projected if self.state._absorbed is None else self._of_absorbed
         with self.source.again(), torch.set_grad_enabled(bool(asked)):
             for i, parts in enumerate(self.source):
                 count += 1
@@ -417,33 +472,47 @@ class _Gradients:
                     break
                 x, position = self.state._check_chunk(f"chunks[{i}]", *parts)
                 changed += self.marks[i].check(i, x, position, parts[2])
-                made = [t is not None and t.requires_grad for t in (x, position)]
-                chunk = x, position, parts[2]
-                dq_here, *dparts = self._of_chunk(dout, out, lse, absorbed, *chunk, (wanted[0], *made), length)
+                dq_here, found = of_chunk(dout, out, lse, q, (x, position, parts[2]), length, wanted[0], asked)
                 length += x.shape[1]
                 if wanted[0]:
                     dq += dq_here
-                if any(made):
-                    outputs = [t for t, m in zip((x, position), made, strict=True) if m]
-                    gradients = [d for d, m in zip(dparts, made, strict=True) if m]
-                    found = torch.autograd.grad(outputs, asked, gradients, allow_unused=True)
-                    sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]
+                sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]
         if count != len(self.marks):
             now = "more" if count > len(self.marks) else count
             raise RuntimeError(f"{_CHANGED} there were {len(self.marks)} of them and are {now}")
         if changed and (flags := torch.stack([flag for _, flag in changed])).any():
             raise RuntimeError(f"{_CHANGED} {changed[int(flags.int().argmax())][0]} has other values")
         found = iter(sums)
-        return (dq.to(absorbed.dtype) if wanted[0] else None, *(next(found) if want else None for want in wanted[1:]))
+        return (dq.to(q.dtype) if wanted[0] else None, *(next(found) if want else None for want in wanted[1:]))
 
-    @torch.no_grad()
-    def _of_chunk(self, dout, out, lse, absorbed, x, position, key_mask, wanted, first_key):
-        bits = sum(want << i for i, want in enumerate(wanted))
+    def _of_absorbed(self, dout, out, lse, absorbed, chunk, first_key, wanted, asked):
+        made = [t for t in chunk[:2] if t is not None and t.requires_grad]
+        bits = wanted + 2 * any(t is chunk[0] for t in made) + 4 * any(t is chunk[1] for t in made)
         if not bits:
-            return None, None, None
-        _, backward = autograd.core_pair(self.state._choose(x, position))
-        numbers = self.state._numbers["scale"], self.state._numbers["eps"], bits, *self.state._dropout, first_key
-        return backward(dout, None, absorbed, x, position, key_mask, out, lse, *numbers)
+            return None, [None] * len(asked)
+        with torch.no_grad():
+            _, backward = autograd.core_pair(self.state._choose(*chunk[:2]))
+            numbers = self.state._numbers["scale"], self.state._numbers["eps"], bits, *self.state._dropout, first_key
+            dq, *dparts = backward(dout, None, absorbed, *chunk, out, lse, *numbers)
+        if not made:
+            return dq, [None] * len(asked)
+        gradients = [d for d, bit in zip(dparts, (2, 4), strict=True) if bits & bit]
+        return dq, torch.autograd.grad(made, asked, gradients, allow_unused=True)
+
+    def _of_projected(self, dout, out, lse, q, chunk, _, wanted, asked):
+        """Through the chunk's own (o, l), computed again: d out / d o = exp(l - lse), d out / d l = exp(l - lse) (o - out)."""
+        with torch.enable_grad():
+            q = q.detach().requires_grad_(wanted)
+            own, own_lse = self.state._attend(q, *chunk)
+        inputs = [q] * wanted + asked
+        if not own.requires_grad:
+            return None, [None] * len(asked)
+        with torch.no_grad():
+            share = torch.where(lse == float("-inf"), 0.0, (own_lse - lse).exp())[..., None] * dout
+            pairs = [(own, share), (own_lse, (share * (own - out)).sum(-1))]
+        outputs, gradients = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        dq, *found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+        return (dq, found) if wanted else (None, [dq, *found])
 
 
 _CHANGED = "the second reading of chunks, for the gradient, differs from the first:"
