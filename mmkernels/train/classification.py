@@ -137,7 +137,8 @@ def _image_shape(config) -> tuple:
     return *config.input_shape, config.input_channels
 
 
-def _num_classes(config) -> int:
+def num_classes(config) -> int:
+    """Of a model of any kind."""
     return config.output.get("num_classes") if isinstance(getattr(config, "output", None), dict) else config.num_classes
 
 
@@ -159,7 +160,7 @@ def predict(checkpoint, paths, *, device="cpu", backend="auto") -> list:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint / TASK} does not describe an image classification: {error!r}") from error
     model = models.load(checkpoint, device=device, backend=backend).eval()
-    wanted = (*_image_shape(model.config), _num_classes(model.config))
+    wanted = (*_image_shape(model.config), num_classes(model.config))
     if (preprocessing.size, preprocessing.size, len(preprocessing.mean), len(classes)) != wanted:
         raise InputError(
             f"{checkpoint} was not written by one training: {TASK} has {len(classes)} classes and images of "

@@ -16,6 +16,7 @@ def add_commands(subparsers) -> None:
         autoencode_cli,
         byte_glue_cli,
         byte_text_cli,
+        clips_cli,
         flow_cli,
         images_cli,
         multimodal_cli,
@@ -25,7 +26,7 @@ def add_commands(subparsers) -> None:
     )
 
     for commands in (
-        *(images_cli, points_cli, byte_text_cli, byte_glue_cli, flow_cli, autoencode_cli),
+        *(images_cli, points_cli, byte_text_cli, byte_glue_cli, flow_cli, autoencode_cli, clips_cli),
         *(multimodal_cli, text_cli, multitask_cli, adapters_cli),
     ):
         commands.add_systems(systems)

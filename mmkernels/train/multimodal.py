@@ -8,7 +8,7 @@ import torch
 
 from .. import models
 from ..models.registry import InputError, read_json, require, write_atomically
-from .classification import TASK, learning_curve, png
+from .classification import TASK, learning_curve, num_classes, png
 from .data import derive_seed
 from .data.clips import READERS, Clips
 from .data.manifest import Labels
@@ -20,7 +20,16 @@ KINDS = {reader: kind for kind, reader in READERS.items()}
 
 def make_task(training, held_out, objective: Objective) -> Task:
     parts = (training.fingerprint(), held_out.fingerprint(), asdict(objective))
-    return Task(training, held_out, objective, objective.evaluate, f"{derive_seed(*parts):016x}")
+    return Task(training, held_out, objective, objective.evaluate, f"{derive_seed(*parts):016x}", split=_split)
+
+
+def _split(batch, parts: int) -> list:
+    inputs, targets = batch
+    found = []
+    for rows in torch.arange(len(targets), device=targets.device).chunk(parts):
+        micro = {name: tensor[rows] for name, tensor in inputs.items()}, targets[rows]
+        found.append((micro, len(rows) / len(targets)))
+    return found
 
 
 def readers_of(config, *, sample_rate=16000, stride=2, fps=25.0) -> dict:
@@ -64,7 +73,8 @@ def predict(checkpoint, paths: dict, *, windows=4, device="cpu", backend="auto")
     """[(head, class name, probability), ...] for the clip {modality: path}, by the model left in the folder `checkpoint`.
 
     The most probable class of every head; of a multi-label task the five most probable classes. Modalities that the model
-    knows may be missing. The logits are the mean over `windows` windows. Raises InputError for what cannot be read.
+    knows may be missing, but for a Perceiver. The logits are the mean over `windows` windows. Raises InputError for what
+    cannot be read.
     """
     checkpoint = Path(checkpoint)
     for name in ("config.json", "model.safetensors", TASK):
@@ -81,10 +91,10 @@ def predict(checkpoint, paths: dict, *, windows=4, device="cpu", backend="auto")
         if name not in readers:
             raise InputError(f"--input has the modality {name!r}; allowed are {', '.join(readers)}")
     model = models.load(checkpoint, device=device, backend=backend).eval()
-    if model.config.num_classes != len(labels.names):
-        raise InputError(
-            f"{checkpoint} has {len(labels.names)} classes in {TASK} and {model.config.num_classes} in config.json"
-        )
+    if (classes := num_classes(model.config)) != len(labels.names):
+        raise InputError(f"{checkpoint} has {len(labels.names)} classes in {TASK} and {classes} in config.json")
+    if isinstance(model, models.perceiver_io.PerceiverIO) and set(paths) != set(readers):
+        raise InputError(f"--input has {', '.join(paths)}; this model needs all of {', '.join(readers)}")
     chosen = {name: readers[name] for name in paths}
     lengths = {name: reader.length(paths[name]) for name, reader in chosen.items()}
     clip = Clips([paths], [lengths], torch.zeros(1, len(labels.names)), chosen, windows=windows)

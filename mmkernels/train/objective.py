@@ -18,6 +18,7 @@ class Objective:
         label_smoothing: s; targets are 1 - s + s / n where they were one, s / n where they were zero.
         mixup: alpha of the Beta distribution that the weight of an example and its partner is drawn from; 0: none.
         mixmod: a weight of its own for every modality.
+        dropped: {modality: how often an example is trained on with zeros in its place}.
     """
 
     splits: tuple
@@ -25,10 +26,12 @@ class Objective:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     mixmod: bool = False
+    dropped: dict = dataclasses.field(default_factory=dict)
 
     def __call__(self, model, batch) -> torch.Tensor:
         """The mean over modalities, where the model gives logits for each, of the mean over examples."""
         inputs, targets = batch
+        inputs = {name: _dropped(tensor, self.dropped.get(name, 0.0)) for name, tensor in inputs.items()}
         weights = dict.fromkeys(inputs, 1.0)
         if self.mixup:
             inputs, weights = mix(inputs, self.mixup, self.mixmod)
@@ -101,6 +104,14 @@ def mix(inputs: dict, alpha: float, separate: bool) -> tuple:
     draws = torch.distributions.Beta(alpha, alpha).sample((len(inputs) if separate else 1,)).tolist()
     weights = dict(zip(inputs, draws if separate else draws * len(inputs), strict=True))
     return {name: mixed(tensor, weights[name]) for name, tensor in inputs.items()}, weights
+
+
+def _dropped(tensor, probability: float):
+    """(B, ...) with zeros for some of the examples."""
+    if not probability:
+        return tensor
+    kept = (torch.rand(len(tensor)) >= probability).to(tensor)
+    return tensor * kept.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def mixed(tensor, weight: float):
