@@ -63,6 +63,8 @@ def _train(arguments):
         held_out = rendered(arguments.held_out_pairs, "held out", [flower], True)
         if arguments.val_data is not None:
             held_out = _pairs(arguments, arguments.val_data, (height, width))
+    if config.decoder.get("residual"):
+        print("this model's decoder adds the query, a pixel's neighbourhood, to what it reads; the released model's does not")
     print(f"{len(training)} pairs of {height} x {width} pixels to train on, {len(held_out)} held out")
 
     def save(model, history):

@@ -179,4 +179,5 @@ def test_bad_input(tiny, capsys):
 def test_the_demo(tmp_path, capsys):
     options = ["--epochs", 1, "--pairs", 16, "--held-out-pairs", 4, "--threads", 1, "--output", tmp_path]
     assert run("train", "perceiver-flow-demo", *options) == 0
-    assert "model" in capsys.readouterr().out and (tmp_path / "flow.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "adds the query" in out and "model" in out and (tmp_path / "flow.png").stat().st_size > 10_000
