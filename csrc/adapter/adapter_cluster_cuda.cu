@@ -12,7 +12,7 @@
 namespace mmk::adapter {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kMostRows = 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32, kTile = 32;
 
 // Rows of a stage. `kOther` is input_residual or residual, then what y is added.
 enum Slot { kX, kGradient, kOther };
@@ -20,50 +20,50 @@ enum Statistic { kMean, kRstd, kDeviation, kOutMean, kOutRstd, kStatistics };  /
 // Of a norm's gradient in a row: what the normalised element is multiplied by, and what is added.
 enum Norm { kOfResult, kOfInput };
 
-struct Layout {
-  int tile, chunks, wide, slots;  // rows; chunks of a block; the bottleneck in whole sixteens; of Slot
-
-  __host__ __device__ __forceinline__ Layout(const Adapter& d, int tile)
-      : tile(tile), chunks(chunks_of(d)), wide(wide_of(d)), slots(d.out_weight.data || d.input_residual.data ? 3 : 2) {}
-};
-
-// While a block finishes a tile it has begun the next one, whose partial products travel meanwhile, and copies a third.
-constexpr int kStages = 3, kTurns = 2;
-// Shared memory, in bytes. Two mbarriers; numbers, offsets and statistics of the rows of these tiles and one more; what
-// was told of rows and gathered of them; vectors.
-constexpr int kNumbered = 4, kNumbers = 16, kStatisticsAt = kNumbers + kNumbered * 3 * kMostRows * 8;
-constexpr int kAveragesAt = kStatisticsAt + kNumbered * kStatistics * kMostRows * 4;
-constexpr int kRowSums = kAveragesAt + kTurns * 2 * kMostRows * 8, kHiddenSums = kRowSums + kMostRows * 8;
-constexpr int kHiddenVectors = kHiddenSums + 2 * kMostHidden * 4;
-constexpr int kChannelVectors = kHiddenVectors + 3 * kMostHidden * 4;
-constexpr int kPartial = kChannelVectors + 2 * kMostChunks * kChannels * 4;
-
-// Rows of a weight beside W_up: ones, and b_up times factor in two parts.
-constexpr int kBesides = 8;
-
-int64_t bytes_of(const Layout& l) {
-  const int64_t rows = int64_t{l.tile} * kRowBytes;
-  const int64_t weights = int64_t{l.chunks} * (l.wide + kChannels + (l.slots == 3 ? kBesides : 0)) * kRowBytes;
-  return kPartial + 2 * int64_t{l.tile} * (l.wide + 8) * 4 + kTurns * 2 * rows + weights +
-         kStages * l.slots * l.chunks * rows;
-}
-
 // What a kernel serves, known as it is compiled. kPlain: no norms, the rows of x; kPfeiffer: two norms and a second
 // input, whose sum with x is added to the result.
 enum class Place { kAny, kPlain, kPfeiffer };
 
+// While a block finishes a tile it has begun the next one, whose partial products travel meanwhile.
+constexpr int kTurns = 2;
+// Shared memory, in bytes. Two mbarriers; numbers, offsets and statistics of the rows of these tiles and two more; what
+// was told of rows and gathered of them; vectors.
+constexpr int kNumbered = 4, kNumbers = 16, kStatisticsAt = kNumbers + kNumbered * 3 * kTile * 8;
+constexpr int kAveragesAt = kStatisticsAt + kNumbered * kStatistics * kTile * 4;
+constexpr int kRowSums = kAveragesAt + kTurns * 2 * kTile * 8, kHiddenSums = kRowSums + kTile * 8;
+constexpr int kHiddenVectors = kHiddenSums + 2 * kMostHidden * 4;
+constexpr int kChannelVectors = kHiddenVectors + 3 * kMostHidden * 4;
+constexpr int kPartial = kChannelVectors + 2 * kMostChunks * kChannels * 4;
+
+// Partial products, the bottleneck and its gradient, both weights and what is beside W_up, stages of rows. A third
+// stage receives a tile while two are computed; where it finds no room a tile comes when the one before the last has
+// left.
+template <int Most, int Wide, Place kPlace>  // chunks of a block at most, the bottleneck in whole sixteens
+struct Layout {
+  static constexpr int kSlots = kPlace == Place::kPlain ? 2 : 3, kStages = Most * kSlots > 9 ? 2 : 3;
+  // Bytes between rows: odd multiples of 16, for the banks.
+  static constexpr int kPitch = Most * kChannels * 2 + 16, kHiddenPitch = Wide * 2 + 16, kPartialPitch = Wide + 8;
+  static constexpr int kBesides = 8;  // rows: ones, and b_up times factor in two parts
+  static constexpr int kHiddenBytes = kTile * kHiddenPitch, kSlotBytes = kTile * kPitch;
+  static constexpr int kHidden = kPartial + 2 * kTile * kPartialPitch * 4;
+  static constexpr int kDown = kHidden + kTurns * 2 * kHiddenBytes, kUp = kDown + Wide * kPitch;
+  static constexpr int kBesidesAt = kUp + Most * kChannels * kHiddenPitch;
+  static constexpr int kRows = kBesidesAt + (kSlots == 3 ? kBesides * kPitch : 0);
+  static constexpr int kBytes = kRows + kStages * kSlots * kSlotBytes;
+};
+
 #ifdef MMK_CLUSTERS
 
-template <class T, int Tile, int Wide, Place kPlace>
-struct Pass {
+template <class T, int Most, int Wide, Place kPlace>
+struct Pass : Layout<Most, Wide, kPlace> {
+  using Own = Layout<Most, Wide, kPlace>;
+  using Own::kBesides, Own::kHiddenPitch, Own::kPitch, Own::kSlotBytes, Own::kSlots, Own::kStages;
   static constexpr bool kPlain = kPlace == Place::kPlain, kPfeiffer = kPlace == Place::kPfeiffer;
-  static constexpr int V = kWide<T>, kSteps = Wide / 16, kFragments = Tile / 16, kPitch = Wide + 8;
-  static constexpr int kOwnRows = Tile / kCluster;             // whose bottleneck this block adds up
-  static constexpr int kGroups = kThreads / (Tile * kPieces);  // of threads that have the same rows
-  static constexpr int kRowsBytes = Tile * kRowBytes, kHidden = kPartial + 2 * Tile * kPitch * 4;
-  static constexpr int kDown = kHidden + kTurns * 2 * kRowsBytes;
+  static constexpr int V = kWide<T>, kSteps = Wide / 16, kFragments = kTile / 16;
+  static constexpr int kOwnRows = kTile / kCluster;             // whose bottleneck this block adds up
+  static constexpr int kGroups = kThreads / (kTile * kPieces);  // of threads that have the same rows
   const Adapter& d;
-  const int chunks, slots;
+  const int chunks;
   const Part part;
   int rank, first_channel;
   int numbered = 0, turn = 0, here = 0;  // of the tile at hand: its numbers, what was told of it, where its rows begin
@@ -71,12 +71,7 @@ struct Pass {
   int lane, warp;
 
   __device__ __forceinline__ Pass(const Adapter& d)
-      : d(d),
-        chunks(Layout(d, Tile).chunks),
-        slots(kPlain      ? 2
-              : kPfeiffer ? 3
-                          : Layout(d, Tile).slots),
-        part(d) {
+      : d(d), chunks(Most == kMostChunks ? kMostChunks : chunks_of(d)), part(d) {
     rank = ptx::cluster_rank();
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     first_channel = rank * chunks * kChannels;
@@ -101,48 +96,42 @@ struct Pass {
   static __device__ __forceinline__ uint64_t* gathered() { return shared_at<uint64_t>(0); }
   static __device__ __forceinline__ uint64_t* told() { return shared_at<uint64_t>(8); }
   __device__ __forceinline__ float2* coefficients(Norm norm) const {
-    return shared_at<float2>(kAveragesAt) + (turn * 2 + norm) * kMostRows;
+    return shared_at<float2>(kAveragesAt) + (turn * 2 + norm) * kTile;
   }
   // Sums of g dout and of its product with y, (rank, own row).
   static __device__ __forceinline__ float2* row_sums() { return shared_at<float2>(kRowSums); }
   static __device__ __forceinline__ float* hidden_sums() { return shared_at<float>(kHiddenSums); }
   // Partial products for this block's own rows, (matrix, rank, own row, bottleneck).
   static __device__ __forceinline__ float* partial(int matrix, int rank, int own_row) {
-    return shared_at<float>(kPartial) + ((matrix * kCluster + rank) * kOwnRows + own_row) * kPitch;
+    return shared_at<float>(kPartial) + ((matrix * kCluster + rank) * kOwnRows + own_row) * Own::kPartialPitch;
   }
-  __device__ __forceinline__ unsigned char* hidden() const { return shared_memory() + kHidden + turn * 2 * kRowsBytes; }
-  __device__ __forceinline__ unsigned char* dhidden() const { return hidden() + kRowsBytes; }
-  static __device__ __forceinline__ unsigned char* down_chunk(int k) {
-    return shared_memory() + kDown + k * Wide * kRowBytes;
+  __device__ __forceinline__ unsigned char* hidden() const {
+    return shared_memory() + Own::kHidden + turn * 2 * Own::kHiddenBytes;
   }
-  __device__ __forceinline__ unsigned char* up_chunk(int k) const {
-    return shared_memory() + kDown + (chunks * Wide + k * kChannels) * kRowBytes;
-  }
-  __device__ __forceinline__ unsigned char* besides_chunk(int k) const {
-    return shared_memory() + kDown + (chunks * (Wide + kChannels) + k * kBesides) * kRowBytes;
-  }
-  __device__ __forceinline__ int stage_at(int stage) const {
-    return kDown + chunks * ((Wide + kChannels + (slots == 3 ? kBesides : 0)) * kRowBytes + stage * slots * kRowsBytes);
-  }
-  __device__ __forceinline__ int chunk_at(Slot slot, int k) const { return here + (slot * chunks + k) * kRowsBytes; }
-  __device__ __forceinline__ unsigned char* chunk(Slot slot, int k) const {
-    return shared_memory() + chunk_at(slot, k);
-  }
+  __device__ __forceinline__ unsigned char* dhidden() const { return hidden() + Own::kHiddenBytes; }
+  static __device__ __forceinline__ unsigned char* down_weight() { return shared_memory() + Own::kDown; }
+  static __device__ __forceinline__ unsigned char* up_weight() { return shared_memory() + Own::kUp; }
+  static __device__ __forceinline__ unsigned char* besides() { return shared_memory() + Own::kBesidesAt; }
+  static __device__ __forceinline__ int stage_at(int stage) { return Own::kRows + stage * kSlots * kSlotBytes; }
+  __device__ __forceinline__ unsigned char* rows(Slot slot) const { return shared_memory() + here + slot * kSlotBytes; }
   __device__ __forceinline__ int64_t number(int row) const {
-    return shared_at<int64_t>(kNumbers)[numbered * 3 * kMostRows + row];
+    return shared_at<int64_t>(kNumbers)[numbered * 3 * kTile + row];
   }
   __device__ __forceinline__ float statistic(Statistic which, int row) const {
-    return shared_at<float>(kStatisticsAt)[(numbered * kStatistics + which) * kMostRows + row];
+    return shared_at<float>(kStatisticsAt)[(numbered * kStatistics + which) * kTile + row];
   }
 
-  // body(k, row, c, piece) for the pieces of a tile that this thread has; c may lie behind the last channel.
+  // body(row, c, at) for the pieces of a tile that this thread has, with their place in a slot; c may lie behind the
+  // last channel.
   template <class Body>
   __device__ __forceinline__ void each_piece(Body body) const {
-    const int row = threadIdx.x / kPieces % Tile, piece = threadIdx.x % kPieces;
-    const int group = threadIdx.x / kPieces / Tile, c = first_channel + group * kChannels + piece * V;
+    const int row = threadIdx.x / kPieces % kTile, first = threadIdx.x / kPieces / kTile;
+    const int channel = first * kChannels + threadIdx.x % kPieces * V, at = row * kPitch + channel * 2;
 #pragma unroll(Wide < 64 ? kMostChunks / kGroups : 1)  // registers
-    for (int i = 0; i < kMostChunks / kGroups; ++i)
-      if (group + i * kGroups < chunks) body(group + i * kGroups, row, c + i * kGroups * kChannels, piece);
+    for (int i = 0; i < kMostChunks / kGroups; ++i) {
+      const int further = i * kGroups * kChannels;
+      if (first + i * kGroups < chunks) body(row, first_channel + channel + further, at + further * 2);
+    }
   }
 
   // --- Weights and vectors, once a part ---
@@ -151,13 +140,13 @@ struct Pass {
     const ClusterVectors vectors{hidden_sums(), &down_bias(0), &down_sum(0), &up_bias(0), &out_gain(0)};
     load_quarter<T, Wide>(
         d, part, first_channel, chunks, vectors,
-        [&](int j, int i) { return reinterpret_cast<T*>(down_chunk(i / kChannels) + j * kRowBytes) + i % kChannels; },
-        [&](int i, int j) { return reinterpret_cast<T*>(up_chunk(0) + i * kRowBytes) + j; });
+        [&](int j, int i) { return reinterpret_cast<T*>(down_weight() + j * kPitch) + i; },
+        [&](int i, int j) { return reinterpret_cast<T*>(up_weight() + i * kHiddenPitch) + j; });
     if (!out_normed()) return;
     for (int i = threadIdx.x; i < chunks * kChannels * kBesides; i += kThreads) {
       const int row = i / (chunks * kChannels), channel = i % (chunks * kChannels);
       const T large = from_float<T>(up_bias(channel));
-      T* to = reinterpret_cast<T*>(besides_chunk(channel / kChannels) + row * kRowBytes) + channel % kChannels;
+      T* to = reinterpret_cast<T*>(besides() + row * kPitch) + channel;
       *to = row == 1 ? large : from_float<T>(row == 0 ? 1.0f : row == 2 ? up_bias(channel) - to_float(large) : 0.0f);
     }
   }
@@ -187,7 +176,7 @@ struct Pass {
   __device__ __forceinline__ Row look_up(int first) const {
     Row row;
     const int place = first + static_cast<int>(threadIdx.x);
-    if (threadIdx.x >= Tile || place >= part.rows) return row;
+    if (threadIdx.x >= kTile || place >= part.rows) return row;
     row.m = row_of(d, part.begin + place);
     const float* from = d.statistics + row.m;
     if (normed()) {
@@ -198,39 +187,37 @@ struct Pass {
     return row;
   }
   __device__ __forceinline__ void note(const Row& row, int numbered) const {
-    if (threadIdx.x >= Tile) return;
-    int64_t* to = shared_at<int64_t>(kNumbers) + numbered * 3 * kMostRows + threadIdx.x;
+    if (threadIdx.x >= kTile) return;
+    int64_t* to = shared_at<int64_t>(kNumbers) + numbered * 3 * kTile + threadIdx.x;
     to[0] = row.m;
-    to[kMostRows] = row.m < 0 ? 0 : offset(d, d.x, row.m);
-    to[2 * kMostRows] = row.m < 0 || !other().data ? 0 : offset(d, other(), row.m);
+    to[kTile] = row.m < 0 ? 0 : offset(d, d.x, row.m);
+    to[2 * kTile] = row.m < 0 || !other().data ? 0 : offset(d, other(), row.m);
 #pragma unroll
     for (int i = 0; i < kStatistics; ++i)
-      shared_at<float>(kStatisticsAt)[(numbered * kStatistics + i) * kMostRows + threadIdx.x] = row.found[i];
+      shared_at<float>(kStatisticsAt)[(numbered * kStatistics + i) * kTile + threadIdx.x] = row.found[i];
   }
 
   // Starts the copies of a tile's rows; zeros where there is nothing.
   __device__ __forceinline__ void copy_rows(int tile) const {
-    const int row = threadIdx.x / kPieces % Tile;
-    const int64_t* rows = shared_at<int64_t>(kNumbers) + tile % kNumbered * 3 * kMostRows + row;
+    const int row = threadIdx.x / kPieces % kTile;
+    const int64_t* rows = shared_at<int64_t>(kNumbers) + tile % kNumbered * 3 * kTile + row;
     const bool inside = rows[0] >= 0;
     const int c =
-        first_channel + static_cast<int>(threadIdx.x) / kPieces / Tile * kChannels + threadIdx.x % kPieces * V;
-    const T* x = static_cast<const T*>(d.x.data) + rows[kMostRows] + c;
+        first_channel + static_cast<int>(threadIdx.x) / kPieces / kTile * kChannels + threadIdx.x % kPieces * V;
+    const T* x = static_cast<const T*>(d.x.data) + rows[kTile] + c;
     const T* dout = static_cast<const T*>(d.dout) + (inside ? rows[0] * d.channels : 0) + c;
-    const T* beside =
-        slots == 3 && other().data ? static_cast<const T*>(other().data) + rows[2 * kMostRows] + c : nullptr;
-    unsigned char* to = shared_memory() + stage_at(tile % kStages) + (c - first_channel) / kChannels * kRowsBytes +
-                        row * kRowBytes + threadIdx.x % kPieces * 16;
-    const int slot = chunks * kRowsBytes, left = inside ? d.channels - c : 0;
+    const T* beside = kSlots == 3 && other().data ? static_cast<const T*>(other().data) + rows[2 * kTile] + c : nullptr;
+    unsigned char* to = shared_memory() + stage_at(tile % kStages) + row * kPitch + (c - first_channel) * 2;
+    const int left = inside ? d.channels - c : 0;
 #pragma unroll
     for (int i = 0; i < kMostChunks / kGroups; ++i) {
       if ((c - first_channel) / kChannels + i * kGroups >= chunks) continue;
       constexpr int kFurther = kGroups * kChannels;
       const int bytes = i * kFurther < left ? 16 : 0;  // nothing is read where this is 0
-      unsigned char* at = to + i * kGroups * kRowsBytes;
+      unsigned char* at = to + i * kFurther * 2;
       ptx::cp_async<16>(at, x + i * kFurther, bytes);
-      ptx::cp_async<16>(at + slot, dout + i * kFurther, bytes);
-      if (beside) ptx::cp_async<16>(at + 2 * slot, beside + i * kFurther, bytes);
+      ptx::cp_async<16>(at + kSlotBytes, dout + i * kFurther, bytes);
+      if (beside) ptx::cp_async<16>(at + 2 * kSlotBytes, beside + i * kFurther, bytes);
     }
     ptx::cp_async_commit();
   }
@@ -238,11 +225,10 @@ struct Pass {
   // x becomes s, normalised if there is a norm; other rows what y is added, where that is not s alone; dout is
   // multiplied by the second norm's gain: g.
   __device__ __forceinline__ void prepare() const {
-    const int own = threadIdx.x / kPieces % Tile;
+    const int own = threadIdx.x / kPieces % kTile;
     const float rstd = normed() ? statistic(kRstd, own) : 1.0f, shift = normed() ? -statistic(kMean, own) * rstd : 0.0f;
-    each_piece([&](int k, int row, int c, int piece) {
-      const int at = row * kRowBytes + piece * 16;
-      auto *x = reinterpret_cast<uint4*>(chunk(kX, k) + at), *beside = reinterpret_cast<uint4*>(chunk(kOther, k) + at);
+    each_piece([&](int, int c, int at) {
+      auto *x = reinterpret_cast<uint4*>(rows(kX) + at), *beside = reinterpret_cast<uint4*>(rows(kOther) + at);
       uint4 s = *x;
       if (input() || (added() && skips())) {
         const uint4 more = *beside;
@@ -263,7 +249,7 @@ struct Pass {
       }
       if (input() || normed()) *x = s;
       if (!out_normed()) return;
-      T* gradient = reinterpret_cast<T*>(chunk(kGradient, k) + at);
+      T* gradient = reinterpret_cast<T*>(rows(kGradient) + at);
       float g[V], gain[V];
       load_piece<T, V>(g, gradient, V, true);
       load_piece<float, V>(gain, &out_gain(c - first_channel), V, true);
@@ -288,22 +274,22 @@ struct Pass {
   template <int Matrix>
   __device__ __forceinline__ void multiply_partially(int column) const {
     float acc[kFragments][2][4] = {};
-    const unsigned char* rows = chunk(Matrix == 0 ? kX : kGradient, 0);
-    const unsigned char* weight = Matrix == 0 ? down_chunk(0) : up_chunk(0);
+    const unsigned char* left = rows(Matrix == 0 ? kX : kGradient);
+    const unsigned char* weight = Matrix == 0 ? down_weight() : up_weight();
 #pragma unroll 1
     for (int k = 0; k < chunks; ++k) {
 #pragma unroll
       for (int s = 0; s < kChunkBytes / 32; ++s) {
         uint32_t b[4];
-        load_right<T, Matrix == 0>(b, weight, kRowBytes, column, s);
+        load_right<T, Matrix == 0>(b, weight, Matrix == 0 ? kPitch : kHiddenPitch, column, s);
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
-          const Operand<T> a = load_left<T>(rows + f * 16 * kRowBytes + s * 32);
+          const Operand<T> a = load_left<T>(left + f * 16 * kPitch + s * 32, kPitch);
           multiply<T>(acc[f][0], a, b[0], b[1]);
           multiply<T>(acc[f][1], a, b[2], b[3]);
         }
       }
-      rows += kRowsBytes, weight += (Matrix == 0 ? Wide : kChannels) * kRowBytes;
+      left += kChannels * 2, weight += kChannels * (Matrix == 0 ? 2 : kHiddenPitch);
     }
     float* to = partial(Matrix, rank, lane / 4 % kOwnRows) + column + lane % 4 * 2;
 #pragma unroll
@@ -324,25 +310,25 @@ struct Pass {
   // product of g and the rows that y is added the diagonal counts.
   __device__ __forceinline__ void sum_rows() const {
     float of_besides[kFragments][4] = {}, of_rest[kFragments][2][4] = {};
-    const unsigned char *gradient = chunk(kGradient, 0), *added_rows = chunk(rest(), 0), *besides = besides_chunk(0);
+    const unsigned char *gradient = rows(kGradient), *added_rows = rows(rest()), *others = besides();
 #pragma unroll 1
     for (int k = 0; k < chunks; ++k) {
 #pragma unroll(Wide < 64 ? kChunkBytes / 32 : 1)  // registers
       for (int s = 0; s < kChunkBytes / 32; ++s) {
         uint32_t e[2];
-        ptx::ldmatrix_x2(e, besides + lane % 8 * kRowBytes + lane / 8 % 2 * 16 + s * 32);
+        ptx::ldmatrix_x2(e, others + lane % 8 * kPitch + lane / 8 % 2 * 16 + s * 32);
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
-          const Operand<T> g = load_left<T>(gradient + f * 16 * kRowBytes + s * 32);
+          const Operand<T> g = load_left<T>(gradient + f * 16 * kPitch + s * 32, kPitch);
           multiply<T>(of_besides[f], g, e[0], e[1]);
           if (!has_rest()) continue;
           uint32_t b[4];
-          load_right<T, true>(b, added_rows, kRowBytes, f * 16, s);
+          load_right<T, true>(b, added_rows, kPitch, f * 16, s);
           multiply<T>(of_rest[f][0], g, b[0], b[1]);
           multiply<T>(of_rest[f][1], g, b[2], b[3]);
         }
       }
-      gradient += kRowsBytes, added_rows += kRowsBytes, besides += kBesides * kRowBytes;
+      gradient += kChannels * 2, added_rows += kChannels * 2, others += kChannels * 2;
     }
     const int line = lane / 4, quarter = lane % 4;
 #pragma unroll
@@ -389,7 +375,7 @@ struct Pass {
     const uint32_t both = pack<T>(values[0], values[1]);
 #pragma unroll
     for (int r = 0; r < kCluster; ++r)
-      ptx::store_async(reinterpret_cast<uint32_t*>(tile + row * kRowBytes) + lane, both, told(), r);
+      ptx::store_async(reinterpret_cast<uint32_t*>(tile + row * kHiddenPitch) + lane, both, told(), r);
   }
   __device__ __forceinline__ void tell(Norm norm, int row, float factor, float more) const {
     if (lane < kCluster) ptx::store_async(coefficients(norm) + row, make_float2(factor, more), told(), lane);
@@ -401,7 +387,7 @@ struct Pass {
     const int of_row = (first ? 2 : 1) * Wide * 4 + (first && out_normed() ? 8 : 0);
     const int answers = first && !out_normed() ? 2 : 1, averages = (first && out_normed()) || normed() ? 8 : 0;
     ptx::mbarrier_expect(gathered(), kCluster * kOwnRows * of_row);
-    ptx::mbarrier_expect(told(), Tile * (answers * Wide * 2 + averages));
+    ptx::mbarrier_expect(told(), kTile * (answers * Wide * 2 + averages));
   }
 
   // dz, from da' and the slope, and what the first norm's gradient subtracts.
@@ -473,45 +459,44 @@ struct Pass {
   // Of the two rows that a lane has of products.
   __device__ __forceinline__ int product_row(int half) const { return warp / kAcross * 16 + lane / 4 + half * 8; }
 
-  // body(channel of the quarter, half of the rows, place in a slot's chunks, two sums) for two neighbouring elements
+  // body(channel of the quarter, half of the rows, place in a slot, two sums) for two neighbouring elements
   // after another of left (rows, bottleneck) times a weight.
   template <bool Up, class Body>
   __device__ __forceinline__ void expand(const unsigned char* left, Body body) const {
     const int row = warp / kAcross * 16;
     Operand<T> a[kSteps];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) a[s] = load_left<T>(left + row * kRowBytes + s * 32);
+    for (int s = 0; s < kSteps; ++s) a[s] = load_left<T>(left + row * kHiddenPitch + s * 32, kHiddenPitch);
 #pragma unroll 1
     for (int block = warp % kAcross; block < chunks * 4; block += kAcross) {
-      const int k = block / 4, column = block % 4 * 16;
+      const int column = block * 16;
       float acc[2][4] = {};
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];
         if constexpr (Up) {
-          load_right<T, true>(b, up_chunk(k), kRowBytes, column, s);
+          load_right<T, true>(b, up_weight(), kHiddenPitch, column, s);
         } else {
-          load_right<T, false>(b, down_chunk(k), kRowBytes, column, s);
+          load_right<T, false>(b, down_weight(), kPitch, column, s);
         }
         multiply<T>(acc[0], a[s], b[0], b[1]);
         multiply<T>(acc[1], a[s], b[2], b[3]);
       }
-      const int c = column + lane % 4 * 2, at = k * kRowsBytes + product_row(0) * kRowBytes + c * 2;
+      const int c = column + lane % 4 * 2, at = product_row(0) * kPitch + c * 2;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          body(k * kChannels + c + n * 8, half, at + half * 8 * kRowBytes + n * 16,
-               make_float2(acc[n][half * 2], acc[n][half * 2 + 1]));
+          body(c + n * 8, half, at + half * 8 * kPitch + n * 16, make_float2(acc[n][half * 2], acc[n][half * 2 + 1]));
       }
     }
   }
 
   __device__ __forceinline__ float2 load_pair(Slot slot, int at) const {
-    return unpack<T>(*reinterpret_cast<const uint32_t*>(chunk(slot, 0) + at));
+    return unpack<T>(*reinterpret_cast<const uint32_t*>(rows(slot) + at));
   }
   __device__ __forceinline__ void store_pair(Slot slot, int at, float2 pair) const {
-    *reinterpret_cast<uint32_t*>(chunk(slot, 0) + at) = pack<T>(pair.x, pair.y);
+    *reinterpret_cast<uint32_t*>(rows(slot) + at) = pack<T>(pair.x, pair.y);
   }
 
   // The result again, and through its norm: dl = (g - average - (y - mean) rstd average_normed) rstd. Zeros in rows
@@ -562,18 +547,18 @@ struct Pass {
   }
 
   __device__ __forceinline__ void store_rows(void* to, Slot slot) const {
-    each_piece([&](int k, int row, int c, int piece) {
+    each_piece([&](int row, int c, int at) {
       const int64_t m = number(row);
       if (m < 0 || c >= d.channels) return;
       *reinterpret_cast<uint4*>(static_cast<T*>(to) + m * d.channels + c) =
-          *reinterpret_cast<const uint4*>(chunk(slot, k) + row * kRowBytes + piece * 16);
+          *reinterpret_cast<const uint4*>(rows(slot) + at);
     });
   }
 };
 
-template <class T, int Tile, int Wide, Place kPlace>
+template <class T, int Most, int Wide, Place kPlace>
 __device__ __forceinline__ void one_pass(const Adapter& d) {
-  using Own = Pass<T, Tile, Wide, kPlace>;
+  using Own = Pass<T, Most, Wide, kPlace>;
   Own pass(d);
   if (pass.part.adapter > d.adapters + 1) return;
   if (threadIdx.x == 0) {
@@ -581,7 +566,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     ptx::mbarrier_init(pass.told(), 1);
     ptx::mbarrier_fence();
   }
-  for (int i = 0; i < 3; ++i) pass.note(pass.look_up(i * Tile), i);
+  for (int i = 0; i < 3; ++i) pass.note(pass.look_up(i * kTile), i);
   __syncthreads();
   pass.copy_rows(0);
   pass.load_weights();
@@ -598,15 +583,15 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
 
   // Tile i begins while tile i - 1 ends.
 #pragma unroll 1
-  for (int i = 0; (i - 1) * Tile < pass.part.rows; ++i) {
-    const bool begins = i * Tile < pass.part.rows, ends = i > 0;
+  for (int i = 0; (i - 1) * kTile < pass.part.rows; ++i) {
+    const bool begins = i * kTile < pass.part.rows, ends = i > 0, more = (i + 1) * kTile < pass.part.rows;
     ptx::cp_async_wait<0>();
     __syncthreads();
     if (begins) {
-      if ((i + 1) * Tile < pass.part.rows) pass.copy_rows(i + 1);
+      if (Own::kStages == 3 && more) pass.copy_rows(i + 1);
       pass.take(i);
       pass.expect(true);
-      if (pass.slots == 3 || pass.normed()) {
+      if (!Own::kPlain) {
         pass.prepare();
         __syncthreads();
       }
@@ -620,28 +605,27 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     }
     if (ends) {
       pass.take(i - 1);
-      const auto later = pass.look_up((i + 2) * Tile);
+      const auto later = pass.look_up((i + 2) * kTile);
       if (has_block && (d.down_parts || want_up)) {
-        const unsigned char* x = pass.chunk(kX, block / 4);
-        const unsigned char* dl = pass.chunk(kGradient, block / 4);
+        const unsigned char *x = pass.rows(kX), *dl = pass.rows(kGradient);
         const auto add = [&](float (&acc)[kBlocks][4], const Operand<T>& left, const unsigned char* right, int s) {
 #pragma unroll
           for (int n = 0; n < kBlocks; n += 2) {
             uint32_t b[4];
-            load_right<T, false>(b, right, kRowBytes, n * 8, s);
+            load_right<T, false>(b, right, Own::kHiddenPitch, n * 8, s);
             multiply<T>(acc[n], left, b[0], b[1]);
             multiply<T>(acc[n + 1], left, b[2], b[3]);
           }
         };
         if (d.down_parts) {
 #pragma unroll 1
-          for (int s = 0; s < Tile / 16; ++s)
-            add(of_down, load_left_turned<T>(x, kRowBytes, block % 4 * 16, s), pass.dhidden(), s);
+          for (int s = 0; s < Own::kFragments; ++s)
+            add(of_down, load_left_turned<T>(x, Own::kPitch, block * 16, s), pass.dhidden(), s);
         }
         if (want_up) {
 #pragma unroll 1
-          for (int s = 0; s < Tile / 16; ++s) {
-            const Operand<T> left = load_left_turned<T>(dl, kRowBytes, block % 4 * 16, s);
+          for (int s = 0; s < Own::kFragments; ++s) {
+            const Operand<T> left = load_left_turned<T>(dl, Own::kPitch, block * 16, s);
             multiply<T>(of_dl, left, ones, ones);
             add(of_up, left, pass.hidden(), s);
           }
@@ -656,13 +640,15 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     if (ends) {
       pass.take(i - 1);
       if (d.dy) pass.store_rows(d.dy, kGradient);
+      __syncthreads();
       if (d.dx) {
-        __syncthreads();
         pass.through_down();
         __syncthreads();
         pass.store_rows(d.dx, kX);
       }
     }
+    // A thread copies where it was the last to read.
+    if (Own::kStages == 2 && more) pass.copy_rows(i + 1);
     if (begins) {
       pass.take(i);
       ptx::mbarrier_wait(pass.told(), pass.parity);
@@ -719,37 +705,39 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
 
 #endif
 
-template <class T, int Tile, int Wide, Place kPlace>
+template <class T, int Most, int Wide, Place kPlace>
 __global__ void __launch_bounds__(kThreads, 1) cluster_backward_kernel(const __grid_constant__ Adapter d) {
 #ifdef MMK_CLUSTERS
-  one_pass<T, Tile, Wide, kPlace>(d);
+  one_pass<T, Most, Wide, kPlace>(d);
 #endif
 }
 
 // body(kernel, bytes of shared memory)
-template <class T, int Tile, Place kPlace, class Body>
-int with_wide(const Layout& layout, Body body) {
-  const int64_t bytes = bytes_of(layout);
-  if (layout.wide == 32) return body(cluster_backward_kernel<T, Tile, 32, kPlace>, bytes);
-  if (layout.wide == 48) return body(cluster_backward_kernel<T, Tile, 48, kPlace>, bytes);
-  return body(cluster_backward_kernel<T, Tile, 64, kPlace>, bytes);
+template <class T, int Most, Place kPlace, class Body>
+int with_wide(const Adapter& d, Body body) {
+  const auto with = [&](auto wide) {
+    constexpr int kWide = decltype(wide)::value;
+    return body(cluster_backward_kernel<T, Most, kWide, kPlace>, Layout<Most, kWide, kPlace>::kBytes);
+  };
+  if (wide_of(d) == 32) return with(std::integral_constant<int, 32>{});
+  if (wide_of(d) == 48) return with(std::integral_constant<int, 48>{});
+  return with(std::integral_constant<int, 64>{});
 }
 
 template <class Body>
-int with_kernel(Dtype dtype, const Adapter& d, int tile, Body body) {
-  const Layout layout(d, tile);
+int with_kernel(Dtype dtype, const Adapter& d, Body body) {
   const auto with_place = [&](auto zero, auto place) {
     using T = decltype(zero);
     constexpr Place kPlace = decltype(place)::value;
-    return tile == 32 ? with_wide<T, 32, kPlace>(layout, body) : with_wide<T, 16, kPlace>(layout, body);
+    return chunks_of(d) == kMostChunks ? with_wide<T, kMostChunks, kPlace>(d, body)
+                                       : with_wide<T, kMostChunks - 1, kPlace>(d, body);
   };
   const auto with_type = [&](auto place) {
     return dtype == Dtype::bf16 ? with_place(bf16{}, place) : with_place(fp16{}, place);
   };
-  const bool norms = d.norm_weight.data && d.out_weight.data, plain = layout.slots == 2 && !d.norm_weight.data;
-  if (plain) return with_type(std::integral_constant<Place, Place::kPlain>{});
-  if (norms && d.input_residual.data && d.skip == 3)
-    return with_type(std::integral_constant<Place, Place::kPfeiffer>{});
+  const bool norm = d.norm_weight.data, out_norm = d.out_weight.data, input = d.input_residual.data;
+  if (!norm && !out_norm && !input) return with_type(std::integral_constant<Place, Place::kPlain>{});
+  if (norm && out_norm && input && d.skip == 3) return with_type(std::integral_constant<Place, Place::kPfeiffer>{});
   return with_type(std::integral_constant<Place, Place::kAny>{});
 }
 
@@ -761,20 +749,16 @@ int mmk_adapter_cluster_tile(mmk::Dtype dtype, const mmk::adapter::Adapter* adap
   const Adapter& d = *adapter;
   const bool input = d.input_residual.data, added = d.residual.data && d.out_weight.data;
   if (!served_by_clusters(dtype, d) || (input && added) || (input ? d.skip % 3 != 0 : d.skip > 1)) return 0;
-  for (int tile = kMostRows; tile >= 16; tile /= 2) {
-    if (bytes_of(Layout(d, tile)) > mmk_shared_memory()) continue;
-    *clusters = with_kernel(dtype, d, tile, [](auto kernel, int64_t bytes) {
-      return mmk::most_clusters(kCluster, kernel, dim3(kThreads), bytes);
-    });
-    return *clusters ? tile : 0;
-  }
-  return 0;
+  *clusters = with_kernel(dtype, d, [](auto kernel, int bytes) {
+    return bytes > mmk_shared_memory() ? 0 : mmk::most_clusters(kCluster, kernel, dim3(kThreads), bytes);
+  });
+  return *clusters ? kTile : 0;
 }
 
 int mmk_adapter_cluster_backward(mmk::Dtype dtype, const mmk::adapter::Adapter* d, void* stream) {
   using namespace mmk::adapter;
   if (d->parts * kCluster > INT_MAX) return 1;
-  return with_kernel(dtype, *d, d->tile, [&](auto kernel, int64_t bytes) {
+  return with_kernel(dtype, *d, [&](auto kernel, int bytes) {
     return mmk::launch_clusters(kCluster, kernel, dim3(static_cast<unsigned>(d->parts * kCluster)), dim3(kThreads),
                                 bytes, stream, *d);
   });

@@ -115,6 +115,8 @@ CLUSTERS = {
     "Pfeiffer": ((2, 41, 136), 20, dict(norms="in out", terms=("x", "input_residual"))),
     "a norm before": ((1, 70, 200), 64, dict(norms="in", terms=("x", "input_residual"), biases=False)),
     "wide rows": ((1, 33, 1024), 64, dict(norms="in out", terms=("x", "input_residual"))),
+    "wide rows in many tiles": ((1, 190, 1000), 33, dict(norms="in out", terms=("x", "input_residual"))),
+    "wide rows, a residual beside": ((1, 170, 1024), 48, dict(norms="out", terms=("x", "extra"))),
     "bank": ((3, 41, 72), 9, dict(norms="in out", terms=("x", "input_residual"), bank=3, index="rows")),
 }
 
