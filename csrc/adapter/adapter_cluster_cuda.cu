@@ -16,8 +16,8 @@ constexpr int kThreads = 512, kWarps = kThreads / 32, kTile = 32;
 
 // Rows of a stage. `kOther` is input_residual or residual, then what y is added.
 enum Slot { kX, kGradient, kOther };
-enum Statistic { kMean, kRstd, kDeviation, kOutMean, kOutRstd, kStatistics };  // kDeviation: 1 / rstd
-// Of a norm's gradient in a row: what the normalised element is multiplied by, and what is added.
+enum Statistic { kMean, kRstd, kOutMean, kOutRstd, kStatistics };
+// Of a norm's gradient in a row: what the element is multiplied by, and what is added.
 enum Norm { kOfResult, kOfInput };
 
 // What a kernel serves, known as it is compiled. kPlain: no norms, the rows of x; kPfeiffer: two norms and a second
@@ -32,8 +32,9 @@ constexpr int kNumbered = 4, kNumbers = 16, kStatisticsAt = kNumbers + kNumbered
 constexpr int kAveragesAt = kStatisticsAt + kNumbered * kStatistics * kTile * 4;
 constexpr int kRowSums = kAveragesAt + kTurns * 2 * kTile * 8, kHiddenSums = kRowSums + kTile * 8;
 constexpr int kHiddenVectors = kHiddenSums + 2 * kMostHidden * 4;
-constexpr int kChannelVectors = kHiddenVectors + 3 * kMostHidden * 4;
-constexpr int kPartial = kChannelVectors + 2 * kMostChunks * kChannels * 4;
+constexpr int kChannelVectors = kHiddenVectors + 4 * kMostHidden * 4;
+constexpr int kOwnSums = kChannelVectors + 2 * kMostChunks * kChannels * 4;
+constexpr int kPartial = kOwnSums + kTile / kCluster * 32 * 16;
 
 // Partial products, the bottleneck and its gradient, both weights and what is beside W_up, stages of rows. A third
 // stage receives a tile while two are computed; where it finds no room a tile comes when the one before the last has
@@ -143,6 +144,14 @@ struct Pass : Layout<Most, Wide, kPlace> {
         [&](int j, int i) { return reinterpret_cast<T*>(down_weight() + j * kPitch) + i; },
         [&](int i, int j) { return reinterpret_cast<T*>(up_weight() + i * kHiddenPitch) + j; });
     if (!out_normed()) return;
+    // The second norm's gain in two parts, so that pairs of elements are multiplied by it and rounded once.
+    const int channel = threadIdx.x;
+    const float gain = channel < chunks * kChannels ? out_gain(channel) : 0.0f;
+    __syncthreads();
+    if (channel < chunks * kChannels) {
+      out_gain(0, channel) = from_float<T>(gain);
+      out_gain(1, channel) = from_float<T>(gain - to_float(out_gain(0, channel)));
+    }
     for (int i = threadIdx.x; i < chunks * kChannels * kBesides; i += kThreads) {
       const int row = i / (chunks * kChannels), channel = i % (chunks * kChannels);
       const T large = from_float<T>(up_bias(channel));
@@ -156,10 +165,16 @@ struct Pass : Layout<Most, Wide, kPlace> {
   __device__ __forceinline__ float& out_gain(int channel) const {
     return shared_at<float>(kChannelVectors)[kMostChunks * kChannels + channel];
   }
+  __device__ __forceinline__ T& out_gain(int part, int channel) const {
+    return shared_at<T>(kChannelVectors + kMostChunks * kChannels * 4)[part * kMostChunks * kChannels + channel];
+  }
   __device__ __forceinline__ float& down_bias(int j) const { return shared_at<float>(kHiddenVectors)[j]; }
   __device__ __forceinline__ float& down_sum(int j) const { return shared_at<float>(kHiddenVectors)[kMostHidden + j]; }
   __device__ __forceinline__ float& dz_total(int j) const {
     return shared_at<float>(kHiddenVectors)[2 * kMostHidden + j];
+  }
+  __device__ __forceinline__ float& mean_total(int j) const {
+    return shared_at<float>(kHiddenVectors)[3 * kMostHidden + j];
   }
 
   // --- Rows ---
@@ -180,7 +195,7 @@ struct Pass : Layout<Most, Wide, kPlace> {
     row.m = row_of(d, part.begin + place);
     const float* from = d.statistics + row.m;
     if (normed()) {
-      row.found[kMean] = from[0], row.found[kRstd] = from[d.rows], row.found[kDeviation] = 1.0f / from[d.rows];
+      row.found[kMean] = from[0], row.found[kRstd] = from[d.rows];
       from += 2 * d.rows;
     }
     if (out_normed()) row.found[kOutMean] = from[0], row.found[kOutRstd] = from[d.rows];
@@ -222,50 +237,31 @@ struct Pass : Layout<Most, Wide, kPlace> {
     ptx::cp_async_commit();
   }
 
-  // x becomes s, normalised if there is a norm; other rows what y is added, where that is not s alone; dout is
-  // multiplied by the second norm's gain: g.
+  // x becomes s; other rows what y is added, where that is not s alone; dout is multiplied by the second norm's gain:
+  // g.
   __device__ __forceinline__ void prepare() const {
-    const int own = threadIdx.x / kPieces % kTile;
-    const float rstd = normed() ? statistic(kRstd, own) : 1.0f, shift = normed() ? -statistic(kMean, own) * rstd : 0.0f;
     each_piece([&](int, int c, int at) {
       auto *x = reinterpret_cast<uint4*>(rows(kX) + at), *beside = reinterpret_cast<uint4*>(rows(kOther) + at);
-      uint4 s = *x;
       if (input() || (added() && skips())) {
-        const uint4 more = *beside;
-        const uint4 sum = make_uint4(add_pair<T>(s.x, more.x), add_pair<T>(s.y, more.y), add_pair<T>(s.z, more.z),
-                                     add_pair<T>(s.w, more.w));
-        if (input()) {
-          s = sum;
-        } else {
-          *beside = sum;
-        }
+        const uint4 s = *x, more = *beside;
+        *(input() ? x : beside) = make_uint4(add_pair<T>(s.x, more.x), add_pair<T>(s.y, more.y),
+                                             add_pair<T>(s.z, more.z), add_pair<T>(s.w, more.w));
       }
-      if (normed()) {
-        const auto normalised = [&](uint32_t pair) {
-          const float2 both = unpack<T>(pair);
-          return pack<T>(both.x * rstd + shift, both.y * rstd + shift);
-        };
-        s = make_uint4(normalised(s.x), normalised(s.y), normalised(s.z), normalised(s.w));
-      }
-      if (input() || normed()) *x = s;
       if (!out_normed()) return;
-      T* gradient = reinterpret_cast<T*>(rows(kGradient) + at);
-      float g[V], gain[V];
-      load_piece<T, V>(g, gradient, V, true);
-      load_piece<float, V>(gain, &out_gain(c - first_channel), V, true);
-#pragma unroll
-      for (int e = 0; e < V; ++e) g[e] *= gain[e];
-      store_elements<T, V>(gradient, 0, g);
+      auto* gradient = reinterpret_cast<uint4*>(rows(kGradient) + at);
+      const uint4 g = *gradient, large = *reinterpret_cast<const uint4*>(&out_gain(0, c - first_channel)),
+                  small = *reinterpret_cast<const uint4*>(&out_gain(1, c - first_channel));
+      const auto product = [](uint32_t pair, uint32_t by, uint32_t rest) {
+        return ptx::fma_pair<T>(pair, by, ptx::fma_pair<T>(pair, rest, 0));
+      };
+      *gradient = make_uint4(product(g.x, large.x, small.x), product(g.y, large.y, small.y),
+                             product(g.z, large.z, small.z), product(g.w, large.w, small.w));
     });
   }
 
-  // What y is added: rows of a slot, which are a row's scale times shorter and shifted where they are normalised.
+  // What y is added: rows of a slot.
   __device__ __forceinline__ bool has_rest() const { return skips() || added(); }
   __device__ __forceinline__ Slot rest() const { return added() ? kOther : kX; }
-  __device__ __forceinline__ float2 rest_scale(int row) const {
-    if (!normed() || added()) return make_float2(1.0f, 0.0f);
-    return make_float2(statistic(kDeviation, row), statistic(kMean, row));
-  }
 
   // --- Products ---
 
@@ -336,12 +332,10 @@ struct Pass : Layout<Most, Wide, kPlace> {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = f * 16 + half * 8 + line;
-        const float2 scale = rest_scale(row);
         const float *e = of_besides[f] + half * 2, *r = of_rest[f][half] + half * 2;
-        const float diagonal = quarter == line / 2 ? (line % 2 ? r[1] : r[0]) * scale.x : 0.0f;
+        const float diagonal = quarter == line / 2 ? (line % 2 ? r[1] : r[0]) : 0.0f;
         const float of_gradient = quad_sum(quarter == 0 ? e[0] : 0.0f);
-        float of_product = quad_sum((quarter == 0 ? e[1] : quarter == 1 ? e[0] : 0.0f) + diagonal);
-        if (has_rest()) of_product += of_gradient * scale.y;
+        const float of_product = quad_sum((quarter == 0 ? e[1] : quarter == 1 ? e[0] : 0.0f) + diagonal);
         if (quarter == 0)
           ptx::store_async(row_sums() + rank * kOwnRows + row % kOwnRows, make_float2(of_gradient, of_product),
                            gathered(), row / kOwnRows);
@@ -390,25 +384,36 @@ struct Pass : Layout<Most, Wide, kPlace> {
     ptx::mbarrier_expect(told(), kTile * (answers * Wide * 2 + averages));
   }
 
-  // dz, from da' and the slope, and what the first norm's gradient subtracts.
-  __device__ __forceinline__ void tell_gradient(int row, const float (&da)[2], const float (&slopes)[2],
-                                                const float (&z)[2], float (&dz_sum)[2]) const {
-    float dz[2], plain = 0.0f, with_normed = 0.0f;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) dz[h] = part.known ? da[h] * d.factor * slopes[h] : 0.0f;
-    tell(dhidden(), row, dz);
+  // Of an own row, over all tiles: sums of dz, two columns a lane, and of dz times the row's mean and rstd.
+  __device__ __forceinline__ static float4* own_sums() { return shared_at<float4>(kOwnSums); }
+
+  // dz, from da' and the slope, times the row's rstd where it is normalised, and what that norm's gradient subtracts.
+  __device__ __forceinline__ void tell_gradient(int own_row, const float (&da)[2], const float (&slopes)[2],
+                                                const float (&z)[2]) const {
+    const int row = rank * kOwnRows + own_row;
+    const float mean = normed() ? statistic(kMean, row) : 0.0f, rstd = normed() ? statistic(kRstd, row) : 1.0f;
+    float dz[2], scaled[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      dz_sum[h] += dz[h];
-      if (has_columns()) plain += dz[h] * down_sum(lane * 2 + h), with_normed += dz[h] * z[h];
+      dz[h] = part.known ? da[h] * d.factor * slopes[h] : 0.0f;
+      scaled[h] = dz[h] * rstd;
+    }
+    tell(dhidden(), row, scaled);
+    float plain = 0.0f, with_normed = 0.0f;
+    if (has_columns()) {
+      float4& sums = own_sums()[own_row * 32 + lane];
+      sums = make_float4(sums.x + dz[0], sums.y + dz[1], sums.z + scaled[0] * mean, sums.w + scaled[1] * mean);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) plain += scaled[h] * down_sum(lane * 2 + h), with_normed += scaled[h] * z[h];
     }
     if (!normed()) return;
-    const float share = -statistic(kRstd, row) / static_cast<float>(d.channels);
-    tell(kOfInput, row, sum_of_warp(with_normed) * share, sum_of_warp(plain) * share);
+    const float share = -1.0f / static_cast<float>(d.channels);
+    const float factor = sum_of_warp(with_normed) * share * rstd;
+    tell(kOfInput, row, factor, sum_of_warp(plain) * share - factor * mean);
   }
 
   // Of an own row, by a warp: the bottleneck, and its gradient or, with a norm of the result, what that norm subtracts.
-  __device__ __forceinline__ void answer(int own_row, float (&dz_sum)[2]) const {
+  __device__ __forceinline__ void answer(int own_row) const {
     const int row = rank * kOwnRows + own_row;
     ptx::mbarrier_wait(gathered(), parity);
     float z[2], slopes[2], a[2], da[2];
@@ -417,6 +422,7 @@ struct Pass : Layout<Most, Wide, kPlace> {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int j = lane * 2 + h;
+      if (normed() && has_columns()) z[h] = (z[h] - statistic(kMean, row) * down_sum(j)) * statistic(kRstd, row);
       const bool inside = part.known && j < d.bottleneck && number(row) >= 0;
       const float rounded = inside ? to_float(from_float<T>(z[h] + down_bias(j))) : 0.0f;
       a[h] = slopes[h] = 0.0f;
@@ -424,7 +430,7 @@ struct Pass : Layout<Most, Wide, kPlace> {
     }
     tell(hidden(), row, a);
     if (!out_normed()) {
-      tell_gradient(row, da, slopes, z, dz_sum);
+      tell_gradient(own_row, da, slopes, z);
       return;
     }
     // The lane's own part of z has been read and keeps what the second exchange needs.
@@ -440,11 +446,11 @@ struct Pass : Layout<Most, Wide, kPlace> {
     const float mean = statistic(kOutMean, row), rstd = statistic(kOutRstd, row);
     const float share = -rstd / static_cast<float>(d.channels);
     const float factor = (of_product - mean * of_gradient) * rstd * rstd * share;
-    const float more = ((has_rest() ? rest_scale(row).y : 0.0f) - mean) * factor + of_gradient * share;
+    const float more = of_gradient * share - mean * factor;
     const bool inside = number(row) >= 0;
     tell(kOfResult, row, inside ? factor : 0.0f, inside ? more : 0.0f);
   }
-  __device__ __forceinline__ void answer_again(int own_row, float (&dz_sum)[2]) const {
+  __device__ __forceinline__ void answer_again(int own_row) const {
     ptx::mbarrier_wait(gathered(), parity);
     float da[2], z[2] = {}, slopes[2] = {};
     gather(da, 1, own_row);
@@ -452,25 +458,29 @@ struct Pass : Layout<Most, Wide, kPlace> {
       z[0] = own_pair(own_row, 0).x, z[1] = own_pair(own_row, 0).y;
       slopes[0] = own_pair(own_row, 1).x, slopes[1] = own_pair(own_row, 1).y;
     }
-    tell_gradient(rank * kOwnRows + own_row, da, slopes, z, dz_sum);
+    tell_gradient(own_row, da, slopes, z);
   }
 
   static constexpr int kAcross = kWarps / kFragments;
   // Of the two rows that a lane has of products.
   __device__ __forceinline__ int product_row(int half) const { return warp / kAcross * 16 + lane / 4 + half * 8; }
 
-  // body(channel of the quarter, half of the rows, place in a slot, two sums) for two neighbouring elements
-  // after another of left (rows, bottleneck) times a weight.
+  // body(channel of the quarter, place of a lane's row of the block in a slot, sums) for one block of 16 x 16 elements
+  // after another of left (rows, bottleneck) times a weight; sums [n][2 half + i] are of columns 8 n, rows 8 half and
+  // begin with start[half].
   template <bool Up, class Body>
-  __device__ __forceinline__ void expand(const unsigned char* left, Body body) const {
+  __device__ __forceinline__ void expand(const unsigned char* left, const float (&start)[2], Body body) const {
     const int row = warp / kAcross * 16;
     Operand<T> a[kSteps];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) a[s] = load_left<T>(left + row * kHiddenPitch + s * 32, kHiddenPitch);
+    const int at = (row + lane % 16) * kPitch + lane / 16 * 16;
 #pragma unroll 1
     for (int block = warp % kAcross; block < chunks * 4; block += kAcross) {
       const int column = block * 16;
-      float acc[2][4] = {};
+      float acc[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[0][i] = acc[1][i] = start[i / 2];
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];
@@ -482,67 +492,81 @@ struct Pass : Layout<Most, Wide, kPlace> {
         multiply<T>(acc[0], a[s], b[0], b[1]);
         multiply<T>(acc[1], a[s], b[2], b[3]);
       }
-      const int c = column + lane % 4 * 2, at = product_row(0) * kPitch + c * 2;
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          body(c + n * 8, half, at + half * 8 * kPitch + n * 16, make_float2(acc[n][half * 2], acc[n][half * 2 + 1]));
-      }
+      body(column, at + column * 2, acc);
     }
   }
 
-  __device__ __forceinline__ float2 load_pair(Slot slot, int at) const {
-    return unpack<T>(*reinterpret_cast<const uint32_t*>(rows(slot) + at));
+  // Elements of a block as sums have them: those of acc[n][2 half], acc[n][2 half + 1] are pair 2 n + half.
+  __device__ __forceinline__ void load_block(uint32_t (&pairs)[4], Slot slot, int at) const {
+    ptx::ldmatrix_x4(pairs, rows(slot) + at);
   }
-  __device__ __forceinline__ void store_pair(Slot slot, int at, float2 pair) const {
-    *reinterpret_cast<uint32_t*>(rows(slot) + at) = pack<T>(pair.x, pair.y);
+  __device__ __forceinline__ void store_block(Slot slot, int at, const float (&acc)[2][4]) const {
+    const uint32_t pairs[4] = {pack<T>(acc[0][0], acc[0][1]), pack<T>(acc[0][2], acc[0][3]),
+                               pack<T>(acc[1][0], acc[1][1]), pack<T>(acc[1][2], acc[1][3])};
+    ptx::stmatrix_x4(rows(slot) + at, pairs);
   }
 
   // The result again, and through its norm: dl = (g - average - (y - mean) rstd average_normed) rstd. Zeros in rows
   // that there are not.
   __device__ __forceinline__ void through_norm() const {
-    float rstd[2], scale[2];
+    float rstd[2];
     float2 of_row[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = product_row(half);
-      rstd[half] = statistic(kOutRstd, row), scale[half] = rest_scale(row).x,
-      of_row[half] = coefficients(kOfResult)[row];
-    }
-    expand<true>(hidden(), [&](int channel, int half, int at, float2 sums) {
-      const float2 bias = *reinterpret_cast<const float2*>(&up_bias(channel));
-      float2 y = make_float2(sums.x * d.factor + bias.x, sums.y * d.factor + bias.y), g = load_pair(kGradient, at);
-      if (has_rest()) {
-        const float2 more = load_pair(rest(), at);
-        y.x += more.x * scale[half], y.y += more.y * scale[half];
+    for (int half = 0; half < 2; ++half)
+      rstd[half] = statistic(kOutRstd, product_row(half)), of_row[half] = coefficients(kOfResult)[product_row(half)];
+    const float nothing[2] = {};
+    expand<true>(hidden(), nothing, [&](int column, int at, float (&acc)[2][4]) {
+      uint32_t g[4], more[4];
+      load_block(g, kGradient, at);
+      if (has_rest()) load_block(more, rest(), at);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float2 bias = *reinterpret_cast<const float2*>(&up_bias(column + n * 8 + lane % 4 * 2));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float2 y = bias;
+          if (has_rest()) {
+            const float2 rest = unpack<T>(more[n * 2 + half]);
+            y.x += rest.x, y.y += rest.y;
+          }
+          float (&sums)[4] = acc[n];
+          y.x += sums[half * 2] * d.factor, y.y += sums[half * 2 + 1] * d.factor;
+          const float2 gradient = unpack<T>(g[n * 2 + half]);
+          sums[half * 2] = gradient.x * rstd[half] + (y.x * of_row[half].x + of_row[half].y);
+          sums[half * 2 + 1] = gradient.y * rstd[half] + (y.y * of_row[half].x + of_row[half].y);
+        }
       }
-      g.x = g.x * rstd[half] + (y.x * of_row[half].x + of_row[half].y);
-      g.y = g.y * rstd[half] + (y.y * of_row[half].x + of_row[half].y);
-      store_pair(kGradient, at, g);
+      store_block(kGradient, at, acc);
     });
   }
 
   // dx, in the place of x.
   __device__ __forceinline__ void through_down() const {
-    float rstd[2];
-    float2 of_row[2];
+    float factor[2] = {}, more[2] = {};
     if (normed()) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        rstd[half] = statistic(kRstd, product_row(half)), of_row[half] = coefficients(kOfInput)[product_row(half)];
+      for (int half = 0; half < 2; ++half) {
+        const float2 of_row = coefficients(kOfInput)[product_row(half)];
+        factor[half] = of_row.x, more[half] = of_row.y;
+      }
     }
-    expand<false>(dhidden(), [&](int, int half, int at, float2 ds) {
-      if (normed()) {
-        const float2 x = load_pair(kX, at);
-        ds.x = ds.x * rstd[half] + (x.x * of_row[half].x + of_row[half].y);
-        ds.y = ds.y * rstd[half] + (x.y * of_row[half].x + of_row[half].y);
+    expand<false>(dhidden(), more, [&](int, int at, float (&ds)[2][4]) {
+      uint32_t x[4], dl[4];
+      if (normed()) load_block(x, kX, at);
+      if (skips()) load_block(dl, kGradient, at);
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        float &first = ds[i / 4][i % 4], &second = ds[i / 4][i % 4 + 1];
+        if (normed()) {
+          const float2 s = unpack<T>(x[i / 2]);
+          first += s.x * factor[i / 2 % 2], second += s.y * factor[i / 2 % 2];
+        }
+        if (skips()) {
+          const float2 beside = unpack<T>(dl[i / 2]);
+          first += beside.x, second += beside.y;
+        }
       }
-      if (skips()) {
-        const float2 dl = load_pair(kGradient, at);
-        ds.x += dl.x, ds.y += dl.y;
-      }
-      store_pair(kX, at, ds);
+      store_block(kX, at, ds);
     });
   }
 
@@ -573,13 +597,14 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
 
   // A warp's sixteen channels of dz^T u and dl^T a, turned, and the sums of dl.
   constexpr int kBlocks = Wide / 8;
-  float of_down[kBlocks][4] = {}, of_up[kBlocks][4] = {}, of_dl[4] = {}, dz_sum[2] = {};
+  float of_down[kBlocks][4] = {}, of_up[kBlocks][4] = {}, of_dl[4] = {};
   const uint32_t ones = pack<T>(1.0f, 1.0f);
   const bool want_up = d.up_parts || d.dl_parts, has_block = kWarps - 1 - pass.warp < pass.chunks * 4;
   const int lane = pass.lane, warp = pass.warp;
   // The first warps have the partial products, the last ones the weights' channels and the cluster's rows.
   const int block = kWarps - 1 - warp, own_row = block;
   const bool has_row = own_row < Own::kOwnRows;
+  if (has_row) pass.own_sums()[own_row * 32 + lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 
   // Tile i begins while tile i - 1 ends.
 #pragma unroll 1
@@ -635,7 +660,7 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
     }
     if (begins) {
       pass.take(i);
-      if (has_row) pass.answer(own_row, dz_sum);
+      if (has_row) pass.answer(own_row);
     }
     if (ends) {
       pass.take(i - 1);
@@ -658,23 +683,22 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         pass.through_norm();
         __syncthreads();
         if (warp < Own::kSteps) pass.template multiply_partially<1>(warp * 16);
-        if (has_row) pass.answer_again(own_row, dz_sum);
+        if (has_row) pass.answer_again(own_row);
         ptx::mbarrier_wait(pass.told(), pass.parity);
         pass.parity ^= 1;
       }
     }
   }
 
-  // Sums of dz, over warps and blocks in their order.
-  __syncthreads();
-  float* sums = pass.partial(0, 0, 0);
-  if (has_row && pass.has_columns())
-    *reinterpret_cast<float2*>(sums + own_row * Wide + lane * 2) = make_float2(dz_sum[0], dz_sum[1]);
+  // Sums of own rows, over rows and blocks in their order.
   ptx::cluster_sync();
   if (const int j = threadIdx.x; j < Wide) {
-    float total = 0.0f;
-    for (int r = 0; r < kCluster; ++r)
-      for (int w = 0; w < Own::kOwnRows; ++w) total += ptx::of_rank(sums, r)[w * Wide + j];
+    float total = 0.0f, with_mean = 0.0f;
+    for (int r = 0; r < kCluster; ++r) {
+      const float* sums = reinterpret_cast<const float*>(ptx::of_rank(pass.own_sums(), r)) + j / 2 * 4 + j % 2;
+      for (int row = 0; row < Own::kOwnRows; ++row) total += sums[row * 128], with_mean += sums[row * 128 + 2];
+    }
+    pass.mean_total(j) = with_mean;
     pass.dz_total(j) = total;
     if (pass.rank == 0 && pass.part.known && d.bias_parts && j < d.bottleneck)
       d.bias_parts[Part::number() * d.bottleneck + j] = total;
@@ -695,7 +719,8 @@ __device__ __forceinline__ void one_pass(const Adapter& d) {
         const int j = n * 8 + lane % 4 * 2 + e, i = half * 2 + e;
         if (j >= d.bottleneck) continue;
         if (d.down_parts)
-          d.down_parts[first + int64_t{j} * d.channels + c] = gain * of_down[n][i] + bias * pass.dz_total(j);
+          d.down_parts[first + int64_t{j} * d.channels + c] =
+              gain * (of_down[n][i] - pass.mean_total(j)) + bias * pass.dz_total(j);
         if (d.up_parts) d.up_parts[first + int64_t{c} * d.bottleneck + j] = of_up[n][i] * d.factor;
       }
     }

@@ -52,6 +52,16 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
+// --- Matrix fragments ---
+
+// ldmatrix_x4 the other way round: lane l gives the address of row l % 8 of matrix l / 8 and, of each matrix, elements
+// 2 (l % 4) and the next of row l / 4.
+__device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // --- TMA ---
 
 using TensorMap = CUtensorMap;

@@ -541,6 +541,15 @@ void load_matrices(void* const* lanes) {
   }
 }
 
+void store_matrices(void* const* lanes) {
+  for (int m = 0; m < 4; ++m) {
+    for (int i = 0; i < 32; ++i) {
+      auto* row = static_cast<unsigned char*>(static_cast<Store*>(lanes[m * 8 + i / 4])->row);
+      std::memcpy(row + i % 4 * 4, static_cast<Store*>(lanes[i])->values + m, 4);
+    }
+  }
+}
+
 // To the 24 bits of a float, which is what tensor cores keep of a sum.
 static double truncated(double x) {
   uint64_t bits;

@@ -132,6 +132,13 @@ struct Load {
 };
 void load_matrices(void* const* lanes);
 
+// Lane l has the address of row l % 8 of matrix l / 8, and two elements of row l / 4 of each matrix.
+struct Store {
+  void* row;
+  const uint32_t* values;
+};
+void store_matrices(void* const* lanes);
+
 enum class Type { bf16, fp16, tf32 };
 struct Multiply {
   Type type;
@@ -306,6 +313,11 @@ inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 }
 
 // As in common/hopper.cuh.
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4], MMK_WHERE) {
+  emulator::check_shared(row, 16, "stmatrix.x4", where);
+  emulator::Store mine{row, r};
+  emulator::meet("stmatrix.x4", where, &mine, emulator::store_matrices);
+}
 inline void mbarrier_init(uint64_t* barrier, int arrivals, MMK_WHERE) {
   emulator::mbarrier_init(barrier, arrivals, where);
 }
