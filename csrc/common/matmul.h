@@ -24,10 +24,30 @@ struct Extent {
   int64_t rows, columns, depth, piece;
 };
 
-// Floats of scratch memory.
-inline int64_t matmul_space(const Extent& e) {
+// Floats of scratch memory; `packed`: B comes packed.
+inline int64_t matmul_space(const Extent& e, bool packed = false) {
   const int64_t padding = e.piece % kWidth == 0 ? 1 : 2;  // pieces of 8 and more are padded
-  return kBlockDepth * (round_up(e.columns, kPanel) + padding * kBlockRows) + kWidth + kTileRows * kPanel;
+  return kBlockDepth * ((packed ? 0 : round_up(e.columns, kPanel)) + padding * kBlockRows) + kWidth +
+         kTileRows * kPanel;
+}
+
+// How many of the sums' terms, from p on, are packed together.
+inline int64_t chunk_length(const Extent& e, int64_t p) {
+  if (e.piece > kBlockDepth) return std::min({even_length(e.piece, kBlockDepth), e.depth - p, e.piece - p % e.piece});
+  const int64_t piece = std::max<int64_t>(e.piece, 1), pieces = e.depth / piece;
+  return std::min(piece * ceil_div(pieces, ceil_div(std::max<int64_t>(pieces, 1), kBlockDepth / piece)), e.depth - p);
+}
+
+// Columns `first` to `last`, whole panels, of all of B, for products of many parts of A's rows that share it: the
+// panels of a chunk of the sums lie behind those of the one before it.
+template <class PackB>
+void pack_panels(const Extent& e, const PackB& pack_b, int64_t first, int64_t last, float* packed) {
+  for (int64_t p = 0, length; p < e.depth; p += length) {
+    length = chunk_length(e, p);
+    for (int64_t j = first; j < last; j += kPanel)
+      pack_b(packed + p * round_up(e.columns, kPanel) + j * length, p, length, j,
+             std::min<int64_t>(kPanel, e.columns - j));
+  }
 }
 
 // A tile of C, when a stretch of its sums is there.
@@ -45,29 +65,26 @@ struct Place {
 //   pack_b(to, p, depth, j, columns)  to[q * kPanel + l] = B(p + q, j + l), zeros up to the next multiple of kWidth
 //   finish_of(place)                  what is called with the sums of a stretch
 //
+//   packed                            B, as pack_panels leaves it, or null
+//
 // Every element of C is summed in an order that depends on `depth` and `piece` alone. C may be null where finish does
 // not touch it.
 template <Order kOrder, class PackA, class PackB, class FinishOf>
 void matmul(const Extent& e, const PackA& pack_a, const PackB& pack_b, const FinishOf& finish_of, float* c,
-            int64_t c_row, const float* bias, bool accumulate, float* space) {
-  float* const panels = space;
-  float* const edge = panels + kBlockDepth * round_up(e.columns, kPanel);
+            int64_t c_row, const float* bias, bool accumulate, float* space, const float* packed = nullptr) {
+  float* const own = space;
+  float* const edge = own + (packed == nullptr ? kBlockDepth * round_up(e.columns, kPanel) : 0);
   float* const tiles = edge + kTileRows * kPanel;
   constexpr int64_t kAStride = kOrder == Order::kByColumns ? kTileRows : kTileRows * kWidth;
-  const int64_t pieces = e.depth / std::max<int64_t>(e.piece, 1);
-  const int64_t chunk_length = e.piece > kBlockDepth
-                                   ? even_length(e.piece, kBlockDepth)
-                                   : e.piece * ceil_div(pieces, ceil_div(std::max<int64_t>(pieces, 1),
-                                                                         kBlockDepth / std::max<int64_t>(e.piece, 1)));
   for (int64_t p = 0, length; p == 0 || p < e.depth; p += std::max<int64_t>(length, 1)) {
-    length = std::min(chunk_length, e.depth - p);
-    if (e.piece > kBlockDepth) length = std::min(length, e.piece - p % e.piece);
+    length = chunk_length(e, p);
     const int64_t part = std::min(length, e.piece);  // what of a piece is in the chunk
     const int64_t padded = kOrder == Order::kByChunks ? round_up(part, kWidth) : part;
     const int64_t tile_length = part == 0 ? 0 : length / part * padded, stretch = even_length(part, kStretch);
     const bool last = p + length == e.depth;
-    for (int64_t j = 0; j < e.columns; j += kPanel)
-      pack_b(panels + j * length, p, length, j, std::min<int64_t>(kPanel, e.columns - j));
+    const float* const panels = packed == nullptr ? own : packed + p * round_up(e.columns, kPanel);
+    for (int64_t j = 0; j < e.columns && packed == nullptr; j += kPanel)
+      pack_b(own + j * length, p, length, j, std::min<int64_t>(kPanel, e.columns - j));
     for (int64_t block = 0; block < e.rows; block += kBlockRows) {
       const int64_t end = std::min(block + kBlockRows, e.rows);
       for (int64_t i = block; i < end; i += kTileRows) {
@@ -113,9 +130,9 @@ void matmul(const Extent& e, const PackA& pack_a, const PackB& pack_b, const Fin
 // C = A B + bias.
 template <Order kOrder, class PackA, class PackB>
 void matmul(const Extent& e, const PackA& pack_a, const PackB& pack_b, float* c, int64_t c_row, const float* bias,
-            float* space) {
+            float* space, const float* packed = nullptr) {
   const auto add = [](const Place& to) { return Add{to.c, to.c_row, to.accumulate}; };
-  matmul<kOrder>(e, pack_a, pack_b, add, c, c_row, bias, false, space);
+  matmul<kOrder>(e, pack_a, pack_b, add, c, c_row, bias, false, space, packed);
 }
 
 }  // namespace mmk::MMK_ISA

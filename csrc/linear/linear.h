@@ -8,14 +8,18 @@ namespace mmk {
 struct Product {
   int64_t rows, columns, depth;
   Strided a, b;
-  Strided c;      // the part's first element; stride 1 along its rows
-  Strided bias;   // (columns), or data is null
-  float* a_sums;  // (rows): the sums of A's rows; null: not wanted
+  Strided c;                      // the part's first element; stride 1 along its rows
+  Strided bias;                   // (columns), or data is null
+  float* a_sums;                  // (rows): the sums of A's rows; null: not wanted
+  const float* packed = nullptr;  // b for all parts of A's rows, from `pack`; null: each packs what it needs
 };
 
 struct LinearKernels {
-  int64_t (*space)(int64_t rows, int64_t columns);  // floats of scratch memory
+  int64_t (*space)(const Product&);  // floats of scratch memory
   void (*multiply)(const Product&, float* space);
+  int64_t (*packed_space)(const Product&);  // floats of `packed`
+  void (*pack)(const Product&, int64_t first, int64_t last,
+               float* packed);  // columns of b, multiples of 32 but the last
 };
 
 }  // namespace mmk

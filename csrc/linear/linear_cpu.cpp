@@ -21,14 +21,15 @@ class Products {
     if (m.rows > 0 && m.columns > 0) whole_.push_back(m);
   }
 
-  void run() const {
+  void run() {
     double operations = 0.0;
     for (const Product& m : whole_) operations += 2.0 * m.rows * m.columns * m.depth;
     const int64_t threads = threads_for(operations);
+    const Space packed = share(threads);
     std::vector<Product> parts;
     int64_t size = 0;
     for (const Product& m : whole_) cut(m, threads, parts);
-    for (const Product& m : parts) size = std::max(size, kernels().space(m.rows, m.columns));
+    for (const Product& m : parts) size = std::max(size, kernels().space(m));
     const int64_t count = static_cast<int64_t>(parts.size()), workers = std::min(threads, count);
     const Space space(workers * size);
     for_parts(count, workers,
@@ -36,8 +37,37 @@ class Products {
   }
 
  private:
+  // Packs the right operands, where they are not large, of products that have rows enough for all threads: then every
+  // operand is copied once. Others are cut by their columns too, and each part packs what it needs.
+  Space share(int64_t threads) {
+    constexpr int64_t kColumns = 96, kMost = 4 << 20;
+    const auto is_shared = [&](const Product& m) {
+      return m.rows >= 2 * threads * kSharedRows && kernels().packed_space(m) <= kMost;
+    };
+    std::vector<std::pair<Product*, int64_t>> pieces;
+    int64_t size = 0;
+    for (Product& m : whole_) {
+      if (!is_shared(m)) continue;
+      for (int64_t j = 0; j < m.columns; j += kColumns) pieces.push_back({&m, j});
+      size += kernels().packed_space(m);
+    }
+    Space packed(size);
+    float* to = packed.at(0);
+    for (Product& m : whole_)
+      if (is_shared(m)) m.packed = to, to += kernels().packed_space(m);
+    for_parts(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i, int64_t) {
+      const auto [m, j] = pieces[i];
+      kernels().pack(*m, j, std::min(j + kColumns, m->columns), const_cast<float*>(m->packed));
+    });
+    return packed;
+  }
+
   static void cut(const Product& m, int64_t threads, std::vector<Product>& parts) {
-    const auto [rows, columns] = ProductCut(m.rows, m.columns, 768, threads);
+    auto [rows, columns] = ProductCut(m.rows, m.columns, 768, threads);
+    if (m.packed != nullptr) {
+      columns = m.columns;
+      rows = round_up(ceil_div(m.rows, std::max<int64_t>(m.rows / (2 * kSharedRows), 2 * threads)), 12);
+    }
     for (int64_t j = 0; j < m.columns; j += columns)
       for (int64_t i = 0; i < m.rows; i += rows) {
         Product part = m;
@@ -49,6 +79,7 @@ class Products {
       }
   }
 
+  static constexpr int64_t kSharedRows = 96;  // of a part, at least
   std::vector<Product> whole_;
 };
 
