@@ -218,8 +218,9 @@ def _absorbed(layer, q, x, own, key_mask, options):
     if key_mask is not None:
         x = torch.where(key_mask[..., None], x, 0.0)  # NaN behind the mask must not reach a sum
     keys = torch.cat([x, own.expand(x.shape[0], -1, -1)], 1)
-    rows = api.absorb_queries(q, layer.key.weight, options.num_heads, None)  # (B or 1, H N, C)
-    scores = (rows * (layer.key.out_features // options.num_heads) ** -0.5) @ keys.mT
+    del x  # in inference it is not needed any more
+    scale = (layer.key.out_features // options.num_heads) ** -0.5
+    scores = api.absorb_queries(q * scale, layer.key.weight, options.num_heads, None) @ keys.mT  # (B, H N, M + N)
     if key_mask is not None:
         scores = scores.masked_fill(~_with_latents(key_mask, own)[:, None], float("-inf"))
     out = scores.softmax(-1) @ keys
