@@ -487,6 +487,12 @@ def test_explain(generator, monkeypatch):
         assert told.detail == f"{'absorbed' if grad else 'projected'}, chunk by chunk"
     monkeypatch.undo()
     weights["w_v"].requires_grad_(False)
+    wide = dict(w_v=torch.randn(2050, 13, generator=generator), b_v=torch.randn(2050, generator=generator))
+    many = weights | wide  # heads that the kernels of ops.attention do not take
+    monkeypatch.setattr(plan, "absorbing_share", lambda *_: 2.0)
+    told = mmkernels.explain("latent_attention_stream", chunks=[x], num_heads=2, **many)
+    assert told.detail == "absorbed, chunk by chunk"
+    monkeypatch.undo()
     many = {**weights, "q": weights["q"].repeat(1, 20, 1)}
     told = mmkernels.explain("latent_attention_stream", chunks=[x], num_heads=2, backend="reference", **many)
     assert (told.op, told.backend, told.detail) == ("latent_attention_stream", "reference", "projected, chunk by chunk")

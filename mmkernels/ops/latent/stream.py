@@ -65,7 +65,7 @@ class LatentState:
         self._absorbed = None  # the queries, or None where what is read is projected
         sizes = q.shape[1], 1 << 30, 0, w_k.shape[1], w_k.shape[0], w_v.shape[0], 0, num_heads
         self._share = plan.absorbing_share(*sizes)  # of a long input, whatever its chunks are
-        if self._share <= 1.0:
+        if self._share <= 1.0 or max(w_k.shape[0], w_v.shape[0]) > num_heads * api.MAX_CHANNELS:  # no kernel's heads
             self._absorb()
         self._kind = None  # (B, Cx, Cp) of the chunks
         self._partial = None  # (out, lse) of what has been read
