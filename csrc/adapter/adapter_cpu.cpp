@@ -346,7 +346,8 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
   // Rows and the products that sum over them in turn, a few parts at a time: while they lie in cache, or, where the
   // sums do not, so many that these are seldom read and written.
   const int64_t step = threads == 1 ? 1 : 2 * threads, most = backward_part(p.rows);
-  const int64_t together = 2 * at.size < 128 * 1024 ? step : std::max(step, ceil_div(1024, most));
+  const bool fits = 2 * at.size < 128 * 1024;
+  const int64_t together = fits ? step : std::max(step, ceil_div(1024, most));
   const int64_t wide = padded_row(channels), narrow = padded_row(r);
   const int64_t space = std::min(together * most, p.rows) * (p.wants_up || p.wants_down);
   const bool may_copy = p.order != nullptr;
@@ -363,7 +364,7 @@ backward(Tensor dout, Tensor x, OptionalTensor input_residual, OptionalTensor re
     for (int64_t i = begin; i < end; ++i)
       if (i == begin || parts.parts[i].adapter != parts.parts[i - 1].adapter) runs.push_back(i);
     runs.push_back(end);
-    const int64_t tile = 96, tiles = ceil_div(channels, tile);
+    const int64_t tile = fits ? 96 : 192, tiles = ceil_div(channels, tile);  // every tile reads a or dz again
     for_parts((static_cast<int64_t>(runs.size()) - 1) * tiles, threads, [&](int64_t i, int64_t) {
       const int64_t first = runs[i / tiles], last = runs[i / tiles + 1], column = i % tiles * tile;
       const int64_t adapter = parts.parts[first].adapter;
