@@ -52,11 +52,53 @@ __device__ __forceinline__ float sum_of_warp(float x) {
   return x;
 }
 
+// Of Mode::few, in shared memory: the groups of items; the parts of a group at its first item, 0 at the others; items
+// in their order; the part that was looked for.
+struct Few {
+  int groups[kFewItems], parts[kFewItems];
+  int begin, end, group;
+  uint8_t order[kFewItems];
+};
+
 // A cluster's part of the rows, all of one adapter, which is one of the bank (known), none (A) or no number of one.
 struct Part {
   int64_t begin;
   int rows, adapter;
   bool known;
+
+  // By all threads of a block. What grouped finds by another launch: a thread has an item and counts the others.
+  __device__ __forceinline__ Part(const Adapter& d, Few& few) {
+    const int of_item = static_cast<int>(d.group_rows), count = static_cast<int>(d.rows) / of_item;
+    const int size = static_cast<int>(d.part), wanted = static_cast<int>(number());
+    for (int i = threadIdx.x; i < count; i += blockDim.x) few.groups[i] = group_of(d.index[i], d.adapters);
+    if (threadIdx.x == 0) few.begin = few.end = 0, few.group = d.adapters + 2;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      const int own = few.groups[i];
+      int before = 0, same = 0, earlier = 0;
+      for (int j = 0; j < count; ++j) {
+        before += few.groups[j] < own, same += few.groups[j] == own;
+        earlier += few.groups[j] == own && j < i;
+      }
+      few.order[before + earlier] = static_cast<uint8_t>(i);
+      few.parts[i] = earlier ? 0 : (same * of_item + size - 1) / size;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      if (few.parts[i] == 0) continue;
+      const int own = few.groups[i];
+      int before = 0, same = 0, first = 0;
+      for (int j = 0; j < count; ++j) {
+        before += few.groups[j] < own, same += few.groups[j] == own;
+        first += few.groups[j] < own ? few.parts[j] : 0;
+      }
+      if (wanted < first || wanted >= first + few.parts[i]) continue;
+      few.begin = before * of_item + (wanted - first) * size;
+      few.end = min(few.begin + size, (before + same) * of_item), few.group = own;
+    }
+    __syncthreads();
+    begin = few.begin, rows = few.end - few.begin, adapter = few.group, known = adapter < d.adapters;
+  }
 
   __device__ __forceinline__ explicit Part(const Adapter& d) {
     const int64_t part = number();

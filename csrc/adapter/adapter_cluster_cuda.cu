@@ -214,11 +214,11 @@ struct Pass : Layout<Most, Wide, kPlace> {
 
   // Starts the copies of a tile's rows; zeros where there is nothing.
   __device__ __forceinline__ void copy_rows(int tile) const {
-    const int row = threadIdx.x / kPieces % kTile;
+    // What follows from it is computed here, not held in registers over the loop.
+    const int thread = ptx::hide(static_cast<int>(threadIdx.x)), row = thread / kPieces % kTile;
     const int64_t* rows = shared_at<int64_t>(kNumbers) + tile % kNumbered * 3 * kTile + row;
     const bool inside = rows[0] >= 0;
-    const int c =
-        first_channel + static_cast<int>(threadIdx.x) / kPieces / kTile * kChannels + threadIdx.x % kPieces * V;
+    const int c = first_channel + thread / kPieces / kTile * kChannels + thread % kPieces * V;
     const T* x = static_cast<const T*>(d.x.data) + rows[kTile] + c;
     const T* dout = static_cast<const T*>(d.dout) + (inside ? rows[0] * d.channels : 0) + c;
     const T* beside = kSlots == 3 && other().data ? static_cast<const T*>(other().data) + rows[2 * kTile] + c : nullptr;
@@ -471,9 +471,6 @@ struct Pass : Layout<Most, Wide, kPlace> {
   template <bool Up, class Body>
   __device__ __forceinline__ void expand(const unsigned char* left, const float (&start)[2], Body body) const {
     const int row = warp / kAcross * 16;
-    Operand<T> a[kSteps];
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) a[s] = load_left<T>(left + row * kHiddenPitch + s * 32, kHiddenPitch);
     const int at = (row + lane % 16) * kPitch + lane / 16 * 16;
 #pragma unroll 1
     for (int block = warp % kAcross; block < chunks * 4; block += kAcross) {
@@ -483,14 +480,16 @@ struct Pass : Layout<Most, Wide, kPlace> {
       for (int i = 0; i < 4; ++i) acc[0][i] = acc[1][i] = start[i / 2];
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
+        // Loaded for every block, of which a warp has two at most: registers.
+        const Operand<T> a = load_left<T>(left + row * kHiddenPitch + s * 32, kHiddenPitch);
         uint32_t b[4];
         if constexpr (Up) {
           load_right<T, true>(b, up_weight(), kHiddenPitch, column, s);
         } else {
           load_right<T, false>(b, down_weight(), kPitch, column, s);
         }
-        multiply<T>(acc[0], a[s], b[0], b[1]);
-        multiply<T>(acc[1], a[s], b[2], b[3]);
+        multiply<T>(acc[0], a, b[0], b[1]);
+        multiply<T>(acc[1], a, b[2], b[3]);
       }
       body(column, at + column * 2, acc);
     }

@@ -13,9 +13,11 @@ namespace {
 
 constexpr int kTile = kClusterTile, kTeam = 128, kMostTeams = 4, kOwnRows = kTile / kCluster;
 
-// Shared memory, in bytes: vectors of the block, both weights, then of each team the mbarriers, numbers of the rows of
-// two tiles, moments of own rows, of the result and what they give, partial products, the bottleneck, two tiles.
-constexpr int kVectorsBytes = (3 * kMostChunks * kChannels + 4 * kMostHidden) * 4;
+// Shared memory, in bytes: vectors of the block, the order of few items, both weights, then of each team the mbarriers,
+// numbers of the rows of two tiles, moments of own rows, of the result and what they give, partial products, the
+// bottleneck, two tiles.
+constexpr int kFewAt = (3 * kMostChunks * kChannels + 4 * kMostHidden) * 4;
+constexpr int kFewBytes = (3 * kFewItems + 4) * 4, kWeightsAt = kFewAt + kFewBytes;
 constexpr int kNumbersAt = 32, kMomentsAt = kNumbersAt + 2 * kTile * 4;
 constexpr int kOutMomentsAt = kMomentsAt + kCluster * kOwnRows * 8,
               kAveragesAt = kOutMomentsAt + kCluster * 2 * kTile * 8;
@@ -32,7 +34,7 @@ struct Layout {
         hidden_at(kPartialAt + kTile * (wide + 8) * 4),
         rows_at(hidden_at + kTile * up_pitch),
         team(rows_at + 2 * kTile * pitch) {}
-  int64_t bytes(int teams) const { return kVectorsBytes + weights + int64_t{teams} * team; }
+  int64_t bytes(int teams) const { return kWeightsAt + weights + int64_t{teams} * team; }
 };
 
 #ifdef MMK_CLUSTERS
@@ -62,9 +64,9 @@ struct Team {
         layout(chunks, Wide),
         of_columns(share(0, d.channels)),
         of_block(share(first_channel, chunks * kChannels)) {
-    down_weight = shared_memory() + kVectorsBytes;
+    down_weight = shared_memory() + kWeightsAt;
     up_weight = down_weight + Wide * layout.pitch;
-    own = shared_memory() + kVectorsBytes + layout.weights + team * layout.team;
+    own = shared_memory() + kWeightsAt + layout.weights + team * layout.team;
   }
 
   __device__ __forceinline__ bool normed() const { return d.norm_weight.data; }
@@ -78,6 +80,7 @@ struct Team {
     float* hidden = v + 3 * kOfChannels;
     return {hidden, hidden + 2 * kMostHidden, hidden + 3 * kMostHidden, v, v + kOfChannels};
   }
+  static __device__ __forceinline__ Few& few() { return *reinterpret_cast<Few*>(shared_memory() + kFewAt); }
   static __device__ __forceinline__ float* out_bias() {
     return reinterpret_cast<float*>(shared_memory()) + 2 * kMostChunks * kChannels;
   }
@@ -115,7 +118,14 @@ struct Team {
   __device__ __forceinline__ void note(int tile, int slot) const {
     if (warp != 3) return;
     const int place = tile * kTile + lane;
-    numbers(slot)[lane] = place < part.rows ? static_cast<int>(row_of(d, part.begin + place)) : -1;
+    int row = -1;
+    if (place < part.rows && d.mode == Mode::few) {
+      const auto p = static_cast<unsigned>(part.begin) + place, of_item = static_cast<unsigned>(d.group_rows);
+      row = static_cast<int>(few().order[p / of_item] * of_item + p % of_item);
+    } else if (place < part.rows) {
+      row = static_cast<int>(row_of(d, part.begin + place));
+    }
+    numbers(slot)[lane] = row;
   }
   __device__ __forceinline__ int64_t row_offset(const RowTensor& t, int m) const {
     if (t.example == t.row * d.length) return m * t.row;
@@ -392,7 +402,8 @@ struct Team {
 
 template <class T, int Wide>
 __device__ __forceinline__ void all_tiles(const Adapter& d) {
-  const Part part(d);
+  static_assert(sizeof(Few) <= kFewBytes);
+  const Part part = d.mode == Mode::few ? Part(d, Team<T, Wide>::few()) : Part(d);
   if (part.adapter > d.adapters + 1) return;
   const Team<T, Wide> team(d, part, ptx::cluster_rank());
   const int teams = blockDim.x / kTeam, pitch = team.layout.pitch;

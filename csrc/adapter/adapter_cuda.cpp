@@ -156,7 +156,7 @@ struct Call {
   // As many pieces of `size` rows as there may be.
   int64_t pieces(int64_t size, int64_t groups) const {
     if (d.mode == Mode::by_example) return batch * ceil_div(d.length, size);
-    return ceil_div(d.rows, size) + (d.mode == Mode::grouped ? std::min(groups, items) : 0);
+    return ceil_div(d.rows, size) + (d.mode == Mode::alone ? 0 : std::min(groups, items));
   }
 
   // Parts of the rows for so many clusters; twice as many where adapters differ, since their parts do.
@@ -200,6 +200,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor input_residu
   if (const int clusters = mmk_adapter_cluster_forward_slots(call.dtype, &d)) {
     if (index && d.group_rows >= kLongExample) {
       d.mode = Mode::by_example;
+    } else if (index && call.items <= kFewItems) {
+      d.mode = Mode::few;
     } else if (index) {
       call.group(x, device.stream, "adapter_fwd");
     }

@@ -15,8 +15,9 @@ struct Parameter {
   bool is_fp32 = false;
 };
 
-// How rows are found: all have the one adapter, an index for each example, groups in the order of their adapters.
-enum class Mode : int { alone, by_example, grouped };
+// How rows are found: all have the one adapter, an index for each example, groups in the order of their adapters, groups
+// of items so few that every block puts them in order by itself.
+enum class Mode : int { alone, by_example, grouped, few };
 
 struct Adapter {
   RowTensor x, input_residual, residual;
@@ -51,7 +52,7 @@ struct Adapter {
   float *db_down, *db_up, *dscale;
 };
 
-constexpr int kMostTile = 128, kClusterTile = 32;
+constexpr int kMostTile = 128, kClusterTile = 32, kFewItems = 256;
 // Bytes of shared memory a block takes.
 int64_t shared_bytes(Dtype dtype, int channels, int bottleneck, int tile, bool resident, bool backward);
 

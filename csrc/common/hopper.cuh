@@ -23,9 +23,36 @@
 #ifndef MMK_EMULATOR
 #include <cuda.h>
 
+#include <map>
+#include <tuple>
 #include <type_traits>
 
-namespace mmk::ptx {
+namespace mmk {
+
+// Clusters that the device runs at a time, which is less than its multiprocessors have room for: a cluster lies within
+// one of their groups. 0 where it runs none. A thread asks the driver once.
+template <class... Parameters>
+int most_clusters(int cluster, void (*kernel)(Parameters...), dim3 block, size_t shared_bytes) {
+  int device = 0, clusters = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  static thread_local std::map<std::tuple<int, const void*, int, unsigned, size_t>, int> known;
+  const std::tuple key(device, reinterpret_cast<const void*>(kernel), cluster, block.x, shared_bytes);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (allow_shared(kernel, shared_bytes) != cudaSuccess) return 0;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster);
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) return 0;
+  return known[key] = clusters;
+}
+
+namespace ptx {
 
 // --- Barriers ---
 
@@ -339,5 +366,6 @@ __device__ __forceinline__ void wgmma_of_registers(float (&d)[Registers], const 
   }
 }
 
-}  // namespace mmk::ptx
+}  // namespace ptx
+}  // namespace mmk
 #endif

@@ -91,24 +91,6 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   return launch_clusters(1, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
-// Clusters that the device runs at a time, which is less than its multiprocessors have room for: a cluster lies within
-// one of their groups. 0 where it runs none.
-template <class... Parameters>
-int most_clusters(int cluster, void (*kernel)(Parameters...), dim3 block, size_t shared_bytes) {
-  if (allow_shared(kernel, shared_bytes) != cudaSuccess) return 0;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster);
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters : 0;
-}
-
 namespace ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

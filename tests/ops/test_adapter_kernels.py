@@ -57,9 +57,10 @@ def test_long_examples_keep_their_order(backend, generator):
     check(generator, tensors, backend, terms=made["terms"])
 
 
-def test_a_number_that_is_no_adapters(backend, generator):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_number_that_is_no_adapters(backend, generator, dtype):
     """NaN rows, and no part in the gradients of the weights."""
-    tensors = make(generator, (2, 5, 24), 9, bank=3, index="rows")
+    tensors = make(generator, (2, 5, 24), 9, dtype, bank=3, index="rows")
     x, index = tensors["x"], tensors["index"]
     weights = tuple(tensors[n] for n in ("w_down", "b_down", "w_up", "b_up"))
     forward, backward = forward_backward("adapter", backend)
@@ -118,6 +119,8 @@ CLUSTERS = {
     "wide rows in many tiles": ((1, 190, 1000), 33, dict(norms="in out", terms=("x", "input_residual"))),
     "wide rows, a residual beside": ((1, 170, 1024), 48, dict(norms="out", terms=("x", "extra"))),
     "bank": ((3, 41, 72), 9, dict(norms="in out", terms=("x", "input_residual"), bank=3, index="rows")),
+    "bank of many rows": ((3, 90, 24), 4, dict(norms="out", terms=("x", "extra"), bank=3, index="rows")),
+    "bank by example": ((5, 41, 40), 9, dict(terms=("x",), bank=3)),
 }
 
 
@@ -131,7 +134,7 @@ def test_clusters(on, generator, monkeypatch, problem, dtype, shared, copies):
     shape, bottleneck, made = CLUSTERS[problem]
     tensors = make(generator, shape, bottleneck, dtype, **made)
     if "index" in tensors:
-        tensors["index"][0, ::7] = -1
+        tensors["index"].view(-1)[::7] = -1
         tensors["index"][tensors["index"] == 1] = 2
     frozen = ("norm_weight", "norm_bias", "out_norm_weight", "out_norm_bias")
     wanted = tuple(n for n in wanted_of(tensors) if n not in frozen)
