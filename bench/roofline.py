@@ -212,17 +212,19 @@ def predict(
 
 # Of a multiprocessor, each clock: bytes from L2, multiply-adds by mma.sync, lanes of instructions.
 CLOCK, L2_BYTES, PRODUCTS, LANES = 1.7e9, 24, 1300, 128
-# Instructions a warp has for a tile, read off the machine code of the kernels by clusters, compiled with a place's options and
-# relu as constants. Forward, 32 rows: for a block's whole tile, and more for every 64 of its channels. Backward, by the rows
-# of a tile: what all 16 warps do (with 32 rows 768 channels; (32, 1024) where that fits, 16 rows of 1024 otherwise), what
-# warps do that add up a row, and those that multiply 16 columns of the bottleneck, 16 channels, and sums of rows.
+# Instructions a warp has for a tile of 32 rows, read off the machine code of the kernels by clusters, compiled with a
+# place's options and relu as constants; loops count as often as they run. Forward: for a block's whole tile, and more for
+# every 64 of its channels. Backward: what all 16 warps do (at 768 channels, 1024), what warps do that add up a row, and those
+# that multiply 16 columns of the bottleneck, 16 channels, and sums of rows.
 FORWARD = {"alone": (387, 141), "houlsby": (595, 243), "pfeiffer": (719, 327)}
-ALL_WARPS = {"alone": (280, 331), "houlsby": (595, 447), "pfeiffer": (647, 502)}
-OF_ROW = {"alone": (167, 118), "houlsby": (252, 194), "pfeiffer": (330, 258)}
-OF_COLUMNS, OF_CHANNELS, OF_SUMS = {32: (95, 37), 16: (70, 26)}, {32: 154, 16: 112}, {32: (140, 59), 16: (80, 76)}
+ALL_WARPS = {"alone": (309, 345), "houlsby": (615, 732), "pfeiffer": (602, 719)}
+OF_ROW = {"alone": 157, "houlsby": 246, "pfeiffer": 322}
+OF_COLUMNS, OF_CHANNELS, OF_SUMS = (80, 28), 108, (200, 67)
 BRANCHES = 1.1  # the options that a place has not; an estimate
 # Seconds before a part's first tile: its weights come, and the cluster meets. An estimate.
 PART = 2e-6
+# Seconds more where every block puts the examples in order itself, which it does with up to FEW of them. An estimate.
+ORDER, FEW = 1e-6, 256
 
 
 class Work(NamedTuple):
@@ -235,6 +237,7 @@ class Work(NamedTuple):
     lanes: float
     multiprocessors: int = 132
     parts: float = 0.0  # that a cluster has, one after another
+    of_part: float = PART  # seconds before its first tile
 
     def seconds(self, gpu: Gpu) -> tuple:
         """(time, what bounds it): resources are used at the same time, nothing is lost to latencies."""
@@ -242,7 +245,7 @@ class Work(NamedTuple):
         times = {"memory": self.memory / (gpu.bandwidth * gpu.copy_share), "L2": self.l2 / (clocks * L2_BYTES)}
         times |= {"products": self.products / (clocks * PRODUCTS), "instructions": self.lanes / (clocks * LANES)}
         bound = max(times, key=times.get)
-        return times[bound] + self.parts * PART, bound
+        return times[bound] + self.parts * self.of_part, bound
 
 
 def adapter_launches(problem, pass_: str) -> list:
@@ -263,17 +266,18 @@ def adapter_launches(problem, pass_: str) -> list:
         fixed, of_chunk = FORWARD[place]
         warps = m / 32 * 4 * 4 * (fixed + of_chunk * chunks) * BRANCHES
         moved = (inputs + 1) * array + 2 * weight * max(problem.adapters, 1)
-        if problem.length >= 1024:
+        if problem.adapters and problem.length < 1024 and problem.batch <= FEW:
+            blocks["of_part"] = PART + ORDER
+        if problem.length >= 1024 or problem.batch <= FEW:
             order = []
         return [*order, Work("forward", moved, inputs * array + 2 * weight * parts, 2 * product, 32 * warps, **blocks)]
-    norms, wide_rows = place != "alone", chunks > 3
-    tile = 16 if norms and wide_rows else 32  # what fits shared memory
-    of_columns, of_sums = (a + b * chunks for a, b in (OF_COLUMNS[tile], OF_SUMS[tile]))
-    warps = 16 * ALL_WARPS[place][wide_rows] + tile // 4 * OF_ROW[place][wide_rows] + 4 * chunks * OF_CHANNELS[tile]
+    norms = place != "alone"
+    of_columns, of_sums = (a + b * chunks for a, b in (OF_COLUMNS, OF_SUMS))
+    warps = 16 * ALL_WARPS[place][chunks > 3] + 8 * OF_ROW[place] + 4 * chunks * OF_CHANNELS
     warps += wide // 16 * (3 if norms else 2) * of_columns + norms * of_sums
     sums = 8 * r * c * parts  # float32, of both weights
     moved = (inputs + 2 + (place == "houlsby")) * array + sums
-    work = Work("one pass", moved, moved, (5 + 2 * norms) * product, m / tile * 4 * 32 * warps * BRANCHES, **blocks)
+    work = Work("one pass", moved, moved, (5 + 2 * norms) * product, m / 32 * 4 * 32 * warps * BRANCHES, **blocks)
     return [*order, work, Work("sums of parts", 0, sums, 0, 0)]
 
 

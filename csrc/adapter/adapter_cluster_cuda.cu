@@ -214,8 +214,10 @@ struct Pass : Layout<Most, Wide, kPlace> {
 
   // Starts the copies of a tile's rows; zeros where there is nothing.
   __device__ __forceinline__ void copy_rows(int tile) const {
-    // What follows from it is computed here, not held in registers over the loop.
-    const int thread = ptx::hide(static_cast<int>(threadIdx.x)), row = thread / kPieces % kTile;
+    int thread = threadIdx.x;
+    // Where registers are short, what follows from it is computed here, not held in them over the loop.
+    if constexpr (!kPlain && Wide == kMostHidden) thread = ptx::hide(thread);
+    const int row = thread / kPieces % kTile;
     const int64_t* rows = shared_at<int64_t>(kNumbers) + tile % kNumbered * 3 * kTile + row;
     const bool inside = rows[0] >= 0;
     const int c = first_channel + thread / kPieces / kTile * kChannels + thread % kPieces * V;
