@@ -60,16 +60,23 @@ class ClassOutput(_Output):
 
 
 class SampleOutput(_Output):
-    """A signal (B, O samples): every output is a patch of `samples`."""
+    """A signal (B, O samples): every output is a patch of `samples`.
 
-    def __init__(self, samples, *, device=None, dtype=None):
+    Args:
+        samples: of a patch.
+        scale: what they are divided by; that of the input, see `GridInput`.
+    """
+
+    def __init__(self, samples, *, scale=1.0, device=None, dtype=None):
         super().__init__()
         check_integer("samples", samples)
-        self.channels = samples
+        check_number("scale", scale, "a positive number", lambda s: s > 0.0)
+        self.channels, self.scale = samples, scale
 
     def forward(self, outputs):
         """(B, O, samples) -> (B, O samples)."""
-        return outputs.flatten(1)
+        signal = outputs.flatten(1)
+        return signal if self.scale == 1.0 else signal / self.scale
 
 
 class PooledOutput(_Output):

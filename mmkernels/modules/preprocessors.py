@@ -87,6 +87,7 @@ class GridInput(_Input):
             "released_rounding": true, `ReleasedFourierPositions`) or {"kind": "learned", "channels": c, "projection": p} (see
             `LearnedPositions`), over the grid of tokens.
         add_positions: they are added to the content instead of appended.
+        scale: what the array is multiplied by, so that its values are about as large as the positions.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -100,6 +101,7 @@ class GridInput(_Input):
         projection=None,
         positions=None,
         add_positions=False,
+        scale=1.0,
         device=None,
         dtype=None,
     ):
@@ -116,7 +118,9 @@ class GridInput(_Input):
             check_integer("projection", projection)
         grid = tuple(n // p for n, p in zip(shape, patch, strict=True))
         super().__init__(width if projection is None else projection, grid, positions, add_positions, **factory)
+        check_number("scale", scale, "a positive number", lambda s: s > 0.0)
         self.shape, self.input_channels, self.patch, self.grid = shape, channels, tuple(patch), grid
+        self.scale = scale
         self.linear = None if projection is None else Linear(width, projection, **factory)
         self.reset_parameters()
 
@@ -133,6 +137,8 @@ class GridInput(_Input):
         inputs = self._checked(inputs, *dict.fromkeys(shapes))
         content = inputs.reshape(inputs.shape[0], *self.shape, self.input_channels)
         content = space_to_depth(content, self.patch).flatten(1, -2)
+        if self.scale != 1.0:
+            content = self.scale * content
         return self._with_positions(content if self.linear is None else self.linear(content))
 
 

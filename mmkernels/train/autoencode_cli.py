@@ -22,20 +22,22 @@ def add_systems(systems) -> None:
     demo = systems.add_parser("perceiver-autoencode-demo", help="the same, small, on written and spoken digits")
     demo.add_argument("--clips", type=cli.positive, help="train on so many of the clips (default all)")
     demo.add_argument("--held-out", type=cli.positive, default=60, help="clips, at most (default 60)")
-    changes = {"epochs": None, "steps": 1500, "batch_size": 8, "learning_rate": 2e-3, "optimizer": "adamw"}
-    changes |= {"warmup_steps": 100, "weight_decay": 0.01, "clip_norm": 1.0, "beta2": 0.99, "label_weight": 0.03}
+    changes = {"epochs": None, "steps": 2000, "batch_size": 8, "learning_rate": 3e-3, "optimizer": "adamw"}
+    changes |= {"warmup_steps": 100, "weight_decay": 0.01, "clip_norm": 1.0, "beta2": 0.99, "label_weight": 0.2}
     changes |= {"config": "perceiver-io-autoencoder-demo"}
-    output = "runs/perceiver-autoencode-demo"
-    _add_options(demo, "perceiver-io-kinetics", output=output, points=192, weights=(1.0, 0.3), **changes)
+    options = {"output": "runs/perceiver-autoencode-demo", "points": 128, "weights": (1.0, 640.0), "audio_error": "squared"}
+    _add_options(demo, "perceiver-io-kinetics", **options, **changes)
     demo.set_defaults(run=perceiver_cli.running(_demo), save_every=500, evaluate_every=500)
 
 
-def _add_options(parser, *recipes, output, points, weights=(0.03, 1.0), **changes):
+def _add_options(parser, *recipes, output, points, weights=(0.03, 1.0), audio_error="absolute", **changes):
     perceiver_cli.add_options(parser, *recipes, output=output, own=("label_weight",), **changes)
     add = parser.add_argument
     add("--points", type=cli.positive, default=points, help=f"pixels, and patches of sound, of a step (default {points})")
     for name, weight in zip(("image", "audio"), weights, strict=True):
         add(f"--{name}-weight", type=cli.non_negative_float, default=weight, help=f"in the loss (default {weight:g})")
+    errors = ["absolute", "squared"]
+    add("--audio-error", choices=errors, default=audio_error, help=f"of a sample, in the loss (default {audio_error})")
     add("--masked", type=cli.probability, default=0.5, help="how often the label is hidden in training (default 0.5)")
 
 
@@ -69,10 +71,20 @@ def _demo(arguments):
     clips = digit_clips.load(list(names), arguments.seed, clips=arguments.clips, hardest=0.0)
     clips[1].images = clips[1].images[: arguments.held_out]
     readers = {own: digit_clips.READERS[name] for name, own in names.items()}
-    return _fit(arguments, config, readers, digit_clips.CLASSES, *(autoencode.Autoencoded(part, names) for part in clips))
+    parts = (autoencode.Autoencoded(part, names) for part in clips)
+    return _fit(arguments, config, readers, digit_clips.CLASSES, *parts, start=_still)
 
 
-def _fit(arguments, config, readers, classes, training, held_out):
+def _still(model):
+    """Latent layers that change nothing at first: what they mix would hide the sound, of which a model learns late enough."""
+    import torch
+
+    for layer in (layer for block in model.encoder.blocks for layer in block):
+        torch.nn.init.zeros_(layer.attention.output.weight)
+        torch.nn.init.zeros_(layer.mlp[2].weight)
+
+
+def _fit(arguments, config, readers, classes, training, held_out, start=None):
     from . import autoencode
 
     config = autoencode.with_classes(config, len(classes))
@@ -85,6 +97,7 @@ def _fit(arguments, config, readers, classes, training, held_out):
         arguments.points,
         arguments.masked,
         config.output["modalities"][autoencode.AUDIO]["samples"],
+        arguments.audio_error,
     )
     print(f"{len(training)} clips to train on, {len(held_out)} held out, {len(classes)} classes")
 
@@ -92,7 +105,7 @@ def _fit(arguments, config, readers, classes, training, held_out):
         autoencode.save_result(arguments.output, model, readers, classes, held_out, history)
 
     task = autoencode.make_task(training, held_out, objective)
-    _, history, seconds = perceiver_cli.fit(arguments, config, task, save)
+    _, history, seconds = perceiver_cli.fit(arguments, config, task, save, start=start)
     print(f"\n{autoencode.table(history[-1], len(classes))}")
     print(f"\ncheckpoint, learning-curve.png and {autoencode.PICTURE} in {arguments.output}; {seconds:.0f} s")
     return 0

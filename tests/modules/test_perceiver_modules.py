@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mmkernels import modules
-from mmkernels.modules import positions, preprocessors
+from mmkernels.modules import positions, postprocessors, preprocessors
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -43,6 +43,20 @@ def test_flat_arrays_and_arrays_of_one_channel():
     module = modules.GridInput((2, 4), 1, patch=(1, 2))
     array = torch.randn(3, 2, 4, 1)
     assert all(torch.equal(module(x)[0], module(array)[0]) for x in (array.flatten(1, 2), array[..., 0]))
+
+
+def test_an_array_can_be_scaled_and_a_signal_scaled_back():
+    """The content alone, not its positions; what comes out is in the units of what goes in."""
+    fourier = {"kind": "fourier", "num_bands": 2}
+    plain, scaled = (preprocessors.GridInput([8], 1, patch=[4], positions=fourier, scale=s) for s in (1.0, 4.0))
+    samples = torch.randn(3, 8)
+    (content, position), (larger, same) = plain(samples), scaled(samples)
+    assert torch.equal(larger, 4 * content) and torch.equal(same, position)
+    output = postprocessors.SampleOutput(4, scale=4.0)
+    assert torch.equal(output(larger), samples)
+    for kind, arguments in ((preprocessors.GridInput, ([8],)), (postprocessors.SampleOutput, (4,))):
+        with pytest.raises(ValueError, match="scale is 0"):
+            kind(*arguments, scale=0.0)
 
 
 def test_positions_are_shared_and_projected():

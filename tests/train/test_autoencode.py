@@ -1,6 +1,7 @@
 """Autoencoding of clips: what is asked and masked, metrics, trainings on a table, on class folders and on digits."""
 
 import csv
+import dataclasses
 import json
 import wave
 
@@ -120,6 +121,20 @@ def test_the_loss_is_the_papers_over_random_outputs():
     everything = Autoencoding(points=512)
     everything(model, batch)
     assert [len(points) for points in model.asked[-1][1].values()] == [128, 20]
+
+
+def test_the_error_of_sound_can_be_squared():
+    batch = batch_of()
+    off = Recorder(batch)
+    truth = off.forward
+
+    def half(*arguments, **options):  # half of a unit off, as the pixels are one
+        found = truth(*arguments, **options)
+        return {**found, AUDIO: found[AUDIO] - 0.5}
+
+    objective = Autoencoding(1.0, 1.0, 0.0, points=10, audio_error="squared")
+    assert objective(half, batch).item() == pytest.approx(1 + 0.5**2, rel=1e-5)
+    assert dataclasses.replace(objective, audio_error="absolute")(half, batch).item() == pytest.approx(1 + 0.5, rel=1e-5)
 
 
 def test_psnr_is_of_the_range_of_pixels():

@@ -296,10 +296,13 @@ def _flow(shape, input, *, queries=None, upsample=1, **encoder):
     )
 
 
-def _autoencoder(shape, samples, num_classes, *, patch, positions, samples_per_patch=16, label=1024, channels=512, **fields):
-    """Video of a `shape` (frames, height, width), sound and a label in and out (Kinetics)."""
+def _autoencoder(
+    shape, samples, num_classes, *, patch, positions, samples_per_patch=16, scale=1.0, label=1024, channels=512, **fields
+):
+    """Video of a `shape` (frames, height, width), sound of a `scale`, and a label, in and out (Kinetics)."""
     image = {"kind": "grid", "shape": shape, "patch": [1, patch, patch], "positions": positions["image"]}
     audio = {"kind": "grid", "shape": [samples], "channels": 1, "patch": [samples_per_patch], "positions": positions["audio"]}
+    audio |= {"scale": scale}
     return PerceiverIOConfig(
         input={
             "kind": "multimodal",
@@ -320,7 +323,7 @@ def _autoencoder(shape, samples, num_classes, *, patch, positions, samples_per_p
             "kind": "multimodal",
             "channels": channels,
             "modalities": {
-                "audio": {"kind": "samples", "samples": samples_per_patch},
+                "audio": {"kind": "samples", "samples": samples_per_patch, "scale": scale},
                 "image": {"kind": "array", "channels": 3, "shape": shape},
                 "label": {"kind": "classes", "num_classes": num_classes},
             },
@@ -469,15 +472,18 @@ CONFIGS = {
         decoder={"qk_channels": 48, "v_channels": 48, "residual": True},
         output={"kind": "flow", "shape": (16, 24), "scale": 20.0},
     ),
+    # About as many tokens of sound as of video, each with content as large as its positions: else the sound is not found.
     "perceiver-io-autoencoder-demo": _autoencoder(
         [8, 24, 24],
         5120,
         10,
-        patch=4,
-        positions={"audio": _fourier(32, [5120]), "image": _fourier(8, [8, 6, 6])},
+        patch=8,
+        positions={"audio": _fourier(40, [80]), "image": _fourier(6, [8, 6, 6])},
+        samples_per_patch=64,
+        scale=4.0,
         label=64,
         channels=64,
-        encoder={"num_latents": 64, "latent_channels": 96, "num_blocks": 1, "layers_per_block": 3, "self_heads": 4},
+        encoder={"num_latents": 96, "latent_channels": 96, "num_blocks": 1, "layers_per_block": 2, "self_heads": 4},
     ),
     "perceiver-io-autoencoder-tiny": _autoencoder(
         [4, 32, 32],
