@@ -13,7 +13,7 @@ from PIL import Image
 from mmkernels import models
 from mmkernels.__main__ import main
 from mmkernels.models import InputError
-from mmkernels.train import autoencode
+from mmkernels.train import autoencode, autoencode_cli
 from mmkernels.train.autoencode import AUDIO, IMAGE, LABEL, Autoencoding, psnr
 from mmkernels.train.data import digit_clips, media
 
@@ -221,6 +221,16 @@ def test_digits_as_they_are_given_back():
     item = autoencode.Autoencoded(clean, {"rgb": IMAGE, "waveform": AUDIO})[None, 1]
     assert item[IMAGE].shape == (8, 24, 24, 3) and item[AUDIO].shape == (5120,) and item[LABEL].sum() == 1
     assert clean.fingerprint() != hard.fingerprint()
+
+
+def test_latent_layers_of_the_demo_begin_as_nothing():
+    torch.manual_seed(0)
+    model = models.load("perceiver-io-autoencoder-demo")
+    latents = torch.randn(2, 96, 96)
+    layers = [layer for block in model.encoder.blocks for layer in block]
+    assert not any(torch.equal(layer(latents), latents) for layer in layers)
+    autoencode_cli._still(model)
+    assert len(layers) == 2 and all(torch.equal(layer(latents), latents) for layer in layers)
 
 
 def test_the_demo(tmp_path, capsys):
