@@ -438,7 +438,7 @@ def test_prediction_of_adapters():
     assert moved[0] - moved[1] == array  # whose gradients of the inputs are one array
     with pytest.raises(ValueError, match="1032 channels"):
         roofline.adapter_launches(case._replace(channels=1032), "forward")
-    for place, most in (("alone", 1.16), ("houlsby", 1.12), ("pfeiffer", 1.12)):
+    for place, most in (("alone", 1.15), ("houlsby", 1.1), ("pfeiffer", 1.1)):
         one, mixed = (roofline.predict(case._replace(place=place, adapters=a), "forward") for a in (0, 64))
         assert one.seconds < mixed.seconds < most * one.seconds
     double = roofline.predict(case._replace(batch=256), "forward")
