@@ -15,8 +15,8 @@ struct Parameter {
   bool is_fp32 = false;
 };
 
-// How rows are found: all have the one adapter, an index for each example, groups in the order of their adapters, groups
-// of items so few that every block puts them in order by itself.
+// How rows are found: all have the one adapter, an index for each example, groups in the order of their adapters,
+// groups of items so few that every block puts them in order by itself.
 enum class Mode : int { alone, by_example, grouped, few };
 
 struct Adapter {
