@@ -95,11 +95,8 @@ struct __attribute__((may_alias, aligned(16))) Eight {
   uint32_t r[4];
 };
 
-// Elements from any even number of bytes on, two to a register. May read the elements around them. (From pointers that
-// were numbers in between nvcc makes generic loads, on addresses of 64 bits.)
-__device__ __forceinline__ Eight load_eight(const unsigned char* shared, int at) {
-  const auto* words = reinterpret_cast<const uint32_t*>(shared + (at & ~3));
-  const int shift = at % 4 * 8;
+// Elements from `shift` bits on, a multiple of 16, two to a register. May read the elements around them.
+__device__ __forceinline__ Eight load_eight(const uint32_t* words, int shift) {
   Eight v;
   uint32_t low = words[0];
 #pragma unroll
@@ -137,9 +134,20 @@ __device__ __forceinline__ void stage_keys(const Part<T>& part, int rows, unsign
     unsigned char* to = raw + r * raw_pitch<T>(width);
     const int from = lead(source), end = from + bytes, last = end & ~15, element = thread * static_cast<int>(sizeof(T));
     source -= from;
-#pragma unroll 2
-    for (int at = round_up(from, 16) + thread * 16; at < last; at += threads * 16)
-      ptx::cp_async<16>(to + at, source + at);
+    const int begin = round_up(from, 16) + thread * 16;
+    int left = last - begin;
+    unsigned char* put = to + begin;
+    const char* get = source + begin;
+    if (dense) {  // many pieces a lane, at distances that the instructions know
+      constexpr int kNext = 32 * Warps * 16;
+#pragma unroll 1
+      for (; left > 7 * kNext; left -= 8 * kNext, put += 8 * kNext, get += 8 * kNext) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) ptx::cp_async<16>(put + i * kNext, get + i * kNext);
+      }
+    }
+#pragma unroll 1
+    for (; left > 0; left -= threads * 16, put += threads * 16, get += threads * 16) ptx::cp_async<16>(put, get);
     if (element >= 16) continue;
     auto copy = [&](int at) { *reinterpret_cast<T*>(to + at) = *reinterpret_cast<const T*>(source + at); };
     if (from && from + element < min(16, end)) copy(from + element);
@@ -265,9 +273,16 @@ __device__ __forceinline__ void make_keys(const Problem& p, int64_t batch, int64
         // Of at most three chunks not all is in one of the parts: those a lane each, two channels at a time.
         const int position = ptx::hide(p.position), split = position / 8, filled = count / 8, odd = position % 8;
         int c = part;
+        // (From pointers that were numbers in between nvcc makes generic loads, on addresses of 64 bits.)
         auto move = [&](int from, int end) {
+          const auto* words = reinterpret_cast<const uint32_t*>(shared_memory() + ((from + c * 16) & ~3));
+          const int shift = (from & 3) * 8;
+          T* to = place(c);
 #pragma unroll kUnroll
-          for (; c < end; c += 4) store(c, load_eight(shared_memory(), from + c * 16));
+          for (; c < end; c += 4, words += 4 * 4, to += 4 * Keys * 8) {
+            const Eight v = load_eight(words, shift);
+            ptx::store_shared(to, make_uint4(v.r[0], v.r[1], v.r[2], v.r[3]));
+          }
         };
         move(row.table, split);
         if (odd && c == split) c += 4;

@@ -81,7 +81,7 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
     const int64_t first = first_key(step);
     if (step >= steps) {
     } else if (stages.raws) {
-      const int raw = static_cast<int>(step % stages.raws), count = rows_left(p.keys, first, Tile::kKeys);
+      const int raw = step & (stages.raws - 1), count = rows_left(p.keys, first, Tile::kKeys);
       unsigned char *table = shared.raw_table + raw * shared.raw_table_bytes,
                     *content = shared.raw_content + raw * shared.raw_content_bytes;
       if (p.position) stage_keys<T, kGroupWarps>(table_part<T>(p, first), count, table);
@@ -109,7 +109,7 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
     ptx::named_barrier(kProducing, kGroup);
     if (stages.raws) await_empty(step);
     const int stage = static_cast<int>(step % stages.tiles) * Tile::kKeys;
-    const int raw = stages.raws ? static_cast<int>(step % stages.raws) : 0;
+    const int raw = stages.raws ? step & (stages.raws - 1) : 0;
     const Raws raws{static_cast<int>(shared.raw_table - shared_memory()) + raw * shared.raw_table_bytes,
                     static_cast<int>(shared.raw_content - shared_memory()) + raw * shared.raw_content_bytes};
     make_keys<T, Tile::kKeys, kGroupWarps, kNormalise>(
