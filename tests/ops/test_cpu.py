@@ -250,8 +250,8 @@ def test_wrong_lists(case):
         torch.ops.mmkernels.attention_list_bwd(**given | changes)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 300, 700), (2, 2, 1, 700), (1, 2, 300, 1), (1, 1, 1, 700), (1, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("queries, keys", [(300, 700), (700, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 300, 690), (2, 2, 1, 690), (1, 2, 300, 1), (1, 1, 1, 690), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("queries, keys", [(300, 690), (690, 300)], ids=str)
 def test_bias_gradient_over_threads(threads, generator, shape, queries, keys):
     """Parts that add to the same element of a broadcast bias have copies of their own; parts that do not share one."""
     threads(3)
