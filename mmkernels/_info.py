@@ -69,6 +69,7 @@ def backends(device: str) -> dict:
         "hypergrid_gate": (zeros(1, 2), zeros(1, 2)),
         "hypergrid_linear": (zeros(1, 1, 16), zeros(16, 16), zeros(1, 2, 2)),
         "latent_attention": (zeros(1, 1, 8), zeros(1, 2, 8), zeros(8, 8), zeros(8, 8)),
+        "latent_attention_sharded": (zeros(1, 1, 8), zeros(1, 2, 8), zeros(8, 8), zeros(8, 8)),
         "latent_attention_stream": (zeros(1, 1, 8), [zeros(1, 2, 8)], zeros(8, 8), zeros(8, 8)),
         "latent_decode": (zeros(1, 2, 8), zeros(1, 2, 8), zeros(1, 2, 8), zeros(8, 8), zeros(8, 8)),
         "linear": (zeros(2, 8), zeros(8, 8)),

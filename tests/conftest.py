@@ -10,8 +10,6 @@ import pytest
 
 # Threads that wait by spinning make tests many times slower on a machine with other work; torch reads it when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# What plain PyTorch rounds sets the budgets of the errors, so MKL sums in one order on every processor.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import torch  # noqa: E402
 

@@ -89,7 +89,7 @@ PROBLEMS = {
     "packed rows": ((33, 45), 17, dict(norms="in out", terms=("x",)), {}),
     "four dimensions": ((2, 2, 5, 16), 8, dict(gate="examples"), {}),
     "one by one": ((1, 1, 1), 1, {}, dict(activation=None)),
-    "one row": ((20,), 4, {}, dict(activation="tanh")),
+    "one row": ((21,), 4, {}, dict(activation="tanh")),
     "wider than C": ((2, 9, 16), 111, dict(terms=("x",)), {}),
     "bank": ((6, 9, 40), 12, dict(bank=4, terms=("x", "input_residual"), norms="in out"), {}),
     "bank by rows": (
