@@ -11,6 +11,7 @@ from test_perceiver_huggingface import CASES, POINTS, input_of, library_model
 import mmkernels
 from mmkernels import _library
 from mmkernels.modules import convert
+from mmkernels.testing import assert_within_budget
 
 transformers.logging.set_verbosity_error()
 
@@ -163,13 +164,14 @@ def test_adapters_of_peft_find_the_linear_layers():
     plain, converted, _ = pair("PerceiverForSequenceClassification")
     ids = input_of("PerceiverForSequenceClassification")
     found = []
-    for model in (plain, converted):
+    for model in (copy.deepcopy(plain).double(), plain, converted):
         torch.manual_seed(0)
         config = peft.LoraConfig(target_modules=["dense1", "query"], init_lora_weights=False)
         model = peft.get_peft_model(model, config).eval()
         found.append((model(inputs=ids).logits, sorted(model.state_dict())))
-    assert found[0][1] == found[1][1]
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
+    (exact, _), (expected, names), (actual, found_names) = found
+    assert names == found_names
+    assert_within_budget(actual, exact, expected, "logits", factor=3.0)
 
 
 def test_dropout_is_dropped():

@@ -314,8 +314,8 @@ def test_few_latents_absorb_the_projections(norm, bias, rows, monkeypatch):
     with torch.no_grad():
         poisoned = torch.where(mask[..., None], x, float("nan"))
         assert torch.equal(module(poisoned, key_mask=mask), module(x, key_mask=mask))
-        full = set_backend(small(**options), "eager")(x)
-        torch.testing.assert_close(module(x), full, rtol=1e-5, atol=1e-5)
+        exact = small("eager", **options).double()(x.double())
+        assert_within_budget(module(x), exact, small("eager", **options)(x), "without a mask", factor=3.0)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_row_is_judged_by_its_own_task():
     torch.manual_seed(0)
     tasks = {"cola": 2, "mnli": 3, "stsb": 1}
     parts = {**TINY, "queries": {**TINY["queries"], "count": 3}, "output": {"kind": "tasks", "tasks": tasks}}
-    model = perceiver_io.PerceiverIO(perceiver_io.PerceiverIOConfig(**parts))
+    model = perceiver_io.PerceiverIO(perceiver_io.PerceiverIOConfig(**parts)).double()
     rows = [
         Pair(2, "a cat", "a dog", 3.5, 3.5),
         Pair(0, "It rains.", None, 1.0, "acceptable"),
@@ -79,11 +79,11 @@ def test_a_row_is_judged_by_its_own_task():
         cost = torch.nn.functional.cross_entropy(own, label.long()) if row.task < 2 else (own[0, 0] - row.label) ** 2
         costs.append(cost)
         width = own.shape[1]
-        torch.testing.assert_close(found.logits[i, :width], own[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.logits[i, :width], own[0], rtol=1e-9, atol=1e-9)
         assert (found.logits[i, width:] == -torch.inf).all()
-    torch.testing.assert_close(found.loss, sum(costs) / 3, rtol=1e-4, atol=1e-5)
-    wanted = torch.stack([costs[1], torch.zeros(()), (costs[0] + costs[2]) / 2])
-    torch.testing.assert_close(found.task_losses, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.loss, sum(costs) / 3, rtol=1e-9, atol=1e-9)
+    wanted = torch.stack([costs[1], torch.zeros((), dtype=torch.float64), (costs[0] + costs[2]) / 2])
+    torch.testing.assert_close(found.task_losses, wanted, rtol=1e-9, atol=1e-9)
     found.loss.backward()
     grad = model.queries.table.grad
     assert grad[0].any() and not grad[1].any() and grad[2].any()
