@@ -98,6 +98,11 @@ def choose(op: str, requested: str, order: tuple, refusals: Callable[[str], list
     raise BackendError("\n".join(lines))
 
 
+def is_free(requested: str) -> bool:
+    """Is the choice left to the op?"""
+    return requested == getattr(_local, "backend", "auto") == "auto"
+
+
 _TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 

@@ -29,12 +29,13 @@ def build_facts() -> dict:
 
 
 def _slow_mkl() -> bool:
-    """Is torch's matrix product MKL's on a processor of AMD, where `ops.linear` was measured to be faster?"""
+    """Is torch's matrix product MKL's on a processor of AMD with AVX-512, which MKL leaves unused?"""
     try:
         from . import _C_info
     except ImportError:
         return False
-    return torch.backends.mkl.is_available() and _C_info.cpu_features().get("vendor") == "amd"
+    features = _C_info.cpu_features()
+    return torch.backends.mkl.is_available() and features.get("vendor") == "amd" and features.get("chosen") == "v4"
 
 
 SLOW_MKL = _slow_mkl()  # looked up at import, so that a graph being traced meets a constant

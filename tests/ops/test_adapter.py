@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import mmkernels
-from mmkernels import ops, testing
+from mmkernels import _library, ops, testing
 from mmkernels.ops._shared.registration import forward_backward
 from mmkernels.ops.adapter import autograd
 
@@ -121,6 +121,21 @@ def test_the_reference_is_what_plain_torch_makes(generator, problem):
     torch.testing.assert_close(ours.output, plain.output)
     for name, gradient in plain.gradients.items():
         torch.testing.assert_close(ours.gradients[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("activation", (None, "relu", "gelu", "gelu_tanh", "swish", "leakyrelu", "tanh"))
+@pytest.mark.parametrize("terms", ((), ("x",), ("input_residual", "extra")), ids=str)
+def test_the_library_multiplies_where_it_is_faster(generator, monkeypatch, activation, terms):
+    monkeypatch.setattr(_library, "SLOW_MKL", False)
+    tensors = make(generator, (2, 130, 40), 100, terms=terms)
+    arguments = {n: t for n, t in tensors.items() if n != "extra"}
+    assert "backward by the library" in str(mmkernels.explain("adapter", **arguments, activation=activation, scale=2.0))
+    assert "library" not in str(mmkernels.explain("adapter", **arguments, backend="cpp"))
+    wanted = wanted_of(tensors)
+    for some in (wanted, wanted[:1], wanted[1:3], wanted[3:]):
+        check(generator, tensors, "auto", some, terms=terms, activation=activation, scale=2.0)
+    monkeypatch.setattr(_library, "SLOW_MKL", True)
+    assert "library" not in str(mmkernels.explain("adapter", **arguments))
 
 
 # --- By its meaning -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ again), or the weights of the fusion.
 
 import torch
 
+from ... import _library
 from .._shared.registration import apply, fake, forward_backward, once_differentiable
+from .reference import ACTIVATIONS, activated, activated_backward
 
 # The differentiable arguments of both ops, in their order.
 NAMES = ("x", "input_residual", "residual", "w_down", "b_down", "w_up", "b_up")
@@ -48,18 +50,66 @@ def empty_gradients(given, wanted):
     )
 
 
+def library_backward_is_faster(given, index, options) -> bool:
+    """Is a gradient nothing but products that are large enough for the library to win, where its products are at their
+    peak? `README.md` has the table."""
+    named = dict(zip(NAMES, given, strict=True))
+    x, w_down = named["x"], named["w_down"]
+    return (
+        not _library.SLOW_MKL
+        and x.is_cpu
+        and x.dtype == w_down.dtype == torch.float32
+        and w_down.shape[-2] >= 96
+        and x.numel() >= 256 * x.shape[-1]
+        and index is None
+        and options[-1] == 0.0
+        and all(named[name] is None for name in ("norm_weight", "out_weight", "scale", "gate"))
+    )
+
+
+def _library_backward(dout, given, saved, options, wanted):
+    """What adapter_bwd returns, of an adapter that `library_backward_is_faster` takes, by the library's products."""
+    x, input_residual, _, w_down, b_down, w_up, b_up, *_ = given
+    skip, activation, _, _, factor, _ = options
+    is_wanted = [wanted >> i & 1 for i in range(len(NAMES))]
+    of_x, of_input, _, of_down, of_b_down, of_up, of_b_up, *_ = is_wanted
+
+    def scaled(product):
+        return product if factor == 1.0 else product.mul_(factor)
+
+    found = [None] * len(NAMES)
+    rows, z = dout.reshape(-1, dout.shape[-1]), saved.flatten(0, -2)
+    if of_up:
+        found[5] = scaled(rows.t() @ activated(z, ACTIVATIONS[activation]))
+    if of_b_up:
+        found[6] = scaled(rows.sum(0))
+    if not (of_x or of_input or of_down or of_b_down):
+        return found
+    dz = activated_backward(scaled(rows @ w_up), z, ACTIVATIONS[activation])
+    if of_down:
+        u = x if input_residual is None else x + input_residual
+        found[3] = dz.t() @ u.reshape(-1, u.shape[-1])
+    if of_b_down:
+        found[4] = dz.sum(0)
+    if of_x or of_input:
+        du = dz @ w_down
+        found[0] = (torch.add(du, rows) if skip & 1 else du).view(x.shape) if of_x else None
+        found[1] = (torch.add(du, rows) if skip & 2 else du).view(x.shape) if of_input else None
+    return found
+
+
 class _Adapter(torch.autograd.Function):
     """`places`: of each of NAMES among `tensors`, -1 for None. A tensor stands there once, whoever shares it (Pfeiffer's
-    adapter has one LayerNorm in two places)."""
+    adapter has one LayerNorm in two places). `by_library`: the backward is `_library_backward`."""
 
     @staticmethod
-    def forward(backend, places, options, index, seed, *tensors):
+    def forward(backend, by_library, places, options, index, seed, *tensors):
         given = [tensors[i] if i >= 0 else None for i in places]
         return forward_backward("adapter", backend)[0](*given, index, seed, *options, backend == "cpp")
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, ctx.places, ctx.options, index, seed, *tensors = inputs
+        ctx.backend, ctx.by_library, ctx.places, ctx.options, index, seed, *tensors = inputs
         _, statistics, saved = output
         ctx.mark_non_differentiable(statistics, saved)
         ctx.save_for_backward(index, seed, statistics, saved if ctx.backend == "cpp" else None, *tensors)
@@ -67,9 +117,9 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
-        needs, places, skip = ctx.needs_input_grad[5:], ctx.places, ctx.options[0]
+        needs, places, skip = ctx.needs_input_grad[6:], ctx.places, ctx.options[0]
         if dout is None:
-            return (None,) * (5 + len(needs))
+            return (None,) * (6 + len(needs))
         index, seed, statistics, saved, *tensors = ctx.saved_tensors
         need = [place >= 0 and needs[place] for place in places]
         # Where nothing normalises y its gradient is dout; x and input_residual have one gradient unless only one of them
@@ -84,8 +134,11 @@ class _Adapter(torch.autograd.Function):
         with torch.no_grad():
             given = [tensors[i] if i >= 0 else None for i in places]
             wanted = sum(1 << i for i, is_asked in enumerate(asked) if is_asked)
-            call = forward_backward("adapter", ctx.backend)[1]
-            found = call(dout, *given, index, seed, statistics, saved, *ctx.options, wanted)
+            if ctx.by_library:
+                found = _library_backward(dout, given, saved, ctx.options, wanted)
+            else:
+                call = forward_backward("adapter", ctx.backend)[1]
+                found = call(dout, *given, index, seed, statistics, saved, *ctx.options, wanted)
             for i, place in enumerate(places):
                 if not need[i]:
                     continue
@@ -97,7 +150,7 @@ class _Adapter(torch.autograd.Function):
                 dtype = tensors[place].dtype
                 grad = grad if grad.dtype == dtype else grad.to(dtype)
                 gradients[place] = grad if gradients[place] is None else gradients[place] + grad
-        gradients = (*(None,) * 5, *gradients)
+        gradients = (*(None,) * 6, *gradients)
         return once_differentiable("mmkernels.ops.adapter", gradients, (dout, *tensors))
 
     @staticmethod
@@ -108,8 +161,9 @@ class _Adapter(torch.autograd.Function):
         )
 
 
-def adapter(backend, given, index, seed, options):
-    """(B,T,C) on one of the kernel backends; `given`: the tensors of NAMES, or None. Differentiable when that is wanted."""
+def adapter(backend, given, index, seed, options, by_library=False):
+    """(B,T,C) on one of the kernel backends; `given`: the tensors of NAMES, or None. Differentiable when that is wanted, with
+    the library's products where `by_library` says so."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         return forward_backward("adapter", backend)[0](*given, index, seed, *options, False)[0]
     tensors, places = [], []
@@ -125,7 +179,7 @@ def adapter(backend, given, index, seed, options):
         else:
             tensors.append(t)
         places.append(place)
-    return apply(_Adapter, backend, tuple(places), options, index, seed, *tensors)[0]
+    return apply(_Adapter, backend, by_library, tuple(places), options, index, seed, *tensors)[0]
 
 
 @fake("adapter_fusion_fwd")

@@ -25,6 +25,20 @@ def activated(z, activation):
     return torch.tanh(z) if activation == "tanh" else z
 
 
+def activated_backward(da, z, activation):
+    """The gradient of z for that of `activated(z, activation)`."""
+    aten = torch.ops.aten
+    if activation == "relu":
+        return aten.threshold_backward(da, z, 0.0)
+    if activation in ("gelu", "gelu_tanh"):
+        return aten.gelu_backward(da, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "swish":
+        return aten.silu_backward(da, z)
+    if activation == "leakyrelu":
+        return aten.leaky_relu_backward(da, z, 0.01, False)
+    return aten.tanh_backward(da, torch.tanh(z)) if activation == "tanh" else da
+
+
 def layer_norm(rows, weight, bias, eps):
     centred = rows - rows.mean(-1, keepdim=True)
     out = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight

@@ -25,6 +25,7 @@ from .kernels import (
     _offset,
     _scaled,
     _statistics,
+    _store_gradient,
     _store_rows,
     _tiles,
     _zeros,
@@ -66,47 +67,6 @@ def _weights(s, top):
 def _block_scores(xhat, k, bias, visible, scale, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
     s = (_inner(xhat, k, WIDTHS, PRECISION) + bias[None, :]) * scale
     return tl.where(visible[None, :], s, float("-inf"))
-
-
-@triton.jit
-def _store_gradient(
-    grad,
-    raw,
-    mean,
-    rstd,
-    rows,
-    inside,
-    dx_ptr,
-    dposition_ptr,
-    add,
-    CX: tl.constexpr,
-    CP: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    NORM: tl.constexpr,
-    WANT_X: tl.constexpr,
-    WANT_POSITION: tl.constexpr,
-):
-    """LayerNorm backward of the gradient of the normalised rows; the position's, in float32, is added where `add` says so."""
-    C: tl.constexpr = CX + CP
-    level, slope = tl.zeros_like(mean), tl.zeros_like(mean)
-    if NORM:
-        for i in tl.static_range(len(WIDTHS)):
-            level += tl.sum(grad[i], 1)
-            slope += tl.sum(grad[i] * (raw[i].to(tl.float32) - mean[:, None]), 1)
-        level, slope = level / C, slope * rstd * rstd / C
-    for i in tl.static_range(len(WIDTHS)):
-        value = grad[i]
-        if NORM:
-            value = (value - level[:, None] - (raw[i].to(tl.float32) - mean[:, None]) * slope[:, None]) * rstd[:, None]
-        c = _offset(WIDTHS, i) + tl.arange(0, WIDTHS[i])[None, :]
-        if WANT_POSITION and _offset(WIDTHS, i) < CP:
-            pointers = dposition_ptr + rows.to(tl.int64)[:, None] * CP + c
-            mine = inside[:, None] & (c < CP)
-            before = tl.load(pointers, mask=mine & add, other=0.0)
-            tl.store(pointers, before + value, mask=mine)
-        if WANT_X and _offset(WIDTHS, i) + WIDTHS[i] > CP:
-            pointers = dx_ptr + rows.to(tl.int64)[:, None] * CX + (c - CP)
-            tl.store(pointers, value.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (c >= CP) & (c < C))
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------

@@ -282,6 +282,47 @@ def _shifted(tiles, offset, WIDTHS: tl.constexpr):
     return shifted
 
 
+@triton.jit
+def _store_gradient(
+    grad,
+    raw,
+    mean,
+    rstd,
+    rows,
+    inside,
+    dx_ptr,
+    dposition_ptr,
+    add,
+    CX: tl.constexpr,
+    CP: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    NORM: tl.constexpr,
+    WANT_X: tl.constexpr,
+    WANT_POSITION: tl.constexpr,
+):
+    """LayerNorm backward of the gradient of the normalised rows; the position's, in float32, is added where `add` says so."""
+    C: tl.constexpr = CX + CP
+    level, slope = tl.zeros_like(mean), tl.zeros_like(mean)
+    if NORM:
+        for i in tl.static_range(len(WIDTHS)):
+            level += tl.sum(grad[i], 1)
+            slope += tl.sum(grad[i] * (raw[i].to(tl.float32) - mean[:, None]), 1)
+        level, slope = level / C, slope * rstd * rstd / C
+    for i in tl.static_range(len(WIDTHS)):
+        value = grad[i]
+        if NORM:
+            value = (value - level[:, None] - (raw[i].to(tl.float32) - mean[:, None]) * slope[:, None]) * rstd[:, None]
+        c = _offset(WIDTHS, i) + tl.arange(0, WIDTHS[i])[None, :]
+        if WANT_POSITION and _offset(WIDTHS, i) < CP:
+            pointers = dposition_ptr + rows.to(tl.int64)[:, None] * CP + c
+            mine = inside[:, None] & (c < CP)
+            before = tl.load(pointers, mask=mine & add, other=0.0)
+            tl.store(pointers, before + value, mask=mine)
+        if WANT_X and _offset(WIDTHS, i) + WIDTHS[i] > CP:
+            pointers = dx_ptr + rows.to(tl.int64)[:, None] * CX + (c - CP)
+            tl.store(pointers, value.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (c >= CP) & (c < C))
+
+
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -593,27 +634,12 @@ def backward_x(
                 ds = p * (dp - delta[:, None]) * scale
             grad = _accumulate(grad, tl.trans(p.to(dtype)), dout, WIDTHS, PRECISION)
             grad = _accumulate(grad, tl.trans(ds.to(dtype)), q, WIDTHS, PRECISION)
-        level, slope = tl.zeros_like(mean), tl.zeros_like(mean)
-        if NORM:
-            # Read again, and said to be for the last time: kept from above, the tile would fill the loop's registers.
+        if NORM:  # read again, and said to be for the last time: kept from above, the tile would fill the loop's registers
             raw = _load_keys((x, position_ptr), strides, keys, visible, CX, CP, X_UNIT, POSITION_UNIT, WIDTHS, True)
-            for i in tl.static_range(len(WIDTHS)):
-                level += tl.sum(grad[i], 1)
-                slope += tl.sum(grad[i] * (raw[i].to(tl.float32) - mean[:, None]), 1)
-            level, slope = level / C, slope * rstd * rstd / C
-        for i in tl.static_range(len(WIDTHS)):
-            value = grad[i]
-            if NORM:
-                value = (value - level[:, None] - (raw[i].to(tl.float32) - mean[:, None]) * slope[:, None]) * rstd[:, None]
-            c = _offset(WIDTHS, i) + tl.arange(0, WIDTHS[i])[None, :]
-            if WANT_POSITION and _offset(WIDTHS, i) < CP:
-                pointers = dposition_ptr + keys.to(tl.int64)[:, None] * CP + c
-                mine = (keys < M)[:, None] & (c < CP)
-                before = tl.load(pointers, mask=mine & (b > 0), other=0.0)
-                tl.store(pointers, before + value, mask=mine)
-            if WANT_X and _offset(WIDTHS, i) + WIDTHS[i] > CP:
-                pointers = dx_ptr + (batch * M + keys)[:, None] * CX + (c - CP)
-                tl.store(pointers, value.to(dtype), mask=(keys < M)[:, None] & (c >= CP) & (c < C))
+        dx = dx_ptr + batch * M * CX
+        _store_gradient(
+            grad, raw, mean, rstd, keys, keys < M, dx, dposition_ptr, b > 0, CX, CP, WIDTHS, NORM, WANT_X, WANT_POSITION
+        )
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ def linear(x, weight, bias=None, *, backend="auto"):
         weight: (N, K) of x's dtype; a list where x is one.
         bias: (N,) of x's dtype or float32, or None; a list of them where x is one, or None for no bias at all.
         backend: "auto", "cpp", or "reference": `torch.nn.functional.linear` of one after the other. "auto" takes "cpp" where
-            it was measured to be the faster one: float32 on processors of AMD, where torch has MKL; see the family's README.
+            it was measured to be the faster one: float32 on processors of AMD with AVX-512, where torch has MKL; see the
+            family's README.
 
     Returns:
         (..., N) of x's dtype; a list where x is one. Under autocast the inputs are converted as those of `F.linear` are.
