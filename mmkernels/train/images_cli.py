@@ -5,14 +5,15 @@ from pathlib import Path
 
 from . import cli, perceiver_cli
 
-_OWN = ("label_smoothing", "mixup", "cutmix", "randaugment")
+_OF_DIGITS = ("label_smoothing", "mixup", "cutmix", "randaugment")
+_OWN = (*_OF_DIGITS, "crop", "flip")
 
 
 def add_systems(systems) -> None:
     """Adds the trainings of image classifiers to the systems of `train`."""
     digits = systems.add_parser("perceiver-digits", help="Perceiver on scikit-learn's handwritten digits")
     changes = {"config": "perceiver-digits", "epochs": 16, "batch_size": 16, "learning_rate": 2e-3}
-    perceiver_cli.add_options(digits, "perceiver-small", output="runs/perceiver-digits", own=_OWN, **changes)
+    perceiver_cli.add_options(digits, "perceiver-small", output="runs/perceiver-digits", own=_OF_DIGITS, **changes)
     _add_sizes(digits)
     digits.set_defaults(run=perceiver_cli.running(_train_perceiver), data=None)
 
@@ -48,7 +49,6 @@ def _add_data(parser):
         default="stop",
         help="broken rows of a table: stop (default), or go on",
     )
-    add("--flip", action="store_true", help="mirror half of the training images left to right")
 
 
 def _add_sizes(parser):
@@ -86,7 +86,8 @@ def _load(arguments, size):
         training, held_out, preprocessing = digits.load(size, arguments.seed)
         training.augment = arguments.randaugment
         return training, held_out, preprocessing, digits.CLASSES
-    options = {"held_out": arguments.val_fraction, "flip": arguments.flip, "augment": arguments.randaugment}
+    augmentation = {"flip": arguments.flip, "crop": arguments.crop, "augment": arguments.randaugment}
+    options = {"held_out": arguments.val_fraction, **augmentation}
     if arguments.data.suffix.lower() not in (".csv", ".parquet"):
         return folder.load(arguments.data, size, arguments.seed, held_out_folder=arguments.val_data, **options)
     if arguments.val_data is not None:

@@ -20,6 +20,8 @@ _OPTIONS = {
     "mixup": "mixup",
     "cutmix": "cutmix",
     "randaugment": "randaugment",
+    "crop": "crop",
+    "flip": "flip",
     "video_dropout": "video_dropout",
     "label_weight": "label_weight",
 }
@@ -62,20 +64,22 @@ def add_options(parser, *recipes, output, own=(), **changes) -> None:
         ("label_smoothing", cli.fraction_or_zero, "0: none "),
         ("mixup", cli.non_negative_float, "alpha; 0: none "),
         ("randaugment", _randaugment, "operations and their strength of 10, as N,M; 0,0: none "),
+        ("crop", cli.fraction_or_zero, "least share of an image that a random crop shows; 0: no crops "),
         ("video_dropout", cli.fraction_or_zero, "how often a model is not shown the pictures in training "),
         ("label_weight", cli.non_negative_float, "of the label in the loss "),
     ):
         if field not in OWN or field in own:
             add(f"--{_OPTIONS[field].replace('_', '-')}", type=kind, help=f"{more}(default {default(field)})")
-    if "cutmix" in own:
-        add("--cutmix", action=argparse.BooleanOptionalAction, help=f"mix images by boxes (default {default('cutmix')})")
+    for field, what in (("cutmix", "mix images by boxes"), ("flip", "mirror half of the training images left to right")):
+        if field in own:
+            add(f"--{field}", action=argparse.BooleanOptionalAction, help=f"{what} (default {default(field)})")
     add("--optimizer", choices=OPTIMIZERS, help=f"default {default('optimizer')}")
     add("--micro-batches", type=cli.positive, default=1, help="that a batch is cut into to need less memory (default 1)")
     add("--bfloat16", action="store_true", help="autocast")
     add("--config", metavar="NAME", help=f"model sizes by name, or a JSON file of them (default {default('config')})")
 
 
-OWN = ("label_smoothing", "mixup", "cutmix", "randaugment", "video_dropout", "label_weight")
+OWN = ("label_smoothing", "mixup", "cutmix", "randaugment", "crop", "flip", "video_dropout", "label_weight")
 
 
 def _shown(value):

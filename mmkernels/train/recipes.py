@@ -3,7 +3,7 @@
 import dataclasses
 
 # What belongs to the model, the data or the loss, and not to the loop.
-OTHERS = ("config", "label_smoothing", "mixup", "cutmix", "randaugment", "video_dropout", "label_weight")
+OTHERS = ("config", "label_smoothing", "mixup", "cutmix", "randaugment", "crop", "flip", "video_dropout", "label_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Recipe:
     mixup: float = 0.0  # alpha of the Beta distribution of the weights; 0: none
     cutmix: bool = False
     randaugment: tuple = (0, 0)  # how many operations an image gets, and how strong they are, of 10
+    crop: float = 0.0  # least share of an image's area that a random crop shows; 0: no crops
+    flip: bool = False  # half of the images are mirrored left to right
     # Of clips
     video_dropout: float = 0.0  # how often a model is not shown the pictures of a clip
     label_weight: float = 1e-4  # of the label in the loss of an autoencoder
@@ -40,7 +42,8 @@ class Recipe:
         return Settings(**{**own, **changes})
 
 
-_AUGMENTED = {"label_smoothing": 0.1, "mixup": 0.2, "cutmix": True, "randaugment": (4, 5)}
+_CROPPED = {"crop": 0.08, "flip": True}
+_AUGMENTED = {"label_smoothing": 0.1, "mixup": 0.2, "cutmix": True, "randaugment": (4, 5), **_CROPPED}
 _FINE_TUNED = {"steps": 131_000, "flat": 70 / 131, "weight_decay": 0.1, "clip_norm": 10.0, **_AUGMENTED}
 _AUDIOSET = {"epochs": 100, "video_dropout": 0.3}  # rate and batch size are not published
 RECIPES = {
@@ -50,6 +53,7 @@ RECIPES = {
         schedule="steps",
         milestones=(84 / 120, 102 / 120, 114 / 120),
         randaugment=(4, 5),
+        **_CROPPED,
     ),
     # Of small data on small machines: no paper's.
     "perceiver-small": Recipe(
@@ -66,7 +70,7 @@ RECIPES = {
     "perceiver-io-imagenet": Recipe(
         *("perceiver-io-imagenet-fourier", 2e-3, 1024), epochs=110, flat=0.5, weight_decay=0.1, clip_norm=10.0, **_AUGMENTED
     ),
-    "perceiver-io-jft": Recipe("perceiver-io-imagenet-b", 3e-4, 8192, epochs=14, weight_decay=0.1),
+    "perceiver-io-jft": Recipe("perceiver-io-imagenet-b", 3e-4, 8192, epochs=14, weight_decay=0.1, **_CROPPED),
     # ImageNet after it; the batch is that of a training on ImageNet alone.
     "perceiver-io-jft-fine-tune": Recipe("perceiver-io-imagenet-b", 2e-3, 1024, **_FINE_TUNED),
     "perceiver-io-jft-fine-tune-conv": Recipe("perceiver-io-imagenet-b-conv", 2e-4, 1024, **_FINE_TUNED),

@@ -7,6 +7,7 @@ from . import manifest
 from .images import EXTENSIONS, Images, Preprocessing
 
 _SMALL = {"shift": 0.1, "scale": 0.1}
+_CENTRE = 7 / 8  # what a model trained on crops is shown: 224 of 256 pixels
 # Mean and deviation of natural images (ImageNet's).
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -42,7 +43,7 @@ def load(folder, size: int, seed: int, *, held_out_folder=None, held_out=0.1, **
     """(training, held out, preprocessing, classes); without a `held_out_folder` a share of every class is held out.
 
     Every image is read once here, so that an unreadable one is named before the training starts. `augmentation`, of the
-    training images, is that of `Images`, to which shifts and scalings are added.
+    training images, is that of `Images`, to which small shifts and scalings are added where there is no `crop`.
     """
     paths, labels, classes = scan(folder)
     if held_out_folder is not None:
@@ -64,10 +65,10 @@ def load(folder, size: int, seed: int, *, held_out_folder=None, held_out=0.1, **
                 "for every class, must be left to train on"
             )
         paths, held_paths, labels, held_labels = split(paths, labels, test_size=share, random_state=seed, stratify=labels)
-    preprocessing = Preprocessing("RGB", size, _MEAN, _STD)
+    preprocessing = _preprocessing(size, augmentation)
     for path in (*paths, *held_paths):
         preprocessing.read(path)
-    training = Images(paths, labels, preprocessing, **{**_SMALL, **augmentation}, seed=seed)
+    training = Images(paths, labels, preprocessing, **_with_shifts(augmentation), seed=seed)
     return training, Images(held_paths, held_labels, preprocessing), preprocessing, classes
 
 
@@ -76,11 +77,19 @@ def load_table(path, size: int, seed: int, *, held_out=0.1, on_error="stop", **a
 
     See `manifest.load_images` and `load`; labels are targets of ones and zeros, of a column `label` as well as of `labels`.
     """
-    preprocessing = Preprocessing("RGB", size, _MEAN, _STD)
+    preprocessing = _preprocessing(size, augmentation)
     training, held, labels, problems = manifest.load_images(
         path, seed, preprocessing.read, held_out=held_out, on_error=on_error
     )
     if len(labels.heads) > 1:
         raise InputError(f"{path} has labels {', '.join(labels.heads)}; images take one column, 'label' or 'labels'")
-    training = Images(*training, preprocessing, **{**_SMALL, **augmentation}, seed=seed)
+    training = Images(*training, preprocessing, **_with_shifts(augmentation), seed=seed)
     return training, Images(*held, preprocessing), preprocessing, labels.names, problems
+
+
+def _preprocessing(size, augmentation):
+    return Preprocessing("RGB", size, _MEAN, _STD, centre=_CENTRE if augmentation.get("crop") else None)
+
+
+def _with_shifts(augmentation):
+    return augmentation if augmentation.get("crop") else {**_SMALL, **augmentation}
