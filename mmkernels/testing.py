@@ -259,6 +259,11 @@ def assert_within_budget(actual, exact, eager, what, factor=2.0, typical=0.0):
         )
 
 
+def usual_error(eager: dict, exact: dict) -> float:
+    """The `typical` of named results: the median of eager's relative errors."""
+    return statistics.median(max_error(eager[n], right) / (_largest(right) or 1.0) for n, right in exact.items())
+
+
 def _largest(tensor) -> float:
     return float(tensor.detach().abs().nan_to_num(0, 0, 0).max()) if tensor.numel() else 0.0
 
@@ -309,12 +314,13 @@ def check_op(op, eager, tensors: dict, wanted: tuple, backend: str, cotangent=No
     )
     plain = run(eager, tensors, wanted, cotangent, **options)
     ours = run(op, tensors, wanted, cotangent, backend=backend, **options)
-    results = {"output": (ours.output, exact.output, plain.output)}
-    results |= {f"gradient of {n}": (ours.gradients[n], exact.gradients[n], plain.gradients[n]) for n in wanted}
-    errors = [max_error(eager, exact) / (_largest(exact) or 1.0) for _, exact, eager in results.values()]
-    typical = statistics.median(errors)
-    for what, triple in results.items():
-        assert_within_budget(*triple, f"{what} on {backend!r}", factor if what == "output" else grad_factor, typical)
+    ours_of, exact_of, plain_of = (
+        {"output": r.output} | {f"gradient of {n}": r.gradients[n] for n in wanted} for r in (ours, exact, plain)
+    )
+    typical = usual_error(plain_of, exact_of)
+    for what, right in exact_of.items():
+        allowed = factor if what == "output" else grad_factor
+        assert_within_budget(ours_of[what], right, plain_of[what], f"{what} on {backend!r}", allowed, typical)
     return ours
 
 
