@@ -26,6 +26,7 @@ struct HopperTile {
   // The three shares of 63 K registers.
   static constexpr int kConsumerRegisters = Weights && kHalf > 256 ? 232 : kHalf > 272 ? 224 : 216;
   static constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
+  static constexpr bool kRoomy = kProducerRegisters > 40;  // loops of the producer may have several loads in flight
 };
 
 // How shared memory is used, decided by the launcher.
@@ -38,18 +39,23 @@ constexpr int kMaxTiles = 3;
 
 #ifdef MMK_HOPPER
 
-// A buffer of a ring: its number and the parity of its round.
+// A buffer of a ring: its number and the parity of its round. One that moves on spares a division by how many there
+// are.
 struct Turn {
-  int buffer, parity;
+  int buffer = 0, parity = 0;
+  Turn() = default;
   __device__ __forceinline__ Turn(unsigned step, unsigned buffers)
       : buffer(static_cast<int>(step % buffers)), parity(static_cast<int>(step / buffers & 1)) {}
+  __device__ __forceinline__ void advance(unsigned buffers) {
+    if (++buffer == static_cast<int>(buffers)) buffer = 0, parity ^= 1;
+  }
 };
 
 // Barriers, for all roles. What else a role knows it finds out itself, or some of it would wait on the stack.
 template <class Tile, class Shared>
-__device__ void begin(const Shared& shared, const Stages& stages) {
+__device__ void begin(const Shared& shared) {
   if (threadIdx.x == 0) {
-    for (unsigned i = 0; i < stages.tiles; ++i) {
+    for (int i = 0; i < 2 * kMaxTiles; ++i) {
       ptx::mbarrier_init(shared.full + i, kGroupWarps);
       ptx::mbarrier_init(shared.empty + i, kConsumerWarps);
     }
@@ -65,18 +71,27 @@ __device__ __forceinline__ bool is_visible(const Problem& p, int64_t batch, int6
   return key < p.keys && (!p.mask || p.mask[batch * p.mask_batch + key * p.mask_key]);
 }
 
-// Rows that are aligned to 16 bytes, straight into the tile, by Warps warps. Eight neighbouring lanes take eight keys
-// of one column of 16 bytes, which are neighbours in the tile. Keys that nobody may see and the padding of the channels
-// become zeros.
-template <class T, int Keys, int Warps>
-__device__ __forceinline__ void copy_keys(const Problem& p, int64_t batch, int64_t first, T* tile) {
-  const unsigned thread = ptx::hide(threadIdx.x);
-  const int lane = thread % 32, warp = thread / 32 % Warps;
-  const int split = ptx::hide(p.position) / 8, filled = ptx::hide(channels(p)) / 8, chunks = round_up(filled, 2);
+// act(first of eight keys), for the eights of a tile that are this warp's as number `warp` of Warps.
+template <int Keys, int Warps, class Act>
+__device__ __forceinline__ void each_eight(int warp, Act act) {
+  constexpr int kTurns = (Keys / 8 + Warps - 1) / Warps;
+  if constexpr (kTurns == 1) {
+    if (Keys / 8 == Warps || warp < Keys / 8) act(warp * 8);
+  } else {
 #pragma unroll 1
-  for (int turn = 0; turn < (Keys + 8 * Warps - 1) / (8 * Warps); ++turn) {
-    const int r = (turn * Warps + warp) * 8 + lane % 8;
-    if (r >= Keys) break;
+    for (int keys = warp * 8; keys < Keys; keys += 8 * Warps) act(keys);
+  }
+}
+
+// Rows that are aligned to 16 bytes, straight into the tile, those of each_eight. Eight neighbouring lanes take eight
+// keys of one column of 16 bytes, which are neighbours in the tile. Keys that nobody may see and the padding of the
+// channels become zeros.
+template <class T, int Keys, int Warps>
+__device__ __forceinline__ void copy_keys(const Problem& p, int64_t batch, int64_t first, T* tile, int warp) {
+  const int lane = ptx::hide(threadIdx.x) % 32;
+  const int split = ptx::hide(p.position) / 8, filled = ptx::hide(channels(p)) / 8, chunks = round_up(filled, 2);
+  each_eight<Keys, Warps>(warp, [&](int keys) {
+    const int r = keys + lane % 8;
     const int last = is_visible(p, batch, first + r) ? filled : 0;
     int c = lane / 8;
     T* to = tile + (c * Keys + r) * 8;
@@ -84,11 +99,11 @@ __device__ __forceinline__ void copy_keys(const Problem& p, int64_t batch, int64
 #pragma unroll 4
       for (; c < end; c += 4, from += 4 * 8, to += 4 * Keys * 8) ptx::cp_async<16>(to, from);
     };
-    copy(table_part<T>(p, first).row(r) + c * 8, min(split, last));
+    if (split) copy(table_part<T>(p, first).row(r) + c * 8, min(split, last));
     copy(content_part<T>(p, batch, first).row(r) + (c - split) * 8, last);
 #pragma unroll 1
     for (; c < chunks; c += 4, to += 4 * Keys * 8) ptx::store_shared(to, make_uint4(0, 0, 0, 0));
-  }
+  });
 }
 
 struct __attribute__((may_alias, aligned(16))) Eight {
@@ -174,10 +189,6 @@ struct Sums {
   float sum, squares;
 };
 
-// Tiles of few keys are those that leave few registers.
-template <int Keys>
-constexpr bool kManyKeys = Keys > 32;
-
 template <class T>
 constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
 
@@ -190,7 +201,7 @@ __device__ __forceinline__ Sums own_sums(const float (&d)[4], int lane) {
   return lane / 4 % 2 ? Sums{d[3], d[1]} : Sums{d[2], d[0]};
 }
 
-template <class T, int Keys>
+template <class T, int Keys, bool Roomy>
 __device__ __forceinline__ Sums sum_keys(const T* rows, int chunks, int lane) {
   rows += (lane / 8 * Keys + lane % 8) * 8;
   float d[4] = {}, other[4] = {};
@@ -198,7 +209,7 @@ __device__ __forceinline__ Sums sum_keys(const T* rows, int chunks, int lane) {
     add_squares<T>(d, x[0], x[1]);
     add_squares<T>(other, x[2], x[3]);
   };
-  if constexpr (kManyKeys<Keys>) {
+  if constexpr (Roomy) {
 #pragma unroll 1
     for (; chunks >= 8; chunks -= 8, rows += 8 * Keys * 8) {
       uint32_t x[4], y[4];
@@ -245,70 +256,66 @@ __device__ __forceinline__ Sums sum_differences(const T* rows, int count, float 
   return own_sums(d, lane);
 }
 
-// Keys from `first` on become a tile, by Warps warps: from raw copies of their rows, or from where they stand in the
-// tile already. With Normalise the tile holds xhat then. `report(r, visible, mean, rstd)` tells of each key, once.
-template <class T, int Keys, int Warps, bool Normalise, class Report>
-__device__ __forceinline__ void make_keys(const Problem& p, int64_t batch, int64_t first, T* tile, bool staged,
-                                          const Raws& raws, Report report) {
-  constexpr unsigned kAll = 0xffffffffu;
-  constexpr int kUnroll = kManyKeys<Keys> ? 2 : 1;
-  const unsigned thread = ptx::hide(threadIdx.x);
-  const int lane = thread % 32, warp = thread / 32 % Warps, part = lane / 8;
+// Raw copies of the keys from `first` on become a tile, those of each_eight.
+template <class T, int Keys, int Warps, bool Roomy>
+__device__ __forceinline__ void move_keys(const Problem& p, int64_t batch, int64_t first, T* tile, const Raws& raws,
+                                          int warp) {
+  [[maybe_unused]] constexpr int kUnroll = Roomy ? 2 : 1;
+  const int lane = ptx::hide(threadIdx.x) % 32, part = lane / 8;
   const int count = ptx::hide(channels(p)), chunks = round_up(count, 16) / 8;
-  const bool norm = p.eps >= 0.0f;
-#pragma unroll 1
-  for (int turn = 0; turn < (Keys + 8 * Warps - 1) / (8 * Warps); ++turn) {
-    const int keys = (turn * Warps + warp) * 8;
-    if (keys >= Keys) break;
+  each_eight<Keys, Warps>(warp, [&](int keys) {
     const int r = keys + lane % 8;
-    const bool visible = is_visible(p, batch, first + r);
     auto place = [&](int c) { return tile + (c * Keys + r) * 8; };
-    auto store = [&](int c, const Eight& v) {
-      ptx::store_shared(place(c), make_uint4(v.r[0], v.r[1], v.r[2], v.r[3]));
-    };
-    if (staged) {
-      const Raws row{staged_at(table_part<T>(p, first), raws.table, r),
-                     staged_at(content_part<T>(p, batch, first), raws.content, r)};
-      if (visible) {
-        // Of at most three chunks not all is in one of the parts: those a lane each, two channels at a time.
-        const int position = ptx::hide(p.position), split = position / 8, filled = count / 8, odd = position % 8;
-        int c = part;
-        // (From pointers that were numbers in between nvcc makes generic loads, on addresses of 64 bits.)
-        auto move = [&](int from, int end) {
-          const auto* words = reinterpret_cast<const uint32_t*>(shared_memory() + ((from + c * 16) & ~3));
-          const int shift = (from & 3) * 8;
-          T* to = place(c);
-#pragma unroll kUnroll
-          for (; c < end; c += 4, words += 4 * 4, to += 4 * Keys * 8) {
-            const Eight v = load_eight(words, shift);
-            ptx::store_shared(to, make_uint4(v.r[0], v.r[1], v.r[2], v.r[3]));
-          }
-        };
-        move(row.table, split);
-        if (odd && c == split) c += 4;
-        move(row.content - 2 * position, filled);
-        c = part ? filled + part - 1 : split;
-        if (part ? c < chunks : odd && c < filled) {
-          auto channel = [&](int i) {
-            const int at = i < position ? row.table + 2 * i : row.content + 2 * (i - position);
-            return i < count ? uint32_t{*reinterpret_cast<const uint16_t*>(shared_memory() + at)} : 0u;
-          };
-#pragma unroll(kUnroll > 1 ? 4 : 1)
-          for (int i = 0; i < 8; i += 2)
-            ptx::store_shared(place(c) + i, channel(c * 8 + i) | channel(c * 8 + i + 1) << 16);
-        }
-      } else {
-        for (int c = part; c < chunks; c += 4) store(c, Eight{});
-      }
-      __syncwarp();
+    if (!is_visible(p, batch, first + r)) {
+      for (int c = part; c < chunks; c += 4) ptx::store_shared(place(c), make_uint4(0, 0, 0, 0));
+      return;
     }
-    const int g = lane / 4;
-    const bool own = lane % 4 == part;  // has the sums of key g: it is lane 4 g + g / 2
+    const Raws row{staged_at(table_part<T>(p, first), raws.table, r),
+                   staged_at(content_part<T>(p, batch, first), raws.content, r)};
+    // Of at most three chunks not all is in one of the parts: those a lane each, two channels at a time.
+    const int position = ptx::hide(p.position), split = position / 8, filled = count / 8, odd = position % 8;
+    int c = part;
+    // (From pointers that were numbers in between nvcc makes generic loads, on addresses of 64 bits.)
+    auto move = [&](int from, int end) {
+      const auto* words = reinterpret_cast<const uint32_t*>(shared_memory() + ((from + c * 16) & ~3));
+      const int shift = (from & 3) * 8;
+      T* to = place(c);
+#pragma unroll kUnroll
+      for (; c < end; c += 4, words += 4 * 4, to += 4 * Keys * 8) {
+        const Eight v = load_eight(words, shift);
+        ptx::store_shared(to, make_uint4(v.r[0], v.r[1], v.r[2], v.r[3]));
+      }
+    };
+    move(row.table, split);
+    if (odd && c == split) c += 4;
+    move(row.content - 2 * position, filled);
+    c = part ? filled + part - 1 : split;
+    if (part ? c < chunks : odd && c < filled) {
+      auto channel = [&](int i) {
+        const int at = i < position ? row.table + 2 * i : row.content + 2 * (i - position);
+        return i < count ? uint32_t{*reinterpret_cast<const uint16_t*>(shared_memory() + at)} : 0u;
+      };
+#pragma unroll(kUnroll > 1 ? 4 : 1)
+      for (int i = 0; i < 8; i += 2) ptx::store_shared(place(c) + i, channel(c * 8 + i) | channel(c * 8 + i + 1) << 16);
+    }
+  });
+}
+
+// The moments of the keys of a tile, those of each_eight, which this warp has written. With Normalise the tile holds
+// xhat then. `report(r, visible, mean, rstd)` tells of each key, once.
+template <class T, int Keys, int Warps, bool Normalise, bool Roomy, class Report>
+__device__ __forceinline__ void measure_keys(const Problem& p, int64_t batch, int64_t first, T* tile, int warp,
+                                             Report report) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = ptx::hide(threadIdx.x) % 32, part = lane / 8, g = lane / 4;
+  const int count = ptx::hide(channels(p)), chunks = round_up(count, 16) / 8;
+  const bool norm = p.eps >= 0.0f, own = lane % 4 == part;  // has the sums of key g: it is lane 4 g + g / 2
+  each_eight<Keys, Warps>(warp, [&](int keys) {
     float mean = 0.0f, rstd = 1.0f;
     if (norm) {
       const T* rows = tile + keys * 8;
       const float share = 1.0f / count;
-      Sums sums = sum_keys<T, Keys>(rows, chunks, lane);
+      Sums sums = sum_keys<T, Keys, Roomy>(rows, chunks, lane);
       mean = sums.sum * share;
       float variance = sums.squares * share - mean * mean;
       // Where the mean is large the difference cancels. Then elements are near it, and what they differ by is exact.
@@ -323,25 +330,25 @@ __device__ __forceinline__ void make_keys(const Problem& p, int64_t batch, int64
       }
       rstd = rsqrtf(fmaxf(variance, 0.0f) + p.eps);
     }
-    const bool seen = __shfl_sync(kAll, visible, g);
-    if (own) report(keys + g, seen, mean, rstd);
+    if (own) report(keys + g, is_visible(p, batch, first + keys + g), mean, rstd);
     if constexpr (Normalise) {
-      const int of = lane % 8 * 4 + lane % 8 / 2;
+      const int of = lane % 8 * 4 + lane % 8 / 2, r = keys + lane % 8;
       mean = __shfl_sync(kAll, mean, of);
       rstd = __shfl_sync(kAll, rstd, of);
-      if (!visible || !norm) continue;
+      if (!norm || !is_visible(p, batch, first + r)) return;
       for (int c = part; c < chunks; c += 4) {
-        const Eight v = *reinterpret_cast<const Eight*>(place(c));
+        T* place = tile + (c * Keys + r) * 8;
+        const Eight v = *reinterpret_cast<const Eight*>(place);
         Eight normal{};
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
           const float low = (element<T>(v, i) - mean) * rstd, high = (element<T>(v, i + 1) - mean) * rstd;
           if (c * 8 + i < count) normal.r[i / 2] = pack<T>(low, c * 8 + i + 1 < count ? high : 0.0f);
         }
-        store(c, normal);
+        ptx::store_shared(place, make_uint4(normal.r[0], normal.r[1], normal.r[2], normal.r[3]));
       }
     }
-  }
+  });
 }
 
 // Rows of q or dout as an operand of Rows rows, by Threads threads; rows past the end and the padding become zeros. To
@@ -358,8 +365,11 @@ __device__ void load_query_rows(const Problem& p, const QueryRows& rows, int64_t
 }
 
 // Where a consumer stands: elements i of fragment j of an accumulator are row(i / 2), column 8 j + 2 t + i % 2.
+// (That a group's warps agree on its number only the shuffle tells: then the descriptors that follow from it are
+// uniform.)
 struct Consumer {
-  int group = threadIdx.x / kGroup, lane = threadIdx.x % 32, t = lane % 4;
+  int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kGroup), 0), lane = threadIdx.x % 32,
+      t = lane % 4;
   int first = threadIdx.x / 32 % kGroupWarps * 16 + lane / 4;
 
   __device__ int row(int half) const { return first + 8 * half; }
@@ -372,19 +382,18 @@ __device__ __forceinline__ void multiply_tile(float (&s)[Keys / 2], const T* row
   constexpr int kNextA = 2 * Rows, kNextB = 2 * Keys;  // two columns of 16 bytes, in units of them
   ptx::wgmma_fence();
   ptx::wgmma<T, false>(s, a, b, 0);
-  int k = 16;
+  auto multiply = [&](auto steps) {  // as many instructions, with distances that they know
+    ptx::wgmma_fence();              // ptxas wants one wherever control flow joins
+#pragma unroll
+    for (int i = 1; i <= steps.value; ++i) ptx::wgmma<T, false>(s, a + i * kNextA, b + i * kNextB, 1);
+    a += steps.value * kNextA;
+    b += steps.value * kNextB;
+  };
+  int left = depth / 16 - 1;
 #pragma unroll 1
-  for (; k + 16 < depth; k += 32) {
-    ptx::wgmma_fence();  // ptxas wants one wherever control flow joins
-    ptx::wgmma<T, false>(s, a + kNextA, b + kNextB, 1);
-    a += 2 * kNextA;
-    b += 2 * kNextB;
-    ptx::wgmma<T, false>(s, a, b, 1);
-  }
-  if (k < depth) {
-    ptx::wgmma_fence();
-    ptx::wgmma<T, false>(s, a + kNextA, b + kNextB, 1);
-  }
+  for (; left >= 4; left -= 4) multiply(std::integral_constant<int, 4>{});
+  if (left & 2) multiply(std::integral_constant<int, 2>{});
+  if (left & 1) multiply(std::integral_constant<int, 1>{});
   ptx::wgmma_fence();
 }
 

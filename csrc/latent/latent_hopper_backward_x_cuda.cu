@@ -10,7 +10,9 @@ namespace {
 // A tile of Tile::kKeys query rows: those of q and of dout.
 template <class T, class Tile>
 struct HopperXShared {
-  uint64_t *full, *empty, *weighed, *unweighed;
+  uint64_t *full, *empty;            // q of each tile
+  uint64_t *full_dout, *empty_dout;  // dout, which is first to come and to go
+  uint64_t *weighed, *unweighed;
   float *bias, *rstd;        // of each key
   float *shift, *delta;      // of each row of each tile
   float2* exchange;          // per group and key
@@ -20,8 +22,10 @@ struct HopperXShared {
 
   __host__ __device__ HopperXShared(const Problem& p, const Stages& stages, unsigned char* base) {
     Arena arena{base};
-    full = arena.take<uint64_t>(kMaxTiles);
-    empty = arena.take<uint64_t>(kMaxTiles);
+    full = arena.take<uint64_t>(2 * kMaxTiles);
+    empty = arena.take<uint64_t>(2 * kMaxTiles);
+    full_dout = full + kMaxTiles;
+    empty_dout = empty + kMaxTiles;
     weighed = arena.take<uint64_t>(Tile::kWeights);
     unweighed = arena.take<uint64_t>(Tile::kWeights);
     bias = arena.take<float>(kGroupRows);
@@ -63,36 +67,52 @@ __device__ void produce_rows(const Problem& p, const Plan& plan, const Backward&
   const Examples examples(p, plan, b);
   const int steps = static_cast<int>(ceil_div(p.rows, Tile::kKeys)), thread = threadIdx.x % kGroup;
   const int all = static_cast<int>(examples.last - examples.first) * steps;
-  auto fetch = [&](int count) {
-    const Turn turn(count, stages.tiles);
-    ptx::mbarrier_wait(shared.empty + turn.buffer, turn.parity);
-    const int64_t batch = examples.first + count / steps, first = int64_t{count % steps} * Tile::kKeys;
-    T* tile = shared.tiles + turn.buffer * 2 * shared.tile_elements;
-    load_query_rows<T, Tile::kKeys, kGroup>(p, p.q, batch, first, tile);
+  Turn fetched, told;
+  int64_t batch = examples.first, first = 0;  // to be fetched
+  auto fetch = [&] {
+    T* tile = shared.tiles + fetched.buffer * 2 * shared.tile_elements;
+    ptx::mbarrier_wait(shared.empty_dout + fetched.buffer, fetched.parity);
     load_query_rows<T, Tile::kKeys, kGroup>(p, b.dout, batch, first, tile + shared.tile_elements);
+    ptx::cp_async_commit();
+    ptx::mbarrier_wait(shared.empty + fetched.buffer, fetched.parity);
+    load_query_rows<T, Tile::kKeys, kGroup>(p, p.q, batch, first, tile);
     if (thread < Tile::kKeys) {
       const bool inside = first + thread < p.rows;
       const int64_t row = batch * p.rows + first + thread;
-      shared.shift[turn.buffer * Tile::kKeys + thread] = inside ? shift_of(b.lse[row]) : INFINITY;
-      shared.delta[turn.buffer * Tile::kKeys + thread] = inside ? b.delta[row] : 0.0f;
+      shared.shift[fetched.buffer * Tile::kKeys + thread] = inside ? shift_of(b.lse[row]) : INFINITY;
+      shared.delta[fetched.buffer * Tile::kKeys + thread] = inside ? b.delta[row] : 0.0f;
     }
     ptx::cp_async_commit();
+    fetched.advance(stages.tiles);
+    first += Tile::kKeys;
+    if (first >= p.rows) first = 0, ++batch;
   };
-  int fetched = 0;
+  auto tell = [&](uint64_t* barrier) {
+    ptx::fence_proxy_async();
+    arrive(barrier + told.buffer);
+  };
+  bool ready = false;  // the tile in hand has been fetched
 #pragma unroll 1
   for (int count = 0; count < all; ++count) {
     // A copy runs ahead where it waits for no tile that the one in hand is needed for: with a third one, but not into
     // the next example.
     const bool ahead = stages.tiles > 2 && (count + 1) % steps;
-#pragma unroll 1
-    while (fetched <= count + ahead) fetch(fetched++);
+    if (!ready) fetch();
     if (ahead) {
+      fetch();
+      ptx::cp_async_wait<3>();
+    } else {
       ptx::cp_async_wait<1>();
+    }
+    tell(shared.full_dout);
+    if (ahead) {
+      ptx::cp_async_wait<2>();
     } else {
       ptx::cp_async_wait<0>();
     }
-    ptx::fence_proxy_async();
-    arrive(shared.full + count % stages.tiles);
+    tell(shared.full);
+    told.advance(stages.tiles);
+    ready = ahead;
   }
 }
 
@@ -102,21 +122,26 @@ __device__ void make_xhat(const Problem& p, const Stages& stages, const HopperXS
                           int64_t first) {
   auto* raw = reinterpret_cast<unsigned char*>(shared.tiles);
   const int table = static_cast<int>(raw - shared_memory()), left = rows_left(p.keys, first, kGroupRows);
+  const int warp = threadIdx.x / 32;
   if (stages.raws) {
     if (p.position) stage_keys<T, kConsumerWarps>(table_part<T>(p, first), left, raw);
     if (p.content) stage_keys<T, kConsumerWarps>(content_part<T>(p, batch, first), left, raw + shared.raw_table(p));
   } else {
-    copy_keys<T, kGroupRows, kConsumerWarps>(p, batch, first, shared.keys);
+    copy_keys<T, kGroupRows, kConsumerWarps>(p, batch, first, shared.keys, warp);
   }
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   ptx::named_barrier(kConsuming, kConsumers);
-  make_keys<T, kGroupRows, kConsumerWarps, true>(p, batch, first, shared.keys, stages.raws > 0,
-                                                 {table, table + shared.raw_table(p)},
-                                                 [&](int r, bool visible, float, float rstd) {
-                                                   shared.bias[r] = visible ? 0.0f : -INFINITY;
-                                                   shared.rstd[r] = visible ? rstd : 0.0f;
-                                                 });
+  if (stages.raws) {
+    const Raws raws{table, table + shared.raw_table(p)};
+    move_keys<T, kGroupRows, kConsumerWarps, true>(p, batch, first, shared.keys, raws, warp);
+    __syncwarp();
+  }
+  measure_keys<T, kGroupRows, kConsumerWarps, true, true>(p, batch, first, shared.keys, warp,
+                                                          [&](int r, bool visible, float, float rstd) {
+                                                            shared.bias[r] = visible ? 0.0f : -INFINITY;
+                                                            shared.rstd[r] = visible ? rstd : 0.0f;
+                                                          });
   ptx::fence_proxy_async();
   ptx::named_barrier(kConsuming, kConsumers);
 }
@@ -198,17 +223,17 @@ __device__ __forceinline__ void consume_rows(const Problem& p, const Plan& plan,
   uint32_t weights[Tile::kKeys / 16][4], gradients[Tile::kKeys / 16][4];
 
   // Tiles and buffers are counted through all examples.
-  auto tile_of = [&](int count) { return shared.tiles + count % stages.tiles * 2 * shared.tile_elements; };
-  auto make_scores = [&](int count) {
-    const Turn turn(count, stages.tiles);
+  auto tile_of = [&](const Turn& turn) { return shared.tiles + turn.buffer * 2 * shared.tile_elements; };
+  auto make_scores = [&](const Turn& turn) {
+    ptx::mbarrier_wait(shared.full_dout + turn.buffer, turn.parity);
+    multiply_tile<T, kGroupRows, Tile::kKeys>(dp, shared.keys, tile_of(turn) + shared.tile_elements, padded(p));
     ptx::mbarrier_wait(shared.full + turn.buffer, turn.parity);
-    multiply_tile<T, kGroupRows, Tile::kKeys>(s, shared.keys, tile_of(count), padded(p));
-    multiply_tile<T, kGroupRows, Tile::kKeys>(dp, shared.keys, tile_of(count) + shared.tile_elements, padded(p));
+    multiply_tile<T, kGroupRows, Tile::kKeys>(s, shared.keys, tile_of(turn), padded(p));
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
   };
-  auto make_weights = [&](int count) {
-    const int row = static_cast<int>(count % stages.tiles) * Tile::kKeys + 2 * at.t;
+  auto make_weights = [&](const Turn& turn) {
+    const int row = turn.buffer * Tile::kKeys + 2 * at.t;
 #pragma unroll
     for (int j = 0; j < Tile::kKeys / 8; ++j) {
       const float2 shift = *reinterpret_cast<const float2*>(shared.shift + row + j * 8);
@@ -233,45 +258,55 @@ __device__ __forceinline__ void consume_rows(const Problem& p, const Plan& plan,
     ptx::fence_proxy_async();
     arrive(shared.weighed + turn.buffer);
   };
-  auto start_sums = [&](int count) {
+  auto start_sums = [&](const Turn& tile_turn, int count) {
     const Turn turn(count, Tile::kWeights);
     ptx::mbarrier_wait(shared.weighed + turn.buffer, turn.parity);
-    const T *own = buffer_of(turn.buffer), *tile = tile_of(count);
+    const T *own = buffer_of(turn.buffer), *tile = tile_of(tile_turn);
     ptx::wgmma_fence();
     multiply_weights<T, Tile>(sum, own, tile + shared.tile_elements, channel);
+    ptx::wgmma_commit();
     multiply_weights<T, Tile>(sum, own + kGroupRows * Tile::kKeys, tile, channel);
     ptx::wgmma_commit();
   };
 
   int first = 0;
+  Turn now;
 #pragma unroll 1
   for (int64_t batch = examples.first; batch < examples.last; ++batch, first += steps) {
     make_xhat(p, stages, shared, batch, examples.first_key);
     // A tile is free from here on, and again when it has been used, but for the next example's keys.
-    for (int i = 0; i < steps && i < static_cast<int>(stages.tiles); ++i)
-      arrive(shared.empty + (first + i) % stages.tiles);
+    Turn freed = now;
+    for (int i = 0; i < steps && i < static_cast<int>(stages.tiles); ++i, freed.advance(stages.tiles)) {
+      arrive(shared.empty_dout + freed.buffer);
+      arrive(shared.empty + freed.buffer);
+    }
     bias[0] = shared.bias[at.row(0)];
     bias[1] = shared.bias[at.row(1)];
     clear<Tile>(sum);
     if (first % 2 == at.group) {
-      make_scores(first);
-      make_weights(first);
+      make_scores(now);
+      make_weights(now);
       publish(first);
     }
 #pragma unroll 1
     for (int count = first + 1; count <= first + steps; ++count) {
+      const Turn before = now;
+      const bool again = count - 1 + static_cast<int>(stages.tiles) < first + steps;
+      now.advance(stages.tiles);
       if (count % 2 == at.group && count < first + steps) {
-        make_scores(count);
-        start_sums(count - 1);
-        make_weights(count);  // beside the sums of the tile before
+        make_scores(now);
+        start_sums(before, count - 1);
+        make_weights(now);  // beside the sums of the tile before
+        ptx::wgmma_wait<1>();
+        if (again) arrive(shared.empty_dout + before.buffer);
         publish(count);
-        ptx::wgmma_wait<0>();
       } else {
-        start_sums(count - 1);
-        ptx::wgmma_wait<0>();
+        start_sums(before, count - 1);
+        ptx::wgmma_wait<1>();
+        if (again) arrive(shared.empty_dout + before.buffer);
       }
-      const int next = count - 1 + static_cast<int>(stages.tiles);
-      if (next < first + steps) arrive(shared.empty + next % stages.tiles);
+      ptx::wgmma_wait<0>();
+      if (again) arrive(shared.empty + before.buffer);
       arrive(shared.unweighed + (count - 1) % Tile::kWeights);
     }
     ptx::named_barrier(kConsuming, kConsumers);  // nobody's products read xhat
@@ -286,7 +321,7 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(kAllThreads, 1)
     hopper_backward_x_kernel(Problem p, Plan plan, Backward b, Stages stages) {
 #ifdef MMK_HOPPER
-  begin<Tile>(HopperXShared<T, Tile>(p, stages, shared_memory()), stages);
+  begin<Tile>(HopperXShared<T, Tile>(p, stages, shared_memory()));
   if (threadIdx.x >= kConsumers) {
     ptx::release_registers<Tile::kProducerRegisters>();
     produce_rows<T, Tile>(p, plan, b, stages);

@@ -18,10 +18,10 @@ namespace {
 // What has the same place in every launch comes first, so that its addresses cost no registers.
 template <class T, class Tile, bool Backward>
 struct HopperShared {
-  uint64_t *full, *empty;         // tiles
-  uint64_t *weighed, *unweighed;  // weights are there, are done with
-  float *mean, *rstd, *bias;      // of each key of each tile
-  float *q_sum, *dout_sum;        // of each row
+  uint64_t *full, *measured, *empty;  // tiles: x (fp16: xhat) is there, moments are there, are done with
+  uint64_t *weighed, *unweighed;      // weights are there, are done with
+  float *mean, *rstd, *bias;          // of each key of each tile
+  float *q_sum, *dout_sum;            // of each row
   T* weights;
   float2* change;  // highest score and decay of each row that go with a buffer of weights
   float2* totals;  // per consumer group and row, where the weights were
@@ -31,8 +31,9 @@ struct HopperShared {
 
   __host__ __device__ HopperShared(const Problem& p, const Stages& stages, unsigned char* base) {
     Arena arena{base};
-    full = arena.take<uint64_t>(kMaxTiles);
-    empty = arena.take<uint64_t>(kMaxTiles);
+    full = arena.take<uint64_t>(2 * kMaxTiles);
+    measured = full + kMaxTiles;
+    empty = arena.take<uint64_t>(2 * kMaxTiles);
     weighed = arena.take<uint64_t>(Tile::kWeights);
     unweighed = arena.take<uint64_t>(Tile::kWeights);
     mean = arena.take<float>(kMaxTiles * Tile::kKeys);
@@ -73,11 +74,15 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
   const int steps = count_tiles<Tile>(share);
   constexpr bool kNormalise = std::is_same_v<T, fp16>;  // p r underflows in fp16, which bars the fold
   auto first_key = [&](int step) { return share.first_key + int64_t{step} * Tile::kKeys; };
-  auto await_empty = [&](int step) {
-    const Turn turn(step, stages.tiles);
-    ptx::mbarrier_wait(shared.empty + turn.buffer, turn.parity ^ 1);
+  auto tile_of = [&](const Turn& turn) { return shared.tiles + turn.buffer * shared.tile_elements; };
+  // Warps that have fewer keys of one tile have more of the next.
+  auto turned = [&](int step) {
+    const int warp = ptx::hide(threadIdx.x) / 32 % kGroupWarps;
+    return Tile::kKeys / 8 % kGroupWarps ? (warp + 2 * step) % kGroupWarps : warp;
   };
-  auto fetch = [&](int step) {
+  auto await_empty = [&](const Turn& turn) { ptx::mbarrier_wait(shared.empty + turn.buffer, turn.parity ^ 1); };
+  Turn made;
+  auto fetch = [&](int step, Turn fetched) {
     const int64_t first = first_key(step);
     if (step >= steps) {
     } else if (stages.raws) {
@@ -87,9 +92,8 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
       if (p.position) stage_keys<T, kGroupWarps>(table_part<T>(p, first), count, table);
       if (p.content) stage_keys<T, kGroupWarps>(content_part<T>(p, share.batch, first), count, content);
     } else {
-      await_empty(step);
-      copy_keys<T, Tile::kKeys, kGroupWarps>(p, share.batch, first,
-                                             shared.tiles + step % stages.tiles * shared.tile_elements);
+      await_empty(fetched);
+      copy_keys<T, Tile::kKeys, kGroupWarps>(p, share.batch, first, tile_of(fetched), turned(step));
     }
     ptx::cp_async_commit();
   };
@@ -98,30 +102,41 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
   const int ahead = stages.raws ? stages.raws == 2 : stages.tiles == 3;
 #pragma unroll 1
   for (int step = -ahead; step < steps; ++step) {
-    ptx::named_barrier(kProducing, kGroup);  // nobody reads what the next copy overwrites
-    fetch(step + ahead);
+    if (stages.raws) ptx::named_barrier(kProducing, kGroup);  // nobody reads what the next copy overwrites
+    Turn next = made;
+    if (ahead && step >= 0) next.advance(stages.tiles);
+    fetch(step + ahead, next);
     if (step < 0) continue;
     if (ahead) {
       ptx::cp_async_wait<1>();
     } else {
       ptx::cp_async_wait<0>();
     }
-    ptx::named_barrier(kProducing, kGroup);
-    if (stages.raws) await_empty(step);
-    const int stage = static_cast<int>(step % stages.tiles) * Tile::kKeys;
-    const int raw = stages.raws ? step & (stages.raws - 1) : 0;
-    const Raws raws{static_cast<int>(shared.raw_table - shared_memory()) + raw * shared.raw_table_bytes,
-                    static_cast<int>(shared.raw_content - shared_memory()) + raw * shared.raw_content_bytes};
-    make_keys<T, Tile::kKeys, kGroupWarps, kNormalise>(
-        p, share.batch, first_key(step), shared.tiles + step % stages.tiles * shared.tile_elements, stages.raws > 0,
-        raws, [&](int r, bool visible, float mean, float rstd) {
+    T* tile = tile_of(made);
+    if (stages.raws) {
+      ptx::named_barrier(kProducing, kGroup);
+      await_empty(made);
+      const int raw = step & (stages.raws - 1);
+      const Raws raws{static_cast<int>(shared.raw_table - shared_memory()) + raw * shared.raw_table_bytes,
+                      static_cast<int>(shared.raw_content - shared_memory()) + raw * shared.raw_content_bytes};
+      move_keys<T, Tile::kKeys, kGroupWarps, Tile::kRoomy>(p, share.batch, first_key(step), tile, raws, turned(step));
+    }
+    auto tell = [&](uint64_t* barrier) {
+      ptx::fence_proxy_async();
+      arrive(barrier + made.buffer);
+    };
+    if constexpr (!kNormalise) tell(shared.full);  // scores need no moments yet
+    __syncwarp();
+    const int stage = made.buffer * Tile::kKeys;
+    measure_keys<T, Tile::kKeys, kGroupWarps, kNormalise, Tile::kRoomy>(
+        p, share.batch, first_key(step), tile, turned(step), [&](int r, bool visible, float mean, float rstd) {
           shared.bias[stage + r] = visible ? 0.0f : -INFINITY;
           shared.mean[stage + r] = visible && !kNormalise ? mean : 0.0f;
           shared.rstd[stage + r] = !visible ? 0.0f : kNormalise ? 1.0f : rstd;
         });
-    ptx::fence_proxy_async();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.full + step % stages.tiles);
+    if constexpr (kNormalise) tell(shared.full);
+    arrive(shared.measured + made.buffer);
+    made.advance(stages.tiles);
   }
 }
 
@@ -187,19 +202,19 @@ __device__ __forceinline__ void publish_weights(const Shared& shared, const Cons
   arrive(shared.weighed + turn.buffer);
 }
 
-// sum += the weights of a tile times the tile, committed.
+// sum += the weights of tile `step`, which is at `turn`, times the tile; committed.
 template <class T, class Tile, class Shared>
 __device__ __forceinline__ void start_sums(float (&sum)[Tile::kParts][Tile::kWidth / 2], const Shared& shared,
-                                           const Stages& stages, int step, int channel) {
+                                           const Turn& turn, int step, int channel) {
   ptx::wgmma_fence();
   multiply_weights<T, Tile>(sum, shared.weights + step % Tile::kWeights * kGroupRows * Tile::kKeys,
-                            shared.tiles + step % stages.tiles * shared.tile_elements, channel);
+                            shared.tiles + turn.buffer * shared.tile_elements, channel);
   ptx::wgmma_commit();
 }
 
 template <class Tile, class Shared>
-__device__ __forceinline__ void release(const Shared& shared, const Stages& stages, int step) {
-  arrive(shared.empty + step % stages.tiles);
+__device__ __forceinline__ void release(const Shared& shared, const Turn& turn, int step) {
+  arrive(shared.empty + turn.buffer);
   arrive(shared.unweighed + step % Tile::kWeights);
 }
 
@@ -310,7 +325,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     hopper_tall_forward_kernel(Problem p, Plan plan, Forward f, Stages stages) {
 #ifdef MMK_HOPPER
   using Shared = HopperShared<T, Tile, false>;
-  begin<Tile>(Shared(p, stages, shared_memory()), stages);
+  begin<Tile>(Shared(p, stages, shared_memory()));
   if (threadIdx.x >= kConsumers) {
     ptx::release_registers<Tile::kProducerRegisters>();
     produce<T, Tile, Shared>(p, plan, stages);
@@ -328,18 +343,18 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     clear<Tile>(sum);
     Softmax mine;
 
-    auto tile_of = [&](int step) { return shared.tiles + step % stages.tiles * shared.tile_elements; };
-    auto start_scores = [&](int step) {
-      const Turn turn(step, stages.tiles);
+    auto tile_of = [&](const Turn& turn) { return shared.tiles + turn.buffer * shared.tile_elements; };
+    auto start_scores = [&](const Turn& turn) {
       ptx::mbarrier_wait(shared.full + turn.buffer, turn.parity);
-      multiply_tile<T, Tile::kRows, Tile::kKeys>(s, shared.q + group_row * 8, tile_of(step), padded(p));
+      multiply_tile<T, Tile::kRows, Tile::kKeys>(s, shared.q + group_row * 8, tile_of(turn), padded(p));
       ptx::wgmma_commit();
     };
-    auto make_weights = [&](int step) {
-      weigh<Tile>(s, mine, top, decay, scale, shared, step % stages.tiles, shared.q_sum + group_row, at);
+    auto make_weights = [&](const Turn& turn) {
+      ptx::mbarrier_wait(shared.measured + turn.buffer, turn.parity);
+      weigh<Tile>(s, mine, top, decay, scale, shared, turn.buffer, shared.q_sum + group_row, at);
     };
-    auto start_sums = [&](int step) {
-      const uint64_t b = ptx::descriptor(tile_of(step), 128, Tile::kKeys * 16);
+    auto start_sums = [&](const Turn& turn) {
+      const uint64_t b = ptx::descriptor(tile_of(turn), 128, Tile::kKeys * 16);
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < Tile::kKeys / 16; ++k) {
@@ -352,29 +367,32 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       ptx::wgmma_commit();
     };
     // The tensor cores have read the weights before. (Packed beside their reading, ptxas would wait for every product.)
-    auto round_weights = [&](int step) {
-      pack_weights<T, Tile>(weights, s, mine, shared, step % stages.tiles, at);
+    auto round_weights = [&](const Turn& turn) {
+      pack_weights<T, Tile>(weights, s, mine, shared, turn.buffer, at);
 #pragma unroll
       for (int k = 0; k < Tile::kKeys / 16; ++k) ptx::hold(weights[k]);
     };
+    Turn now;
     if (steps > 0) {
-      start_scores(0);
+      start_scores(now);
       ptx::wgmma_wait<0>();
-      make_weights(0);
-      round_weights(0);
+      make_weights(now);
+      round_weights(now);
     }
     for (int step = 1; step < steps; ++step) {
-      start_scores(step);
-      start_sums(step - 1);
+      const Turn before = now;
+      now.advance(stages.tiles);
+      start_scores(now);
+      start_sums(before);
       ptx::wgmma_wait<1>();
-      make_weights(step);  // beside the sums of the step before
+      make_weights(now);  // beside the sums of the step before
       ptx::wgmma_wait<0>();
-      arrive(shared.empty + (step - 1) % stages.tiles);
+      arrive(shared.empty + before.buffer);
       shrink<Tile>(sum, decay);
-      round_weights(step);
+      round_weights(now);
     }
     if (steps > 0) {
-      start_sums(steps - 1);
+      start_sums(now);
       ptx::wgmma_wait<0>();
     }
 
@@ -395,7 +413,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     hopper_forward_kernel(Problem p, Plan plan, Forward f, Stages stages) {
 #ifdef MMK_HOPPER
   using Shared = HopperShared<T, Tile, false>;
-  begin<Tile>(Shared(p, stages, shared_memory()), stages);
+  begin<Tile>(Shared(p, stages, shared_memory()));
   if (threadIdx.x >= kConsumers) {
     ptx::release_registers<Tile::kProducerRegisters>();
     produce<T, Tile, Shared>(p, plan, stages);
@@ -414,16 +432,16 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     float s[Tile::kKeys / 2], top[2] = {-INFINITY, -INFINITY}, decay[2];
     uint32_t packed[Tile::kKeys / 16][4];
 
-    auto start_scores = [&](int step) {
-      const Turn turn(step, stages.tiles);
+    auto start_scores = [&](const Turn& turn) {
       ptx::mbarrier_wait(shared.full + turn.buffer, turn.parity);
       multiply_tile<T, kGroupRows, Tile::kKeys>(s, shared.q, shared.tiles + turn.buffer * shared.tile_elements,
                                                 padded(p));
       ptx::wgmma_commit();
     };
-    auto make_weights = [&](int step) {
-      weigh<Tile>(s, mine, top, decay, scale, shared, step % stages.tiles, shared.q_sum, at);
-      pack_weights<T, Tile>(packed, s, mine, shared, step % stages.tiles, at);
+    auto make_weights = [&](const Turn& turn) {
+      ptx::mbarrier_wait(shared.measured + turn.buffer, turn.parity);
+      weigh<Tile>(s, mine, top, decay, scale, shared, turn.buffer, shared.q_sum, at);
+      pack_weights<T, Tile>(packed, s, mine, shared, turn.buffer, at);
     };
     auto publish = [&](int step) {
       publish_weights<T, Tile>(shared, at, packed, step, [&](int buffer) {
@@ -447,28 +465,31 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       }
       shrink<Tile>(sum, decays);
     };
+    Turn now;
     if (at.group == 0 && steps > 0) {
-      start_scores(0);
+      start_scores(now);
       ptx::wgmma_wait<0>();
-      make_weights(0);
+      make_weights(now);
       publish(0);
     }
     for (int step = 1; step <= steps; ++step) {
+      const Turn before = now;
+      now.advance(stages.tiles);
       if (step % 2 == at.group && step < steps) {
-        start_scores(step);
+        start_scores(now);
         ptx::wgmma_wait<0>();
         await_weights(step - 1, true);
-        start_sums<T, Tile>(sum, shared, stages, step - 1, channel);
-        make_weights(step);  // beside the sums of the step before
+        start_sums<T, Tile>(sum, shared, before, step - 1, channel);
+        make_weights(now);  // beside the sums of the step before
         if constexpr (Tile::kWeights == 2) publish(step);
         ptx::wgmma_wait<0>();
-        release<Tile>(shared, stages, step - 1);
+        release<Tile>(shared, before, step - 1);
         if constexpr (Tile::kWeights == 1) publish(step);
       } else {
         await_weights(step - 1, step % 2 == at.group);
-        start_sums<T, Tile>(sum, shared, stages, step - 1, channel);
+        start_sums<T, Tile>(sum, shared, before, step - 1, channel);
         ptx::wgmma_wait<0>();
-        release<Tile>(shared, stages, step - 1);
+        release<Tile>(shared, before, step - 1);
       }
     }
 
@@ -498,7 +519,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     hopper_backward_q_kernel(Problem p, Plan plan, Backward b, Stages stages) {
 #ifdef MMK_HOPPER
   using Shared = HopperShared<T, Tile, true>;
-  begin<Tile>(Shared(p, stages, shared_memory()), stages);
+  begin<Tile>(Shared(p, stages, shared_memory()));
   if (threadIdx.x >= kConsumers) {
     ptx::release_registers<Tile::kProducerRegisters>();
     produce<T, Tile, Shared>(p, plan, stages);
@@ -524,8 +545,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     uint32_t packed[Tile::kKeys / 16][4];
     clear<Tile>(sum);
 
-    auto make_scores = [&](int step) {
-      const Turn turn(step, stages.tiles);
+    auto make_scores = [&](const Turn& turn) {
       ptx::mbarrier_wait(shared.full + turn.buffer, turn.parity);
       const T* tile = shared.tiles + turn.buffer * shared.tile_elements;
       multiply_tile<T, kGroupRows, Tile::kKeys>(s, shared.q, tile, padded(p));
@@ -534,8 +554,9 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       ptx::wgmma_wait<0>();
     };
     // The gradients of the scores times rstd, packed.
-    auto make_weights = [&](int step) {
-      const int key = step % stages.tiles * Tile::kKeys + 2 * at.t;
+    auto make_weights = [&](const Turn& turn) {
+      ptx::mbarrier_wait(shared.measured + turn.buffer, turn.parity);
+      const int key = turn.buffer * Tile::kKeys + 2 * at.t;
 #pragma unroll
       for (int j = 0; j < Tile::kKeys / 8; ++j) {
         const float2 mean = *reinterpret_cast<const float2*>(shared.mean + key + j * 8);
@@ -562,26 +583,28 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       ptx::mbarrier_wait(shared.weighed + turn.buffer, turn.parity);
     };
 
+    Turn now;
     if (at.group == 0 && steps > 0) {
-      make_scores(0);
-      make_weights(0);
+      make_scores(now);
+      make_weights(now);
       publish(0);
     }
     for (int step = 1; step <= steps; ++step) {
-      const bool mine = step % 2 == at.group && step < steps;
-      if (mine) {
-        make_scores(step);
+      const Turn before = now;
+      now.advance(stages.tiles);
+      if (step % 2 == at.group && step < steps) {
+        make_scores(now);
         await_weights(step - 1);
-        start_sums<T, Tile>(sum, shared, stages, step - 1, channel);
-        make_weights(step);
+        start_sums<T, Tile>(sum, shared, before, step - 1, channel);
+        make_weights(now);
         publish(step);
         ptx::wgmma_wait<0>();
       } else {
         await_weights(step - 1);
-        start_sums<T, Tile>(sum, shared, stages, step - 1, channel);
+        start_sums<T, Tile>(sum, shared, before, step - 1, channel);
         ptx::wgmma_wait<0>();
       }
-      release<Tile>(shared, stages, step - 1);
+      release<Tile>(shared, before, step - 1);
     }
 
     ptx::named_barrier(kConsuming, kConsumers);
