@@ -13,20 +13,36 @@ namespace {
 
 constexpr int kGroupRows = 64, kGroup = 128, kConsumers = 2 * kGroup, kAllThreads = 3 * kGroup;
 constexpr int kConsumerWarps = kConsumers / 32, kGroupWarps = kGroup / 32;
+// Registers of whoever takes moments: `much` for several loads in flight, `little` for one sum at a time.
+enum class Room { little, some, much };
 enum NamedBarrier { kProducing = 1, kConsuming = 2 };
 
 // A tile of Keys keys; a warpgroup accumulates Parts instructions of Width channels. With buffers of weights both
 // groups have the same 64 rows, and half of the channels each: with two buffers the weights of a tile are made beside
-// the sums of the tile before, with one after them. Without (a tall tile), each has 64 rows of its own and all
-// channels.
-template <int Keys, int Width, int Parts, int Weights>
+// the sums of the tile before, with one after them. Of these rows the block may have fewer of its own; what the tensor
+// cores make of the others is dropped. Without (a tall tile), each has 64 rows of its own and all channels.
+template <int Keys, int Width, int Parts, int Weights, int Rows = Weights ? kGroupRows : 2 * kGroupRows>
 struct HopperTile {
   static constexpr int kKeys = Keys, kWidth = Width, kParts = Parts, kHalf = Width * Parts, kWeights = Weights;
-  static constexpr int kRows = Weights ? kGroupRows : 2 * kGroupRows, kChannels = Weights ? 2 * kHalf : kHalf;
+  static constexpr bool kScorer = false;
+  static constexpr int kThreads = kAllThreads;
+  static constexpr int kRows = Rows, kChannels = Weights ? 2 * kHalf : kHalf;
+  // Its halves are given back one after the other, each to the two warps that fill it.
+  static constexpr bool kHalves = Weights && Keys == 32;
   // The three shares of 63 K registers.
   static constexpr int kConsumerRegisters = Weights && kHalf > 256 ? 232 : kHalf > 272 ? 224 : 216;
   static constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
-  static constexpr bool kRoomy = kProducerRegisters > 40;  // loops of the producer may have several loads in flight
+  static constexpr Room kRoom = kProducerRegisters > 40 ? Room::much : Room::some;
+};
+
+// The same with a fourth warpgroup that makes all the weights, where the scores have no room beside the sums. The
+// producer has few registers left: rows must be such as are copied straight into their tile.
+template <int Keys, int Width, int Parts, int Rows>
+struct ScoredTile : HopperTile<Keys, Width, Parts, 1, Rows> {
+  static constexpr bool kScorer = true;
+  static constexpr Room kRoom = Room::little;
+  static constexpr int kThreads = kAllThreads + kGroup;
+  static constexpr int kConsumerRegisters = 208, kScorerRegisters = 64, kProducerRegisters = 32;
 };
 
 // How shared memory is used, decided by the launcher.
@@ -96,7 +112,12 @@ __device__ __forceinline__ void copy_keys(const Problem& p, int64_t batch, int64
     int c = lane / 8;
     T* to = tile + (c * Keys + r) * 8;
     auto copy = [&](const T* from, int end) {
-#pragma unroll 4
+#pragma unroll 1
+      for (; c + 12 < end; c += 16, from += 16 * 8, to += 16 * Keys * 8) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ptx::cp_async<16>(to + i * 4 * Keys * 8, from + i * 4 * 8);
+      }
+#pragma unroll 1
       for (; c < end; c += 4, from += 4 * 8, to += 4 * Keys * 8) ptx::cp_async<16>(to, from);
     };
     if (split) copy(table_part<T>(p, first).row(r) + c * 8, min(split, last));
@@ -201,15 +222,15 @@ __device__ __forceinline__ Sums own_sums(const float (&d)[4], int lane) {
   return lane / 4 % 2 ? Sums{d[3], d[1]} : Sums{d[2], d[0]};
 }
 
-template <class T, int Keys, bool Roomy>
+template <class T, int Keys, Room kRoom>
 __device__ __forceinline__ Sums sum_keys(const T* rows, int chunks, int lane) {
   rows += (lane / 8 * Keys + lane % 8) * 8;
   float d[4] = {}, other[4] = {};
   auto add = [&](const uint32_t (&x)[4]) {
     add_squares<T>(d, x[0], x[1]);
-    add_squares<T>(other, x[2], x[3]);
+    add_squares<T>(kRoom == Room::little ? d : other, x[2], x[3]);
   };
-  if constexpr (Roomy) {
+  if constexpr (kRoom == Room::much) {
 #pragma unroll 1
     for (; chunks >= 8; chunks -= 8, rows += 8 * Keys * 8) {
       uint32_t x[4], y[4];
@@ -257,10 +278,10 @@ __device__ __forceinline__ Sums sum_differences(const T* rows, int count, float 
 }
 
 // Raw copies of the keys from `first` on become a tile, those of each_eight.
-template <class T, int Keys, int Warps, bool Roomy>
+template <class T, int Keys, int Warps, Room kRoom>
 __device__ __forceinline__ void move_keys(const Problem& p, int64_t batch, int64_t first, T* tile, const Raws& raws,
                                           int warp) {
-  [[maybe_unused]] constexpr int kUnroll = Roomy ? 2 : 1;
+  [[maybe_unused]] constexpr int kUnroll = kRoom == Room::much ? 2 : 1;
   const int lane = ptx::hide(threadIdx.x) % 32, part = lane / 8;
   const int count = ptx::hide(channels(p)), chunks = round_up(count, 16) / 8;
   each_eight<Keys, Warps>(warp, [&](int keys) {
@@ -303,26 +324,27 @@ __device__ __forceinline__ void move_keys(const Problem& p, int64_t batch, int64
 
 // The moments of the keys of a tile, those of each_eight, which this warp has written. With Normalise the tile holds
 // xhat then. `report(r, visible, mean, rstd)` tells of each key, once.
-template <class T, int Keys, int Warps, bool Normalise, bool Roomy, class Report>
+template <class T, int Keys, int Warps, bool Normalise, Room kRoom, class Report>
 __device__ __forceinline__ void measure_keys(const Problem& p, int64_t batch, int64_t first, T* tile, int warp,
                                              Report report) {
   constexpr unsigned kAll = 0xffffffffu;
-  const int lane = ptx::hide(threadIdx.x) % 32, part = lane / 8, g = lane / 4;
   const int count = ptx::hide(channels(p)), chunks = round_up(count, 16) / 8;
-  const bool norm = p.eps >= 0.0f, own = lane % 4 == part;  // has the sums of key g: it is lane 4 g + g / 2
+  const bool norm = p.eps >= 0.0f;
+  auto lane_now = [] { return static_cast<int>(ptx::hide(threadIdx.x) % 32); };
+  auto owns = [](int lane) { return lane % 4 == lane / 8; };  // the sums of key lane / 4: it is lane 4 g + g / 2
   each_eight<Keys, Warps>(warp, [&](int keys) {
     float mean = 0.0f, rstd = 1.0f;
     if (norm) {
-      const T* rows = tile + keys * 8;
+      Sums sums = sum_keys<T, Keys, kRoom>(tile + keys * 8, chunks, lane_now());
       const float share = 1.0f / count;
-      Sums sums = sum_keys<T, Keys, Roomy>(rows, chunks, lane);
       mean = sums.sum * share;
       float variance = sums.squares * share - mean * mean;
       // Where the mean is large the difference cancels. Then elements are near it, and what they differ by is exact.
-      const bool again = own && 64.0f * variance < mean * mean;
+      const int lane = lane_now();
+      const bool again = owns(lane) && 64.0f * variance < mean * mean;
       if (__any_sync(kAll, again)) {
-        const float about = to_float(from_float<T>(__shfl_sync(kAll, mean, lane - lane % 4 + part)));
-        sums = sum_differences<T, Keys>(rows, count, about, lane);
+        const float about = to_float(from_float<T>(__shfl_sync(kAll, mean, lane - lane % 4 + lane / 8)));
+        sums = sum_differences<T, Keys>(tile + ptx::hide(keys) * 8, count, about, lane);
         if (again) {
           mean = about + sums.sum * share;
           variance = (sums.squares - sums.sum * sums.sum * share) * share;
@@ -330,13 +352,14 @@ __device__ __forceinline__ void measure_keys(const Problem& p, int64_t batch, in
       }
       rstd = rsqrtf(fmaxf(variance, 0.0f) + p.eps);
     }
-    if (own) report(keys + g, is_visible(p, batch, first + keys + g), mean, rstd);
+    const int lane = lane_now(), g = lane / 4;
+    if (owns(lane)) report(keys + g, is_visible(p, batch, first + keys + g), mean, rstd);
     if constexpr (Normalise) {
       const int of = lane % 8 * 4 + lane % 8 / 2, r = keys + lane % 8;
       mean = __shfl_sync(kAll, mean, of);
       rstd = __shfl_sync(kAll, rstd, of);
       if (!norm || !is_visible(p, batch, first + r)) return;
-      for (int c = part; c < chunks; c += 4) {
+      for (int c = lane / 8; c < chunks; c += 4) {
         T* place = tile + (c * Keys + r) * 8;
         const Eight v = *reinterpret_cast<const Eight*>(place);
         Eight normal{};
@@ -397,14 +420,14 @@ __device__ __forceinline__ void multiply_tile(float (&s)[Keys / 2], const T* row
   ptx::wgmma_fence();
 }
 
-// sum += weights tile over this group's channels, which begin at `channel`; not committed.
-template <class T, class Tile>
+// sum += weights tile over this group's channels, which begin at `channel`, and keys First to Last; not committed.
+template <class T, class Tile, int First = 0, int Last = Tile::kKeys>
 __device__ __forceinline__ void multiply_weights(float (&sum)[Tile::kParts][Tile::kWidth / 2], const T* weights,
                                                  const T* tile, int channel) {
   const uint64_t a = ptx::descriptor(weights, kGroupRows * 16, 128);
   const uint64_t b = ptx::descriptor(tile + channel * Tile::kKeys, 128, Tile::kKeys * 16);
 #pragma unroll
-  for (int k = 0; k < Tile::kKeys / 16; ++k) {
+  for (int k = First / 16; k < Last / 16; ++k) {
 #pragma unroll
     for (int part = 0; part < Tile::kParts; ++part) {
       ptx::wgmma<T, true>(sum[part], a + k * 2 * kGroupRows, b + k * 16 + part * (Tile::kWidth / 8) * Tile::kKeys, 1);
@@ -422,7 +445,7 @@ __device__ __forceinline__ void unpack(uint32_t two, float& low, float& high) {
 // One warp speaks for its lanes, which have done what it says.
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+  if (ptx::hide(threadIdx.x) % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
 // The first channel of this group, and the first that it stores: the second group's may overlap the first's.
@@ -460,7 +483,7 @@ __device__ __forceinline__ void clear(float (&sum)[Tile::kParts][Tile::kWidth / 
 template <class... Parameters>
 struct HopperChoice {
   void (*kernel)(Parameters...) = nullptr;
-  int rows = 1, columns = 1, bytes = 0;
+  int rows = 1, columns = 1, threads = kAllThreads, bytes = 0;
   Stages stages{};
 };
 
@@ -484,8 +507,10 @@ void first_hopper_fit(const Problem& p, const Device& device, int64_t rows, Kern
   auto attempt = [&](auto tile, const Stages& stages) {
     using Tile = decltype(tile);
     const int bytes = Shared<T, Tile>(p, stages, nullptr).bytes;
-    if (choice.kernel || Tile::kChannels != width || 2 * rows <= Tile::kRows || bytes > device.shared) return;
-    choice = {kernels(tile), Tile::kRows, Tile::kKeys, bytes, stages};
+    if (choice.kernel || (Tile::kScorer && (stages.raws || stages.tiles != 2)) || Tile::kChannels != width ||
+        2 * rows <= Tile::kRows || bytes > device.shared)
+      return;
+    choice = {kernels(tile), Tile::kRows, Tile::kKeys, Tile::kThreads, bytes, stages};
   };
   if (aligned_keys(p)) {
     ((attempt(Tiles{}, kDirect[0]), attempt(Tiles{}, kDirect[1])), ...);

@@ -134,14 +134,14 @@ __device__ void make_xhat(const Problem& p, const Stages& stages, const HopperXS
   ptx::named_barrier(kConsuming, kConsumers);
   if (stages.raws) {
     const Raws raws{table, table + shared.raw_table(p)};
-    move_keys<T, kGroupRows, kConsumerWarps, true>(p, batch, first, shared.keys, raws, warp);
+    move_keys<T, kGroupRows, kConsumerWarps, Room::much>(p, batch, first, shared.keys, raws, warp);
     __syncwarp();
   }
-  measure_keys<T, kGroupRows, kConsumerWarps, true, true>(p, batch, first, shared.keys, warp,
-                                                          [&](int r, bool visible, float, float rstd) {
-                                                            shared.bias[r] = visible ? 0.0f : -INFINITY;
-                                                            shared.rstd[r] = visible ? rstd : 0.0f;
-                                                          });
+  measure_keys<T, kGroupRows, kConsumerWarps, true, Room::much>(p, batch, first, shared.keys, warp,
+                                                                [&](int r, bool visible, float, float rstd) {
+                                                                  shared.bias[r] = visible ? 0.0f : -INFINITY;
+                                                                  shared.rstd[r] = visible ? rstd : 0.0f;
+                                                                });
   ptx::fence_proxy_async();
   ptx::named_barrier(kConsuming, kConsumers);
 }
@@ -365,6 +365,6 @@ extern "C" int mmk_latent_hopper_bwd_x(const Problem* p, const Plan* plan, const
   return with_short_type(p->type, [&](auto zero) {
     const auto choice = choose_hopper_backward_x<decltype(zero)>(*p, device);
     const dim3 grid(static_cast<unsigned>(plan->key_tiles * (b->dtable ? 1 : p->batch)));
-    return mmk::launch(choice.kernel, grid, dim3(kAllThreads), choice.bytes, stream, *p, *plan, *b, choice.stages);
+    return mmk::launch(choice.kernel, grid, dim3(choice.threads), choice.bytes, stream, *p, *plan, *b, choice.stages);
   });
 }

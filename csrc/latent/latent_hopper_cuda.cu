@@ -21,6 +21,7 @@ struct HopperShared {
   uint64_t *full, *measured, *empty;  // tiles: x (fp16: xhat) is there, moments are there, are done with
   uint64_t *weighed, *unweighed;      // weights are there, are done with
   float *mean, *rstd, *bias;          // of each key of each tile
+  float4* row;                        // gradient of q, of each row: sums of q and dout, shift of the scores, delta
   float *q_sum, *dout_sum;            // of each row
   T* weights;
   float2* change;  // highest score and decay of each row that go with a buffer of weights
@@ -39,10 +40,12 @@ struct HopperShared {
     mean = arena.take<float>(kMaxTiles * Tile::kKeys);
     rstd = arena.take<float>(kMaxTiles * Tile::kKeys);
     bias = arena.take<float>(kMaxTiles * Tile::kKeys);
-    q_sum = arena.take<float>(Tile::kRows);
-    dout_sum = arena.take<float>(Backward ? Tile::kRows : 0);
-    change = arena.take<float2>(Backward ? 0 : Tile::kWeights * Tile::kRows);
-    weights = arena.take<T>(Tile::kWeights * Tile::kRows * Tile::kKeys);
+    constexpr int kRows = Tile::kRows > kGroupRows ? Tile::kRows : kGroupRows;
+    row = arena.take<float4>(Backward ? kRows : 0);
+    q_sum = arena.take<float>(kRows);
+    dout_sum = arena.take<float>(Backward ? kRows : 0);
+    change = arena.take<float2>(Backward ? 0 : Tile::kWeights * kRows);
+    weights = arena.take<T>(Tile::kWeights * kRows * Tile::kKeys);
     totals = reinterpret_cast<float2*>(weights);
     static_assert(!Tile::kWeights || 2 * sizeof(float2) <= Tile::kWeights * Tile::kKeys * sizeof(T));
     q = arena.take<T>(Tile::kRows * padded(p));
@@ -72,6 +75,7 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
   const Shared shared(p, stages, shared_memory());
   const Share share(p, plan, Tile::kRows, Tile::kKeys);
   const int steps = count_tiles<Tile>(share);
+  const unsigned raws = Tile::kScorer ? 0 : stages.raws, tiles = Tile::kScorer ? 2 : stages.tiles;
   constexpr bool kNormalise = std::is_same_v<T, fp16>;  // p r underflows in fp16, which bars the fold
   auto first_key = [&](int step) { return share.first_key + int64_t{step} * Tile::kKeys; };
   auto tile_of = [&](const Turn& turn) { return shared.tiles + turn.buffer * shared.tile_elements; };
@@ -80,13 +84,16 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
     const int warp = ptx::hide(threadIdx.x) / 32 % kGroupWarps;
     return Tile::kKeys / 8 % kGroupWarps ? (warp + 2 * step) % kGroupWarps : warp;
   };
-  auto await_empty = [&](const Turn& turn) { ptx::mbarrier_wait(shared.empty + turn.buffer, turn.parity ^ 1); };
+  auto await_empty = [&](const Turn& turn) {
+    const int half = Tile::kHalves && turned(0) >= kGroupWarps / 2 ? kMaxTiles : 0;
+    ptx::mbarrier_wait(shared.empty + half + turn.buffer, turn.parity ^ 1);
+  };
   Turn made;
   auto fetch = [&](int step, Turn fetched) {
     const int64_t first = first_key(step);
     if (step >= steps) {
-    } else if (stages.raws) {
-      const int raw = step & (stages.raws - 1), count = rows_left(p.keys, first, Tile::kKeys);
+    } else if (raws) {
+      const int raw = step & (raws - 1), count = rows_left(p.keys, first, Tile::kKeys);
       unsigned char *table = shared.raw_table + raw * shared.raw_table_bytes,
                     *content = shared.raw_content + raw * shared.raw_content_bytes;
       if (p.position) stage_keys<T, kGroupWarps>(table_part<T>(p, first), count, table);
@@ -99,12 +106,13 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
   };
   // A copy may run ahead where it waits for no tile that the one in hand is needed for: with a second raw copy, or a
   // third tile.
-  const int ahead = stages.raws ? stages.raws == 2 : stages.tiles == 3;
+  const int ahead = raws ? raws == 2 : tiles == 3;
 #pragma unroll 1
   for (int step = -ahead; step < steps; ++step) {
-    if (stages.raws) ptx::named_barrier(kProducing, kGroup);  // nobody reads what the next copy overwrites
+    if (raws) ptx::named_barrier(kProducing, kGroup);       // nobody reads what the next copy overwrites
+    if constexpr (Tile::kScorer) made = Turn(step, tiles);  // and nothing that outlives a tile
     Turn next = made;
-    if (ahead && step >= 0) next.advance(stages.tiles);
+    if (ahead && step >= 0) next.advance(tiles);
     fetch(step + ahead, next);
     if (step < 0) continue;
     if (ahead) {
@@ -113,13 +121,13 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
       ptx::cp_async_wait<0>();
     }
     T* tile = tile_of(made);
-    if (stages.raws) {
+    if (raws) {
       ptx::named_barrier(kProducing, kGroup);
       await_empty(made);
-      const int raw = step & (stages.raws - 1);
-      const Raws raws{static_cast<int>(shared.raw_table - shared_memory()) + raw * shared.raw_table_bytes,
+      const int raw = step & (raws - 1);
+      const Raws rows{static_cast<int>(shared.raw_table - shared_memory()) + raw * shared.raw_table_bytes,
                       static_cast<int>(shared.raw_content - shared_memory()) + raw * shared.raw_content_bytes};
-      move_keys<T, Tile::kKeys, kGroupWarps, Tile::kRoomy>(p, share.batch, first_key(step), tile, raws, turned(step));
+      move_keys<T, Tile::kKeys, kGroupWarps, Tile::kRoom>(p, share.batch, first_key(step), tile, rows, turned(step));
     }
     auto tell = [&](uint64_t* barrier) {
       ptx::fence_proxy_async();
@@ -128,7 +136,7 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
     if constexpr (!kNormalise) tell(shared.full);  // scores need no moments yet
     __syncwarp();
     const int stage = made.buffer * Tile::kKeys;
-    measure_keys<T, Tile::kKeys, kGroupWarps, kNormalise, Tile::kRoomy>(
+    measure_keys<T, Tile::kKeys, kGroupWarps, kNormalise, Tile::kRoom>(
         p, share.batch, first_key(step), tile, turned(step), [&](int r, bool visible, float mean, float rstd) {
           shared.bias[stage + r] = visible ? 0.0f : -INFINITY;
           shared.mean[stage + r] = visible && !kNormalise ? mean : 0.0f;
@@ -136,7 +144,7 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
         });
     if constexpr (kNormalise) tell(shared.full);
     arrive(shared.measured + made.buffer);
-    made.advance(stages.tiles);
+    made.advance(tiles);
   }
 }
 
@@ -145,17 +153,17 @@ __device__ void produce(const Problem& p, const Plan& plan, const Stages& stages
 // The sums of rows of q or dout, by all consumers.
 template <class T, int Rows>
 __device__ void sum_query_rows(const Problem& p, const T* tile, float* sums) {
-  constexpr int kShares = kConsumers / Rows;
-  const int r = threadIdx.x / kShares;
+  constexpr int kShares = Rows > kGroupRows ? 2 : 4;
+  const int r = threadIdx.x / kShares, chunks = r < Rows ? padded(p) / 8 : 0;
   float sum = 0.0f;
-  for (int c = threadIdx.x % kShares; c < padded(p) / 8; c += kShares) {
+  for (int c = threadIdx.x % kShares; c < chunks; c += kShares) {
     const Eight v = *reinterpret_cast<const Eight*>(tile + (c * Rows + r) * 8);
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += element<T>(v, i);
   }
 #pragma unroll
   for (int bit = 1; bit < kShares; bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
-  if (threadIdx.x % kShares == 0) sums[r] = sum;
+  if (threadIdx.x % kShares == 0 && r < Rows) sums[r] = sum;
 }
 
 // Writes (sum - moment) * factor of this group's channels to a row.
@@ -206,15 +214,27 @@ __device__ __forceinline__ void publish_weights(const Shared& shared, const Cons
 template <class T, class Tile, class Shared>
 __device__ __forceinline__ void start_sums(float (&sum)[Tile::kParts][Tile::kWidth / 2], const Shared& shared,
                                            const Turn& turn, int step, int channel) {
+  const T* weights = shared.weights + step % Tile::kWeights * kGroupRows * Tile::kKeys;
+  const T* tile = shared.tiles + turn.buffer * shared.tile_elements;
+  constexpr int kFirst = Tile::kHalves ? Tile::kKeys / 2 : Tile::kKeys;
   ptx::wgmma_fence();
-  multiply_weights<T, Tile>(sum, shared.weights + step % Tile::kWeights * kGroupRows * Tile::kKeys,
-                            shared.tiles + turn.buffer * shared.tile_elements, channel);
+  multiply_weights<T, Tile, 0, kFirst>(sum, weights, tile, channel);
   ptx::wgmma_commit();
+  if constexpr (Tile::kHalves) {
+    multiply_weights<T, Tile, kFirst, Tile::kKeys>(sum, weights, tile, channel);
+    ptx::wgmma_commit();
+  }
 }
 
+// Waits for these sums, and gives back what they have read.
 template <class Tile, class Shared>
-__device__ __forceinline__ void release(const Shared& shared, const Turn& turn, int step) {
-  arrive(shared.empty + turn.buffer);
+__device__ __forceinline__ void finish_sums(const Shared& shared, const Turn& turn, int step) {
+  if constexpr (Tile::kHalves) {
+    ptx::wgmma_wait<1>();
+    arrive(shared.empty + turn.buffer);
+  }
+  ptx::wgmma_wait<0>();
+  arrive(shared.empty + (Tile::kHalves ? kMaxTiles : 0) + turn.buffer);
   arrive(shared.unweighed + step % Tile::kWeights);
 }
 
@@ -482,14 +502,12 @@ __global__ void __launch_bounds__(kAllThreads, 1)
         start_sums<T, Tile>(sum, shared, before, step - 1, channel);
         make_weights(now);  // beside the sums of the step before
         if constexpr (Tile::kWeights == 2) publish(step);
-        ptx::wgmma_wait<0>();
-        release<Tile>(shared, before, step - 1);
+        finish_sums<Tile>(shared, before, step - 1);
         if constexpr (Tile::kWeights == 1) publish(step);
       } else {
         await_weights(step - 1, step % 2 == at.group);
         start_sums<T, Tile>(sum, shared, before, step - 1, channel);
-        ptx::wgmma_wait<0>();
-        release<Tile>(shared, before, step - 1);
+        finish_sums<Tile>(shared, before, step - 1);
       }
     }
 
@@ -514,15 +532,110 @@ __global__ void __launch_bounds__(kAllThreads, 1)
 #endif
 }
 
+#ifdef MMK_HOPPER
+
+constexpr int kAllButProducer = 3;  // a named barrier
+
+// The weights of the sums that are dq: gradients of the scores times rstd, by one warpgroup for a tile.
+template <class T, class Tile, class Shared>
+struct ScoreGradients {
+  const Problem& p;
+  const Shared& shared;
+  const Consumer& at;
+  float moment[2] = {};  // of the rounded weights times the means
+  float s[Tile::kKeys / 2], dp[Tile::kKeys / 2];
+
+  __device__ __forceinline__ ScoreGradients(const Problem& p, const Shared& shared, const Consumer& at)
+      : p(p), shared(shared), at(at) {}
+
+  __device__ __forceinline__ void make_scores(const Turn& turn) {
+    ptx::mbarrier_wait(shared.full + turn.buffer, turn.parity);
+    const T* tile = shared.tiles + turn.buffer * shared.tile_elements;
+    multiply_tile<T, Tile::kRows, Tile::kKeys>(s, shared.q, tile, padded(p));
+    multiply_tile<T, Tile::kRows, Tile::kKeys>(dp, shared.dout, tile, padded(p));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+  }
+
+  // put(j, half, two): keys 8 j + 2 t and the next of row(half).
+  template <class Put>
+  __device__ __forceinline__ void make_weights(const Turn& turn, Put put) {
+    ptx::mbarrier_wait(shared.measured + turn.buffer, turn.parity);
+    const int key = turn.buffer * Tile::kKeys + 2 * at.t;
+    const float scale = p.scale * kLog2e;
+#pragma unroll
+    for (int j = 0; j < Tile::kKeys / 8; ++j) {
+      const float2 mean = *reinterpret_cast<const float2*>(shared.mean + key + j * 8);
+      const float2 rstd = *reinterpret_cast<const float2*>(shared.rstd + key + j * 8);
+      const float2 bias = *reinterpret_cast<const float2*>(shared.bias + key + j * 8);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // A scorer, which has few registers, reads this again and again.
+        const float4 row = shared.row[Tile::kScorer ? ptx::hide(at.row(half)) : at.row(half)];
+        auto gradient = [&](int i, float mu, float r, float hidden) {
+          const float score = fmaf(-mu, row.x, s[i]), dweight = fmaf(-mu, row.y, dp[i]) * r;
+          const float weight = ptx::exp2(fmaf(score, r * scale, hidden - row.z));
+          return score_gradient(weight, dweight, row.w) * r;
+        };
+        const float x = gradient(j * 4 + 2 * half, mean.x, rstd.x, bias.x);
+        const float y = gradient(j * 4 + 2 * half + 1, mean.y, rstd.y, bias.y);
+        float low, high;
+        const uint32_t two = pack<T>(x, y);
+        unpack<T>(two, low, high);
+        moment[half] = fmaf(low, mean.x, fmaf(high, mean.y, moment[half]));
+        put(j, half, two);
+      }
+    }
+  }
+
+  // The moments of this group's tiles, where the weights were.
+  __device__ __forceinline__ void tell_moments(int group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = quad_sum(moment[half]);
+      if (at.t == 0) shared.totals[group * kGroupRows + at.row(half)] = make_float2(0.0f, total);
+    }
+  }
+};
+
+#endif  // MMK_HOPPER
+
 template <class T, class Tile>
-__global__ void __launch_bounds__(kAllThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     hopper_backward_q_kernel(Problem p, Plan plan, Backward b, Stages stages) {
 #ifdef MMK_HOPPER
   using Shared = HopperShared<T, Tile, true>;
+  constexpr int kOthers = Tile::kThreads - kGroup;
   begin<Tile>(Shared(p, stages, shared_memory()));
-  if (threadIdx.x >= kConsumers) {
+  if (threadIdx.x >= kOthers) {
     ptx::release_registers<Tile::kProducerRegisters>();
     produce<T, Tile, Shared>(p, plan, stages);
+  } else if (Tile::kScorer && threadIdx.x >= kConsumers) {
+    if constexpr (Tile::kScorer) {
+      ptx::release_registers<Tile::kScorerRegisters>();
+      const Shared shared(p, stages, shared_memory());
+      const Share share(p, plan, Tile::kRows, Tile::kKeys);
+      const int steps = count_tiles<Tile>(share);
+      const Consumer at;
+      ScoreGradients<T, Tile, Shared> own(p, shared, at);
+      ptx::named_barrier(kAllButProducer, kOthers);
+      Turn now;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        own.make_scores(now);
+        // By now the sums of the tile before are made: weights go where they are read, without a stay in registers.
+        ptx::mbarrier_wait(shared.unweighed, step & 1 ^ 1);
+        own.make_weights(now, [&](int j, int half, uint32_t two) {
+          ptx::store_shared(shared.weights + (j * kGroupRows + at.row(half)) * 8 + 2 * at.t, two);
+        });
+        ptx::fence_proxy_async();
+        arrive(shared.weighed);
+        now.advance(stages.tiles);
+      }
+      ptx::named_barrier(kAllButProducer, kOthers);
+      own.tell_moments(0);
+      ptx::named_barrier(kAllButProducer, kOthers);
+    }
   } else {
     ptx::claim_registers<Tile::kConsumerRegisters>();
     const Shared shared(p, stages, shared_memory());
@@ -530,95 +643,67 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     const int steps = count_tiles<Tile>(share);
     const Consumer at;
     const int channel = first_channel<Tile>(p, at.group);
-    const float scale = p.scale * kLog2e;
     begin_consuming<T, Tile>(p, shared, share, &b.dout);
-    float q_sum[2], dout_sum[2], shift[2], delta[2], moment[2] = {};  // moment: of the rounded weights times the means
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = share.first_row + at.row(half), place = share.batch * p.rows + row;
-      q_sum[half] = shared.q_sum[at.row(half)];
-      dout_sum[half] = shared.dout_sum[at.row(half)];
-      shift[half] = row < p.rows ? shift_of(b.lse[place]) : INFINITY;
-      delta[half] = row < p.rows ? b.delta[place] : 0.0f;
+    for (int r = threadIdx.x; r < kGroupRows; r += kConsumers) {
+      const int64_t row = share.first_row + r, place = share.batch * p.rows + row;
+      const bool inside = r < Tile::kRows && row < p.rows;
+      shared.row[r] = make_float4(inside ? shared.q_sum[r] : 0.0f, inside ? shared.dout_sum[r] : 0.0f,
+                                  inside ? shift_of(b.lse[place]) : INFINITY, inside ? b.delta[place] : 0.0f);
     }
-    float sum[Tile::kParts][Tile::kWidth / 2], s[Tile::kKeys / 2], dp[Tile::kKeys / 2];
-    uint32_t packed[Tile::kKeys / 16][4];
+    ptx::named_barrier(kAllButProducer, kOthers);
+    float sum[Tile::kParts][Tile::kWidth / 2];
     clear<Tile>(sum);
-
-    auto make_scores = [&](const Turn& turn) {
-      ptx::mbarrier_wait(shared.full + turn.buffer, turn.parity);
-      const T* tile = shared.tiles + turn.buffer * shared.tile_elements;
-      multiply_tile<T, kGroupRows, Tile::kKeys>(s, shared.q, tile, padded(p));
-      multiply_tile<T, kGroupRows, Tile::kKeys>(dp, shared.dout, tile, padded(p));
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-    };
-    // The gradients of the scores times rstd, packed.
-    auto make_weights = [&](const Turn& turn) {
-      ptx::mbarrier_wait(shared.measured + turn.buffer, turn.parity);
-      const int key = turn.buffer * Tile::kKeys + 2 * at.t;
-#pragma unroll
-      for (int j = 0; j < Tile::kKeys / 8; ++j) {
-        const float2 mean = *reinterpret_cast<const float2*>(shared.mean + key + j * 8);
-        const float2 rstd = *reinterpret_cast<const float2*>(shared.rstd + key + j * 8);
-        const float2 bias = *reinterpret_cast<const float2*>(shared.bias + key + j * 8);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          auto gradient = [&](int i, float mu, float r, float hidden) {
-            const float score = fmaf(-mu, q_sum[half], s[i]), dweight = fmaf(-mu, dout_sum[half], dp[i]) * r;
-            const float weight = ptx::exp2(fmaf(score, r * scale, hidden - shift[half]));
-            return score_gradient(weight, dweight, delta[half]) * r;
-          };
-          const float x = gradient(j * 4 + 2 * half, mean.x, rstd.x, bias.x);
-          const float y = gradient(j * 4 + 2 * half + 1, mean.y, rstd.y, bias.y);
-          float low, high;
-          unpack<T>(packed[j / 2][j % 2 * 2 + half] = pack<T>(x, y), low, high);
-          moment[half] = fmaf(low, mean.x, fmaf(high, mean.y, moment[half]));
-        }
-      }
-    };
-    auto publish = [&](int step) { publish_weights<T, Tile>(shared, at, packed, step, [](int) {}); };
     auto await_weights = [&](int step) {
       const Turn turn(step, Tile::kWeights);
       ptx::mbarrier_wait(shared.weighed + turn.buffer, turn.parity);
     };
 
     Turn now;
-    if (at.group == 0 && steps > 0) {
-      make_scores(now);
-      make_weights(now);
-      publish(0);
-    }
-    for (int step = 1; step <= steps; ++step) {
-      const Turn before = now;
-      now.advance(stages.tiles);
-      if (step % 2 == at.group && step < steps) {
-        make_scores(now);
-        await_weights(step - 1);
-        start_sums<T, Tile>(sum, shared, before, step - 1, channel);
-        make_weights(now);
-        publish(step);
-        ptx::wgmma_wait<0>();
-      } else {
-        await_weights(step - 1);
-        start_sums<T, Tile>(sum, shared, before, step - 1, channel);
-        ptx::wgmma_wait<0>();
+    if constexpr (Tile::kScorer) {
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        await_weights(step);
+        start_sums<T, Tile>(sum, shared, now, step, channel);
+        finish_sums<Tile>(shared, now, step);
+        now.advance(stages.tiles);
       }
-      release<Tile>(shared, before, step - 1);
+      ptx::named_barrier(kAllButProducer, kOthers);
+    } else {
+      ScoreGradients<T, Tile, Shared> own(p, shared, at);
+      uint32_t packed[Tile::kKeys / 16][4];
+      auto keep = [&](int j, int half, uint32_t two) { packed[j / 2][j % 2 * 2 + half] = two; };
+      auto publish = [&](int step) { publish_weights<T, Tile>(shared, at, packed, step, [](int) {}); };
+      if (at.group == 0 && steps > 0) {
+        own.make_scores(now);
+        own.make_weights(now, keep);
+        publish(0);
+      }
+      for (int step = 1; step <= steps; ++step) {
+        const Turn before = now;
+        now.advance(stages.tiles);
+        if (step % 2 == at.group && step < steps) {
+          own.make_scores(now);
+          await_weights(step - 1);
+          start_sums<T, Tile>(sum, shared, before, step - 1, channel);
+          own.make_weights(now, keep);
+          publish(step);
+          finish_sums<Tile>(shared, before, step - 1);
+        } else {
+          await_weights(step - 1);
+          start_sums<T, Tile>(sum, shared, before, step - 1, channel);
+          finish_sums<Tile>(shared, before, step - 1);
+        }
+      }
+      ptx::named_barrier(kAllButProducer, kOthers);
+      own.tell_moments(at.group);
     }
-
-    ptx::named_barrier(kConsuming, kConsumers);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float total = quad_sum(moment[half]);
-      if (at.t == 0) shared.totals[at.group * kGroupRows + at.row(half)] = make_float2(0.0f, total);
-    }
-    ptx::named_barrier(kConsuming, kConsumers);
+    ptx::named_barrier(kAllButProducer, kOthers);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = share.first_row + at.row(half);
-      if (row >= p.rows) continue;
-      const float total = shared.totals[at.row(half)].y + shared.totals[kGroupRows + at.row(half)].y;
+      if (at.row(half) >= Tile::kRows || row >= p.rows) continue;
+      float total = shared.totals[at.row(half)].y;
+      if constexpr (!Tile::kScorer) total += shared.totals[kGroupRows + at.row(half)].y;
       const int64_t place = (share.batch * p.rows + row) * channels(p);
       if (b.partial_dq) {
         float* to = b.partial_dq + share.split * p.batch * p.rows * channels(p) + place;
@@ -660,7 +745,8 @@ template <class T>
 BackwardChoice choose_hopper_backward_q(const Problem& p, const Device& device) {
   BackwardChoice choice;
   first_hopper_fit<T, BackwardQShared, HopperTile<64, 64, 1, 2>, HopperTile<64, 144, 1, 2>, HopperTile<48, 192, 1, 2>,
-                   HopperTile<32, 256, 1, 2>, HopperTile<16, 256, 1, 2>, HopperTile<16, 176, 2, 2>>(
+                   HopperTile<32, 256, 1, 2>, HopperTile<16, 256, 1, 2>, ScoredTile<32, 176, 2, 48>,
+                   HopperTile<16, 176, 2, 2>>(
       p, device, p.rows, [](auto tile) { return &hopper_backward_q_kernel<T, decltype(tile)>; }, choice);
   return choice;
 }
@@ -689,7 +775,7 @@ extern "C" int mmk_latent_hopper_fwd(const Problem* p, const Plan* plan, const F
   return with_short_type(p->type, [&](auto zero) {
     const auto choice = choose_hopper_forward<decltype(zero)>(*p, device);
     const dim3 grid(static_cast<unsigned>(plan->row_tiles * plan->splits * p->batch));
-    return mmk::launch(choice.kernel, grid, dim3(kAllThreads), choice.bytes, stream, *p, *plan, *f, choice.stages);
+    return mmk::launch(choice.kernel, grid, dim3(choice.threads), choice.bytes, stream, *p, *plan, *f, choice.stages);
   });
 }
 
@@ -705,6 +791,6 @@ extern "C" int mmk_latent_hopper_bwd_q(const Problem* p, const Plan* plan, const
   return with_short_type(p->type, [&](auto zero) {
     const auto choice = choose_hopper_backward_q<decltype(zero)>(*p, device);
     const dim3 grid(static_cast<unsigned>(plan->row_tiles * plan->splits * p->batch));
-    return mmk::launch(choice.kernel, grid, dim3(kAllThreads), choice.bytes, stream, *p, *plan, *b, choice.stages);
+    return mmk::launch(choice.kernel, grid, dim3(choice.threads), choice.bytes, stream, *p, *plan, *b, choice.stages);
   });
 }
