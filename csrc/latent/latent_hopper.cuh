@@ -113,9 +113,14 @@ __device__ __forceinline__ void copy_keys(const Problem& p, int64_t batch, int64
     T* to = tile + (c * Keys + r) * 8;
     auto copy = [&](const T* from, int end) {
 #pragma unroll 1
-      for (; c + 12 < end; c += 16, from += 16 * 8, to += 16 * Keys * 8) {
+      for (; c + 28 < end; c += 32, from += 32 * 8, to += 32 * Keys * 8) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) ptx::cp_async<16>(to + i * 4 * Keys * 8, from + i * 4 * 8);
+      }
+      if (c + 12 < end) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) ptx::cp_async<16>(to + i * 4 * Keys * 8, from + i * 4 * 8);
+        c += 16, from += 16 * 8, to += 16 * Keys * 8;
       }
 #pragma unroll 1
       for (; c < end; c += 4, from += 4 * 8, to += 4 * Keys * 8) ptx::cp_async<16>(to, from);
@@ -225,6 +230,29 @@ __device__ __forceinline__ Sums own_sums(const float (&d)[4], int lane) {
 template <class T, int Keys, Room kRoom>
 __device__ __forceinline__ Sums sum_keys(const T* rows, int chunks, int lane) {
   rows += (lane / 8 * Keys + lane % 8) * 8;
+  Sums plain = {};
+  if constexpr (kRoom == Room::some) {
+    // The tensor cores are what these tiles wait for most: three eighths of the channels go without them.
+    int left = chunks * 3 / 64 * 8;
+    chunks -= left;
+#pragma unroll 1
+    for (; left > 0; left -= 8, rows += 8 * Keys * 8) {
+      const Eight two[2] = {*reinterpret_cast<const Eight*>(rows),
+                            *reinterpret_cast<const Eight*>(rows + 4 * Keys * 8)};
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float x = element<T>(two[i / 8], i % 8);
+        plain.sum += x;
+        plain.squares = fmaf(x, x, plain.squares);
+      }
+    }
+#pragma unroll
+    for (int bit = 8; bit < 32; bit *= 2) {
+      plain.sum += __shfl_xor_sync(0xffffffffu, plain.sum, bit);
+      plain.squares += __shfl_xor_sync(0xffffffffu, plain.squares, bit);
+    }
+    plain = {__shfl_sync(0xffffffffu, plain.sum, lane / 4), __shfl_sync(0xffffffffu, plain.squares, lane / 4)};
+  }
   float d[4] = {}, other[4] = {};
   auto add = [&](const uint32_t (&x)[4]) {
     add_squares<T>(d, x[0], x[1]);
@@ -253,7 +281,8 @@ __device__ __forceinline__ Sums sum_keys(const T* rows, int chunks, int lane) {
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[i] += other[i];
-  return own_sums(d, lane);
+  const Sums own = own_sums(d, lane);
+  return {own.sum + plain.sum, own.squares + plain.squares};
 }
 
 // The same of what the first `count` elements are more than `about`, key lane / 4's, which T can hold.

@@ -624,7 +624,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int step = 0; step < steps; ++step) {
         own.make_scores(now);
         // By now the sums of the tile before are made: weights go where they are read, without a stay in registers.
-        ptx::mbarrier_wait(shared.unweighed, step & 1 ^ 1);
+        ptx::mbarrier_wait(shared.unweighed, (step & 1) ^ 1);
         own.make_weights(now, [&](int j, int half, uint32_t two) {
           ptx::store_shared(shared.weights + (j * kGroupRows + at.row(half)) * 8 + 2 * at.t, two);
         });
