@@ -15,7 +15,7 @@ constexpr int kGroupRows = 64, kGroup = 128, kConsumers = 2 * kGroup, kAllThread
 constexpr int kConsumerWarps = kConsumers / 32, kGroupWarps = kGroup / 32;
 // Registers of whoever takes moments: `much` for several loads in flight, `little` for one sum at a time.
 enum class Room { little, some, much };
-enum NamedBarrier { kProducing = 1, kConsuming = 2 };
+enum NamedBarrier { kProducing = 1, kConsuming = 2, kAllButProducer = 3 };
 
 // A tile of Keys keys; a warpgroup accumulates Parts instructions of Width channels. With buffers of weights both
 // groups have the same 64 rows, and half of the channels each: with two buffers the weights of a tile are made beside
@@ -231,7 +231,7 @@ template <class T, int Keys, Room kRoom>
 __device__ __forceinline__ Sums sum_keys(const T* rows, int chunks, int lane) {
   rows += (lane / 8 * Keys + lane % 8) * 8;
   Sums plain = {};
-  if constexpr (kRoom == Room::some) {
+  if constexpr (kRoom != Room::much) {
     // The tensor cores are what these tiles wait for most: three eighths of the channels go without them.
     int left = chunks * 3 / 64 * 8;
     chunks -= left;

@@ -6,7 +6,8 @@
 // the block has 128 rows, a group 64 of them, and the weights stay in registers. Otherwise the block has 64 rows, and
 // each group half of the channels. Then they make scores in turn, the even tiles one, the odd tiles the other, and put
 // the weights into shared memory, from where both multiply them with their half of the tile. So while one makes weights
-// the other keeps the tensor cores busy, and no score is made twice.
+// the other keeps the tensor cores busy, and no score is made twice. Where scores and sums do not fit the same
+// registers (the gradient of q of wide rows), a fourth warpgroup makes all the weights.
 //
 // In bf16 the norm is folded into the small side: s = r (q . x - mean sum(q)), out = sum_m w x - sum_m w mean with w
 // the weight p r rounded to bf16, which both sums share.
@@ -533,8 +534,6 @@ __global__ void __launch_bounds__(kAllThreads, 1)
 }
 
 #ifdef MMK_HOPPER
-
-constexpr int kAllButProducer = 3;  // a named barrier
 
 // The weights of the sums that are dq: gradients of the scores times rstd, by one warpgroup for a tile.
 template <class T, class Tile, class Shared>

@@ -138,6 +138,8 @@ def test_every_tile(ops, generator, emulator, rows, channels, dtype, gpu):
         (64, 150, (512, 0)),
         (40, 100, (600, 97)),
         (35, 110, (704, 0)),
+        (100, 160, (704, 0)),
+        (40, 100, (3, 530)),
     ],
     ids=str,
 )
