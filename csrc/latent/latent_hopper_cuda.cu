@@ -38,9 +38,10 @@ struct HopperShared {
     empty = arena.take<uint64_t>(2 * kMaxTiles);
     weighed = arena.take<uint64_t>(Tile::kWeights);
     unweighed = arena.take<uint64_t>(Tile::kWeights);
-    mean = arena.take<float>(kMaxTiles * Tile::kKeys);
-    rstd = arena.take<float>(kMaxTiles * Tile::kKeys);
-    bias = arena.take<float>(kMaxTiles * Tile::kKeys);
+    constexpr int kKeys = (Tile::kScorer ? 2 : kMaxTiles) * Tile::kKeys;
+    mean = arena.take<float>(kKeys);
+    rstd = arena.take<float>(kKeys);
+    bias = arena.take<float>(kKeys);
     constexpr int kRows = Tile::kRows > kGroupRows ? Tile::kRows : kGroupRows;
     row = arena.take<float4>(Backward ? kRows : 0);
     q_sum = arena.take<float>(kRows);
@@ -51,6 +52,7 @@ struct HopperShared {
     static_assert(!Tile::kWeights || 2 * sizeof(float2) <= Tile::kWeights * Tile::kKeys * sizeof(T));
     q = arena.take<T>(Tile::kRows * padded(p));
     dout = arena.take<T>(Backward ? Tile::kRows * padded(p) : 0);
+    arena.take<T>(8 * (kRows - Tile::kRows));  // what is read as rows that the block has not
     tile_elements = (padded(p) > Tile::kHalf ? padded(p) : Tile::kHalf) * Tile::kKeys;
     tiles = arena.take<T>(stages.tiles * tile_elements);
     raw_table_bytes = p.position ? Tile::kKeys * raw_pitch<T>(p.position) : 0;
