@@ -123,16 +123,6 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   }
 }
 
-// dq = the sum of `parts` matrices of `elements` elements, in their order.
-template <class T>
-__global__ void reduce_kernel(const float* partial, int64_t parts, int64_t elements, T* dq) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (i >= elements) return;
-  float value = 0.0f;
-  for (int64_t part = 0; part < parts; ++part) value += partial[part * elements + i];
-  dq[i] = from_float<T>(value);
-}
-
 template <class T>
 __global__ void delta_kernel(Problem p, Strided dout, Strided out, const float* dlse, int64_t dlse_batch,
                              int64_t dlse_row, float* delta, float* dsum) {
@@ -162,10 +152,10 @@ BackwardChoice choose_backward_q(const Problem& p, const Device& device) {
   auto kernels = [](auto tile) { return &backward_q_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
     first_fit<T, BackwardQShared, Tile<2, 2, 5, 64>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 32>, Tile<1, 1, 8, 16>>(
-        p, device, p.rows, staging(p), kernels, choice);
+        p, padded(p), device, p.rows, staging(p), kernels, choice);
   } else {
-    first_fit<T, BackwardQShared, Tile<2, 1, 5, 32>, Tile<1, 1, 8, 16>, Tile<1, 1, 8, 8>>(p, device, p.rows, staging(p),
-                                                                                          kernels, choice);
+    first_fit<T, BackwardQShared, Tile<2, 1, 5, 32>, Tile<1, 1, 8, 16>, Tile<1, 1, 8, 8>>(p, padded(p), device, p.rows,
+                                                                                          staging(p), kernels, choice);
   }
   return choice;
 }

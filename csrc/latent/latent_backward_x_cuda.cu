@@ -50,67 +50,6 @@ struct BackwardXShared {
   }
 };
 
-// The gradient of xhat in the accumulators becomes the gradient of x in the tile, where xhat stands now:
-// dx = rstd (g - mean(g) - xhat mean(g xhat)).
-template <class T, class Tile>
-__device__ void normalise_backward(const Problem& p, const float (&g)[Tile::kFragments][2 * Tile::kPairs][4],
-                                   const BackwardXShared<T, Tile>& shared, const Thread<Tile>& at) {
-  const int pairs = padded(p) / 16, pitch = shared.keys.pitch;
-  auto place = [&](int m, int half, int n) {
-    return shared.keys.tile + at.row(m, half) * pitch + at.pair(n / 2) * 16 + n % 2 * 8 + 2 * at.t;
-  };
-#pragma unroll
-  for (int m = 0; m < Tile::kFragments; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = 0.0f, product = 0.0f;
-#pragma unroll
-      for (int n = 0; n < 2 * Tile::kPairs; ++n) {
-        if (at.pair(n / 2) < pairs) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            sum += g[m][n][2 * half + i];
-            product += g[m][n][2 * half + i] * to_float(place(m, half, n)[i]);
-          }
-        }
-      }
-      sum = quad_sum(sum);
-      product = quad_sum(product);
-      if (at.t == 0)
-        shared.exchange[at.row(m, half) * Tile::kColumnGroups + at.column_group] = make_float2(sum, product);
-    }
-  }
-  __syncthreads();
-  const float share = p.eps >= 0.0f ? 1.0f / channels(p) : 0.0f;
-#pragma unroll
-  for (int m = 0; m < Tile::kFragments; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = 0.0f, product = 0.0f;
-      for (int i = 0; i < Tile::kColumnGroups; ++i) {
-        const float2 part = shared.exchange[at.row(m, half) * Tile::kColumnGroups + i];
-        sum += part.x;
-        product += part.y;
-      }
-      sum *= share;
-      product *= share;
-      const float rstd = shared.keys.rstd[at.row(m, half)];
-#pragma unroll
-      for (int n = 0; n < 2 * Tile::kPairs; ++n) {
-        if (at.pair(n / 2) < pairs) {
-          float dx[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float change = g[m][n][2 * half + i] - sum - to_float(place(m, half, n)[i]) * product;
-            dx[i] = rstd > 0.0f ? rstd * change : 0.0f;
-          }
-          store_two(place(m, half, n), dx[0], dx[1]);
-        }
-      }
-    }
-  }
-}
-
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kResident)
     backward_x_kernel(Problem p, Plan plan, Backward b, bool doubled) {
@@ -180,26 +119,10 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
         shared.fetch(p, b, batch, first + Tile::kColumns, 0);
       }
     }
-    normalise_backward<T, Tile>(p, sum, shared, at);
+    normalise_backward(p, sum, shared.keys, shared.exchange, at);
     __syncthreads();
 
-    const int last = rows_left(p.keys, first_key, Tile::kRows);
-    for (int r = threadIdx.x / 32; r < last; r += kWarps) {
-      const int64_t key = first_key + r;
-      const T* row = shared.keys.tile + r * pitch;
-      if (b.dtable) {
-        for (int c = at.lane; c < p.position; c += 32) {
-          const int64_t i = key * p.position + c;
-          const float value = to_float(row[c]) + (batch > 0 ? b.table_sums[i] : 0.0f);
-          if (batch + 1 < last_batch) b.table_sums[i] = value;
-          if (batch + 1 == last_batch) static_cast<T*>(b.dtable)[i] = from_float<T>(value);
-        }
-      }
-      if (b.dx) {
-        T* dx = static_cast<T*>(b.dx) + (batch * p.keys + key) * p.content;
-        for (int c = at.lane; c < p.content; c += 32) dx[c] = row[p.position + c];
-      }
-    }
+    store_gradient(p, b, shared.keys, batch, first_key, batch + 1 == last_batch);
     __syncthreads();
   }
 }
@@ -211,11 +134,11 @@ BackwardChoice choose_backward_x(const Problem& p, const Device& device) {
   BackwardChoice choice;
   auto kernels = [](auto tile) { return &backward_x_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
-    first_fit<T, BackwardXShared, Tile<4, 2, 9, 32>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 16>>(p, device, p.keys,
+    first_fit<T, BackwardXShared, Tile<4, 2, 9, 32>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 16>>(p, padded(p), device, p.keys,
                                                                                            Flag::each, kernels, choice);
   } else {
-    first_fit<T, BackwardXShared, Tile<4, 1, 9, 16>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, p.keys, Flag::each,
-                                                                                          kernels, choice);
+    first_fit<T, BackwardXShared, Tile<4, 1, 9, 16>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, padded(p), device, p.keys,
+                                                                                          Flag::each, kernels, choice);
   }
   return choice;
 }

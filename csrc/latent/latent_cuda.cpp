@@ -1,37 +1,18 @@
 // Checks, allocations and splits of the CUDA kernels of the latent family; schemas in csrc/schemas.h.
-#include "latent/latent_cuda.h"
-
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
-#include "common/cuda_binding.h"
 #include "common/waves.h"
+#include "latent/latent_binding.h"
 
 namespace mmk::latent {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-void check_like(const Tensor& t, const char* name, const Tensor& x, ScalarType type, int64_t rank) {
-  STD_TORCH_CHECK(t.dim() == rank, name, " has ", t.dim(), " dimensions; it must have ", rank);
-  STD_TORCH_CHECK(t.scalar_type() == type, name, " has dtype ", dtype_name(t.scalar_type()), "; it must be ",
-                  dtype_name(type));
-  STD_TORCH_CHECK(
-      t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), name,
-      " is not on x's device");
-}
-
-void check_size(const Tensor& t, const char* name, int64_t dim, int64_t size) {
-  STD_TORCH_CHECK(t.size(dim) == size, name, " has size ", t.size(dim), " in dimension ", dim, "; it must be ", size);
-}
-
 Problem describe(const Tensor& q, const Tensor& x, const OptionalTensor& position, const OptionalTensor& key_mask,
                  double scale, double eps, const OptionalTensor& seed, double dropout_p, int64_t first_key) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "x has dtype ",
-                  dtype_name(type), "; it must be Float, BFloat16 or Half");
-  check_like(x, "x", x, type, 3);
+  check_first(x, "x");
   check_like(q, "q", x, type, 3);
   if (position) {
     check_like(*position, "position", x, type, 2);
@@ -51,7 +32,7 @@ Problem describe(const Tensor& q, const Tensor& x, const OptionalTensor& positio
                   "; it must be below 2^29");
 
   Problem p{};
-  p.type = type == ScalarType::Float ? Type::float32 : type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float16;
+  p.type = type_of(type);
   p.batch = x.size(0), p.rows = q.size(1), p.keys = x.size(1);
   p.content = static_cast<int>(content), p.position = static_cast<int>(shared);
   p.x = x.const_data_ptr();
@@ -78,29 +59,6 @@ Problem describe(const Tensor& q, const Tensor& x, const OptionalTensor& positio
   return p;
 }
 
-Strided strided(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
-
-// The rows of q or dout as the kernels read them: as they are where they are aligned, of the problem's type and in the
-// kernels' channel order, otherwise a copy, which `keep` holds.
-QueryRows aligned_rows(const Problem& p, const Tensor& t, ScalarType type, Tensor& keep, void* stream) {
-  const int64_t vector = type == ScalarType::Float ? 4 : 8, width = p.content + p.position;
-  auto whole = [&](int64_t stride) { return stride % vector == 0; };
-  QueryRows rows{t.const_data_ptr(), t.stride(0), t.stride(1)};
-  const bool direct = t.scalar_type() == type && p.position == 0 && t.stride(2) == 1 && whole(width) &&
-                      whole(t.stride(0)) && whole(t.stride(1)) && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
-  if (!direct) {
-    const int64_t pitch = (width + vector - 1) / vector * vector;
-    keep = empty(t, {t.size(0), t.size(1), pitch}, type);
-    const Strided source = strided(t);
-    check_launch(
-        mmk_latent_pack(&p, &source, t.scalar_type() != type, t.size(0), keep.mutable_data_ptr(), pitch, stream),
-        "latent");
-    rows = {keep.const_data_ptr(), t.size(1) * pitch, pitch};
-  }
-  if (t.size(0) == 1) rows.batch = 0;
-  return rows;
-}
-
 // The plan of a kernel whose blocks are tiles of rows times splits of the keys, or (`whole_keys`) tiles of keys.
 Plan plan_for(const Problem& p, int (*planner)(const Problem*, Plan*), bool whole_keys = false) {
   Plan plan{};
@@ -111,8 +69,6 @@ Plan plan_for(const Problem& p, int (*planner)(const Problem*, Plan*), bool whol
   STD_TORCH_CHECK(blocks <= INT32_MAX, "latent: the problem needs ", blocks, " thread blocks; 2^31 - 1 are allowed");
   return plan;
 }
-
-float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 std::tuple<Tensor, Tensor> latent_fwd(const Tensor& q, const Tensor& x, const OptionalTensor& position,
                                       const OptionalTensor& key_mask, double scale, double eps,

@@ -59,23 +59,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
     float s[Tile::kFragments][Tile::kScores][4];
     if (active && at.scores) {
       multiply_rows<T>(s, shared.q + at.first_row * pitch, shared.keys.tile + at.first_score * pitch, pitch, padded(p));
-#pragma unroll
-      for (int m = 0; m < Tile::kFragments; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float best = -INFINITY;
-#pragma unroll
-          for (int n = 0; n < Tile::kScores; ++n) {
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; ++i) {
-              s[m][n][i] = s[m][n][i] * scale + shared.keys.bias[at.score(n) + i % 2];
-              best = fmaxf(best, s[m][n][i]);
-            }
-          }
-          best = quad_max(best);
-          if (at.t == 0) shared.exchange[at.row(m, half) * Tile::kScoreGroups + at.column_group] = best;
-        }
-      }
+      scale_scores(s, scale, shared.keys.bias, shared.exchange, at);
     }
     __syncthreads();
     if (active) {
@@ -85,11 +69,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
       for (int m = 0; m < Tile::kFragments; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float best = top[m][half];
-#pragma unroll
-          for (int i = 0; i < Tile::kScoreGroups; ++i) {
-            best = fmaxf(best, shared.exchange[at.row(m, half) * Tile::kScoreGroups + i]);
-          }
+          const float best = highest(top[m][half], shared.exchange, at.row(m, half), at);
           const float zero = best == -INFINITY ? 0.0f : best;  // no key yet: -inf - -inf would be NaN
           decay[m][half] = ptx::exp2(top[m][half] - zero);
           changed |= best != top[m][half];
@@ -117,16 +97,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
           }
         }
       }
-      if (__any_sync(0xffffffffu, changed)) {
-#pragma unroll
-        for (int m = 0; m < Tile::kFragments; ++m) {
-#pragma unroll
-          for (int n = 0; n < 2 * Tile::kPairs; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[m][n][i] *= decay[m][i / 2];
-          }
-        }
-      }
+      if (__any_sync(0xffffffffu, changed)) shrink(sum, decay);
     }
     __syncthreads();
     if (active) {
@@ -137,16 +108,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
 
   // The row totals of the score groups, added in their order.
   __syncthreads();
-  if (at.scores) {
-#pragma unroll
-    for (int m = 0; m < Tile::kFragments; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float row_total = quad_sum(total[m][half]);
-        if (at.t == 0) shared.exchange[at.row(m, half) * Tile::kScoreGroups + at.column_group] = row_total;
-      }
-    }
-  }
+  if (at.scores) publish_sums(total, shared.exchange, at);
   __syncthreads();
   const int count = channels(p), pitch_out = p.out_channels();
 #pragma unroll
@@ -233,10 +195,10 @@ ForwardChoice choose_forward(const Problem& p, const Device& device) {
   auto kernels = [](auto tile) { return &forward_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
     first_fit<T, ForwardShared, Tile<4, 2, 2, 64>, Tile<4, 2, 9, 64>, Tile<2, 2, 9, 64>, Tile<2, 2, 11, 32>,
-              Tile<1, 2, 8, 32>>(p, device, p.rows, staging(p), kernels, choice);
+              Tile<1, 2, 8, 32>>(p, padded(p), device, p.rows, staging(p), kernels, choice);
   } else {
-    first_fit<T, ForwardShared, Tile<4, 1, 9, 32>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, device, p.rows, staging(p),
-                                                                                        kernels, choice);
+    first_fit<T, ForwardShared, Tile<4, 1, 9, 32>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(p, padded(p), device, p.rows,
+                                                                                        staging(p), kernels, choice);
   }
   return choice;
 }

@@ -151,6 +151,65 @@ __device__ __forceinline__ void store_two(T* to, float first, float second) {
   }
 }
 
+// --- Online softmax ---
+
+// Scores become scale * score + bias; the highest of this warp's columns goes to `exchange` for each of its rows.
+template <class Tile>
+__device__ __forceinline__ void scale_scores(float (&s)[Tile::kFragments][Tile::kScores][4], float scale,
+                                             const float* bias, float* exchange, const Thread<Tile>& at) {
+#pragma unroll
+  for (int m = 0; m < Tile::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float best = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < Tile::kScores; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[m][n][i] = s[m][n][i] * scale + bias[at.score(n) + i % 2];
+          best = fmaxf(best, s[m][n][i]);
+        }
+      }
+      best = quad_max(best);
+      if (at.t == 0) exchange[at.row(m, half) * Tile::kScoreGroups + at.column_group] = best;
+    }
+  }
+}
+
+// The highest score of a row so far.
+template <class Tile>
+__device__ __forceinline__ float highest(float top, const float* exchange, int row, const Thread<Tile>&) {
+#pragma unroll
+  for (int i = 0; i < Tile::kScoreGroups; ++i) top = fmaxf(top, exchange[row * Tile::kScoreGroups + i]);
+  return top;
+}
+
+template <int M, int N>
+__device__ __forceinline__ void shrink(float (&sum)[M][N][4], const float (&decay)[M][2]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[m][n][i] *= decay[m][i / 2];
+    }
+  }
+}
+
+// Sums over this warp's columns, for the score groups to be added in their order.
+template <class Tile>
+__device__ __forceinline__ void publish_sums(const float (&sums)[Tile::kFragments][2], float* exchange,
+                                             const Thread<Tile>& at) {
+#pragma unroll
+  for (int m = 0; m < Tile::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(sums[m][half]);
+      if (at.t == 0) exchange[at.row(m, half) * Tile::kScoreGroups + at.column_group] = sum;
+    }
+  }
+}
+
 // --- Dropout ---
 
 // What a weight of row `row` (counted over batch and rows) and of key `key` of the problem is multiplied by.
@@ -170,18 +229,30 @@ __device__ __forceinline__ float score_gradient(float weight, float dweight, flo
 
 // --- From device memory to shared memory ---
 
+// `count` rows of `width` elements, `stride` apart, in pieces of `Bytes`, to which they are aligned; rows that are not
+// `inside` and the padding become zeros. cp.async, not yet committed.
+template <class T, int Bytes, class Inside>
+__device__ void copy_rows(const T* source, int64_t stride, int width, T* tile, int count, int pitch, Inside inside) {
+  constexpr int kPiece = Bytes / static_cast<int>(sizeof(T));
+  const int pieces = round_up(width, 16) / kPiece;
+  for (int i = threadIdx.x; i < count * pieces; i += kThreads) {
+    const int r = i / pieces, c = i % pieces * kPiece;
+    const int valid = inside(r) ? min(max(width - c, 0), kPiece) * static_cast<int>(sizeof(T)) : 0;
+    const T* from = valid ? source + r * stride + c : source;
+    if constexpr (Bytes >= 4) {
+      ptx::cp_async<Bytes>(tile + r * pitch + c, from, valid);
+    } else {
+      tile[r * pitch + c] = valid ? *from : from_float<T>(0.0f);
+    }
+  }
+}
+
 // Rows of q or dout into a tile; rows past the end and the padding become zeros. cp.async, not yet committed.
 template <class T>
 __device__ void load_rows(const Problem& p, const QueryRows& rows, int64_t batch, int64_t first, T* tile, int count,
                           int pitch) {
-  const int chunks = padded(p) / kVector<T>, filled = static_cast<int>(ceil_div(channels(p), kVector<T>));
-  const T* source = static_cast<const T*>(rows.data) + batch * rows.batch;
-  for (int i = threadIdx.x; i < count * chunks; i += kThreads) {
-    const int r = i / chunks, c = i % chunks;
-    const bool inside = first + r < p.rows && c < filled;
-    ptx::cp_async<16>(tile + r * pitch + c * kVector<T>,
-                      inside ? source + (first + r) * rows.row + c * kVector<T> : source, inside ? 16 : 0);
-  }
+  const T* source = static_cast<const T*>(rows.data) + batch * rows.batch + first * rows.row;
+  copy_rows<T, 16>(source, rows.row, channels(p), tile, count, pitch, [&](int r) { return first + r < p.rows; });
 }
 
 // One of the two parts of the keys' rows, [key][channel].
@@ -354,6 +425,102 @@ struct KeyTile {
   }
 };
 
+// The gradient of xhat in the accumulators becomes the gradient of x in the tile, where xhat stands now:
+// dx = rstd (g - mean(g) - xhat mean(g xhat)). `exchange`: per row and column group.
+template <class T, class Tile>
+__device__ void normalise_backward(const Problem& p, const float (&g)[Tile::kFragments][2 * Tile::kPairs][4],
+                                   const KeyTile<T, Tile::kRows>& keys, float2* exchange, const Thread<Tile>& at) {
+  const int pairs = padded(p) / 16, pitch = keys.pitch;
+  auto place = [&](int m, int half, int n) {
+    return keys.tile + at.row(m, half) * pitch + at.pair(n / 2) * 16 + n % 2 * 8 + 2 * at.t;
+  };
+#pragma unroll
+  for (int m = 0; m < Tile::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0.0f, product = 0.0f;
+#pragma unroll
+      for (int n = 0; n < 2 * Tile::kPairs; ++n) {
+        if (at.pair(n / 2) < pairs) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            sum += g[m][n][2 * half + i];
+            product += g[m][n][2 * half + i] * to_float(place(m, half, n)[i]);
+          }
+        }
+      }
+      sum = quad_sum(sum);
+      product = quad_sum(product);
+      if (at.t == 0) exchange[at.row(m, half) * Tile::kColumnGroups + at.column_group] = make_float2(sum, product);
+    }
+  }
+  __syncthreads();
+  const float share = p.eps >= 0.0f ? 1.0f / channels(p) : 0.0f;
+#pragma unroll
+  for (int m = 0; m < Tile::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0.0f, product = 0.0f;
+      for (int i = 0; i < Tile::kColumnGroups; ++i) {
+        const float2 part = exchange[at.row(m, half) * Tile::kColumnGroups + i];
+        sum += part.x;
+        product += part.y;
+      }
+      sum *= share;
+      product *= share;
+      const float rstd = keys.rstd[at.row(m, half)];
+#pragma unroll
+      for (int n = 0; n < 2 * Tile::kPairs; ++n) {
+        if (at.pair(n / 2) < pairs) {
+          float dx[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float change = g[m][n][2 * half + i] - sum - to_float(place(m, half, n)[i]) * product;
+            dx[i] = rstd > 0.0f ? rstd * change : 0.0f;
+          }
+          store_two(place(m, half, n), dx[0], dx[1]);
+        }
+      }
+    }
+  }
+}
+
+// The gradient of x in the tile goes to device memory, that of the position as a sum over the examples so far.
+template <class T, int Count>
+__device__ void store_gradient(const Problem& p, const Backward& b, const KeyTile<T, Count>& keys, int64_t batch,
+                               int64_t first, bool last) {
+  const int lane = threadIdx.x % 32, count = rows_left(p.keys, first, Count);
+  for (int r = threadIdx.x / 32; r < count; r += kWarps) {
+    const int64_t key = first + r;
+    const T* row = keys.tile + r * keys.pitch;
+    if (b.dtable) {
+      for (int c = lane; c < p.position; c += 32) {
+        const int64_t i = key * p.position + c;
+        const float value = to_float(row[c]) + (batch > 0 ? b.table_sums[i] : 0.0f);
+        if (last) {
+          static_cast<T*>(b.dtable)[i] = from_float<T>(value);
+        } else {
+          b.table_sums[i] = value;
+        }
+      }
+    }
+    if (b.dx) {
+      T* dx = static_cast<T*>(b.dx) + (batch * p.keys + key) * p.content;
+      for (int c = lane; c < p.content; c += 32) dx[c] = row[p.position + c];
+    }
+  }
+}
+
+// to = the sum of `parts` matrices of `elements` elements, in their order.
+template <class T>
+__global__ void reduce_kernel(const float* partial, int64_t parts, int64_t elements, T* to) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (i >= elements) return;
+  float value = 0.0f;
+  for (int64_t part = 0; part < parts; ++part) value += partial[part * elements + i];
+  to[i] = from_float<T>(value);
+}
+
 // Hands out shared memory; with a null base it only counts.
 struct Arena {
   unsigned char* base;
@@ -405,15 +572,15 @@ struct Choice {
 // When to try the larger use of shared memory: not at all, with every tile before any goes without, or tile by tile.
 enum class Flag { never, first, each };
 
-// The first tile in the order given that fits. `rows` is what the tile's rows cover: tiles of which half or more would
-// be empty are left to smaller ones.
-template <class T, template <class, class> class Shared, class... Tiles, class Kernels, class Choice>
-void first_fit(const Problem& p, const Device& device, int64_t rows, Flag when, Kernels kernels, Choice& choice) {
+// The first tile in the order given that fits, `width` channels in its accumulators. `rows` is what the tile's rows
+// cover: tiles of which half or more would be empty are left to smaller ones.
+template <class T, template <class, class> class Shared, class... Tiles, class P, class Kernels, class Choice>
+void first_fit(const P& p, int width, const Device& device, int64_t rows, Flag when, Kernels kernels, Choice& choice) {
   auto attempt = [&](auto tile, bool flag) {
     using Tile = decltype(tile);
     const int bytes = Shared<T, Tile>(p, flag, nullptr).bytes;
     const bool too_tall = Tile::kRows > 32 && 2 * rows <= Tile::kRows;
-    if (choice.kernel || too_tall || padded(p) > Tile::kChannels || bytes > device.shared) return;
+    if (choice.kernel || too_tall || width > Tile::kChannels || bytes > device.shared) return;
     choice = {kernels(tile), Tile::kRows, Tile::kColumns, bytes, flag};
   };
   auto both = [&](auto tile) {
