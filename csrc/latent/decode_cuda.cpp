@@ -150,7 +150,100 @@ std::tuple<Tensor, Tensor> decode_fwd(const Tensor& queries, const OptionalTenso
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode_bwd(
+    const Tensor& dout, const Tensor& queries, const OptionalTensor& position, const OptionalTensor& query_mask,
+    const Tensor& k, const Tensor& bias, const Tensor& v, const OptionalTensor& out_bias,
+    const OptionalTensor& key_mask, const Tensor& out, const Tensor& lse, double scale, double eps, int64_t wanted) {
+  enum { kQueries = 1, kPosition = 2, kLatents = 4 };
+  const Arguments arguments{queries, position, query_mask, k, bias, v, out_bias, key_mask};
+  check(arguments);
+  const ScalarType type = queries.scalar_type();
+  for (const auto& [t, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
+    check_like(*t, name, queries, type, 3);
+    check_size(*t, name, 0, k.size(0));
+    check_size(*t, name, 1, queries.size(1));
+    check_size(*t, name, 2, v.size(3));
+  }
+  check_like(lse, "lse", queries, ScalarType::Float, 3);
+  check_size(lse, "lse", 0, k.size(0));
+  check_size(lse, "lse", 1, k.size(1));
+  check_size(lse, "lse", 2, queries.size(1));
+  STD_TORCH_CHECK(wanted >= 0 && wanted < 8, "wanted is ", wanted, "; it must be 0 to 7");
+  const OnDevice device(queries);
+  const bool want_queries = wanted & kQueries, want_position = (wanted & kPosition) && position;
+  const bool want_latents = wanted & kLatents;
+  const auto gradient = [&](bool is_wanted, const Tensor& like) {
+    return is_wanted ? empty(like, like.sizes(), like.scalar_type()) : empty(like, {0}, like.scalar_type());
+  };
+  Tensor dqueries = gradient(want_queries, queries),
+         dposition = gradient(want_position, position ? *position : queries);
+  Tensor dk = gradient(want_latents, k), dbias = gradient(want_latents, bias), dv = gradient(want_latents, v);
+  const std::tuple gradients{dqueries, dposition, dk, dbias, dv};
+  if (k.size(0) == 0 || queries.size(1) == 0 || k.size(2) == 0) {
+    for (Tensor* t : {&dqueries, &dposition, &dk, &dbias, &dv}) torch::stable::zero_(*t);
+    return gradients;
+  }
+  if (!want_queries && !want_position && !want_latents) return gradients;
+
+  Described described;
+  describe(arguments, scale, eps, described, device.stream);
+  Decode& d = described.d;
+  const Problem& p = d.x;
+  Tensor dense_out = torch::stable::contiguous(out), dense_lse = torch::stable::contiguous(lse);
+  const Tensor dense_dout = torch::stable::contiguous(dout);
+  Tensor delta = empty(queries, {p.batch, d.heads, p.keys}, ScalarType::Float), table_sums;
+  d.out = dense_out.mutable_data_ptr();
+  d.lse = floats(dense_lse);
+  DecodeBackward b{};
+  b.of_rows.dout.data = dense_dout.const_data_ptr();
+  const int64_t size = type == ScalarType::Float ? 4 : 2;
+  const auto aligned = [&](int64_t bytes) {
+    return d.columns * size % bytes == 0 && reinterpret_cast<uintptr_t>(b.of_rows.dout.data) % bytes == 0;
+  };
+  b.dout_bytes = static_cast<int>(aligned(16) ? 16 : aligned(4) ? 4 : size);
+  b.delta = floats(delta);
+  if (want_queries) b.of_rows.dx = dqueries.mutable_data_ptr();
+  if (want_position) {
+    b.of_rows.dtable = dposition.mutable_data_ptr();
+    if (p.batch > 1 && !d.shared) {
+      table_sums = empty(queries, {p.keys, p.position}, ScalarType::Float);
+      b.of_rows.table_sums = floats(table_sums);
+    }
+  }
+  b.sums_first = d.heads > 1 || type == ScalarType::Float;
+  if (!b.sums_first) check_launch(mmk_latent_decode_delta(&d, &b, device.stream), "latent_decode_bwd");
+  if (b.sums_first || want_queries || want_position) {
+    const Plan plan = plan_for(d, mmk_latent_decode_plan_bwd_rows);
+    // A gradient that examples share is summed where one block has them all, one after another.
+    d.examples = want_position || (want_queries && d.shared) ? p.batch : 1;
+    check_blocks(plan.row_tiles * (p.batch / d.examples));
+    check_launch(mmk_latent_decode_bwd_rows(&d, &plan, &b, device.stream), "latent_decode_bwd");
+  }
+  if (!want_latents) return gradients;
+  // Partial sums of the splits; those of dv are through before those of dk come into the same place.
+  const int64_t heads = p.batch * d.heads;
+  Plan of_values = plan_for(d, mmk_latent_decode_plan_bwd_values),
+       of_keys = plan_for(d, mmk_latent_decode_plan_bwd_keys);
+  for (Plan* plan : {&of_values, &of_keys}) {
+    plan->splits = split_keys(plan->row_tiles * heads, plan->key_tiles, plan->slots);
+    check_blocks(plan->row_tiles * plan->splits * heads);
+  }
+  Tensor partial = empty(queries, {heads * p.rows, std::max(of_values.splits * d.columns, of_keys.splits * k.size(3))},
+                         ScalarType::Float);
+  Tensor partial_bias = empty(queries, {of_keys.splits, heads * p.rows}, ScalarType::Float);
+  b.partial = floats(partial);
+  b.partial_bias = floats(partial_bias);
+  check_launch(mmk_latent_decode_bwd_values(&d, &of_values, &b, dv.mutable_data_ptr(), device.stream),
+               "latent_decode_bwd");
+  check_launch(mmk_latent_decode_bwd_keys(&d, &of_keys, &b, dk.mutable_data_ptr(), floats(dbias), device.stream),
+               "latent_decode_bwd");
+  return gradients;
+}
+
 }  // namespace
 }  // namespace mmk::latent
 
-MMK_REGISTER_CUDA(m) { m.impl("latent_decode_fwd", TORCH_BOX(&mmk::latent::decode_fwd)); }
+MMK_REGISTER_CUDA(m) {
+  m.impl("latent_decode_fwd", TORCH_BOX(&mmk::latent::decode_fwd));
+  m.impl("latent_decode_bwd", TORCH_BOX(&mmk::latent::decode_bwd));
+}

@@ -163,7 +163,7 @@ DecodeChoice choose_decode_forward(const Decode& d, const Device& device) {
   DecodeChoice choice;
   auto kernels = [](auto tile) { return &decode_forward_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
-    first_fit<T, DecodeShared, Tile<4, 2, 2, 64>, Tile<4, 2, 9, 64>, Tile<4, 2, 11, 32>, Tile<2, 2, 9, 64>,
+    first_fit<T, DecodeShared, Tile<4, 2, 2, 32>, Tile<4, 2, 9, 64>, Tile<4, 2, 11, 32>, Tile<2, 2, 9, 64>,
               Tile<2, 2, 9, 32>, Tile<2, 2, 11, 32>, Tile<1, 2, 8, 32>, Tile<1, 1, 8, 16>>(
         d, padded_columns(d), device, d.x.keys, Flag::never, kernels, choice);
   } else {

@@ -1,5 +1,6 @@
 // What the kernels of the decoder share beside those of the whole family: the way of folded keys, values and dout into
-// shared memory. Latents are few and queries many: a block that owns queries walks over all latents of its heads.
+// shared memory. Latents are few and queries many: a block that owns queries walks over all latents of its heads. Sums
+// over few latents and channels show that fp32 is multiplied by halves: the gradients take the small products as well.
 #pragma once
 #include "latent/decode_cuda.h"
 #include "latent/latent_tile.cuh"
@@ -29,6 +30,11 @@ __device__ __forceinline__ bool shown(const Decode& d, int64_t batch, int64_t qu
 // What a latent adds to its scores in units of log2, -inf where nobody may see it.
 __device__ __forceinline__ float score_bias(const Decode& d, int64_t pair, int64_t latent) {
   return visible(d, pair / d.heads, latent) ? d.bias[pair * d.x.rows + latent] * d.x.scale * kLog2e : -INFINITY;
+}
+
+// P from the saved log-sum-exp.
+__device__ __forceinline__ float weight_of(float s, float scale, float bias, float shift) {
+  return ptx::exp2(fmaf(s, scale, bias - shift));
 }
 
 // Queries as a tile of one block sees them. Rows do not meet each other, so those that all examples share are

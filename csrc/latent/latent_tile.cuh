@@ -75,8 +75,8 @@ __device__ __forceinline__ void clear(float (&d)[M][N][4]) {
   for (int i = 0; i < M * N * 4; ++i) d[i / 4 / N][i / 4 % N][i % 4] = 0.0f;
 }
 
-// d = a b^T over `depth` channels; a: 16 * M rows, b: 8 * N rows of `pitch` elements.
-template <class T, int M, int N>
+// d = a b^T over `depth` channels; a: 16 * M rows, b: 8 * N rows of `pitch` elements. WithSmall: see multiply.
+template <class T, bool WithSmall = false, int M, int N>
 __device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], const T* a, const T* b, int pitch, int depth) {
   const int lane = threadIdx.x % 32, row_bytes = pitch * static_cast<int>(sizeof(T));
   b += (lane % 8 + (N > 1 ? lane / 16 * 8 : 0)) * pitch + lane / 8 % 2 * kVector<T>;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], const T* a, c
     for (int m = 0; m < M; ++m) {
       const Operand<T> fa = load_left<T>(a + m * 16 * pitch + k, row_bytes);
 #pragma unroll
-      for (int n = 0; n < N; ++n) multiply<T>(d[m][n], fa, fb[n][0], fb[n][1]);
+      for (int n = 0; n < N; ++n) multiply<T, WithSmall>(d[m][n], fa, fb[n][0], fb[n][1]);
     }
   }
 }
@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_columns(uint32_t (&b)[4], const T* tile, in
 }
 
 // sum += w tile over the block's columns; w: this warp's rows of weights, tile: a row of channels for each column.
-template <class T, class Tile>
+template <class T, class Tile, bool WithSmall = false>
 __device__ __forceinline__ void accumulate(float (&sum)[Tile::kFragments][2 * Tile::kPairs][4], const T* w, int w_pitch,
                                            const T* tile, int pitch, int pairs, const Thread<Tile>& at) {
 #pragma unroll 1
@@ -134,8 +134,8 @@ __device__ __forceinline__ void accumulate(float (&sum)[Tile::kFragments][2 * Ti
         load_columns(b, tile + k * pitch + at.pair(p) * 16, pitch, at.lane);
 #pragma unroll
         for (int m = 0; m < Tile::kFragments; ++m) {
-          multiply<T>(sum[m][2 * p], a[m], b[0], b[1]);
-          multiply<T>(sum[m][2 * p + 1], a[m], b[2], b[3]);
+          multiply<T, WithSmall>(sum[m][2 * p], a[m], b[0], b[1]);
+          multiply<T, WithSmall>(sum[m][2 * p + 1], a[m], b[2], b[3]);
         }
       }
     }

@@ -113,13 +113,15 @@ def decoder_arguments(generator):
 DECODER = ("queries", "position", "query_mask", "k", "bias", "v", "out_bias", "key_mask")
 
 
-def test_latent_decode_forward(on, generator):
+@both
+def test_latent_decode_forward(native, generator):
     arguments = [*decoder_arguments(generator), 0.3, 1e-5]
-    call_with_mutations(forward_backward("latent", on("cpp"), "latent_decode")[0], arguments, DECODER, lambda a: False)
+    call_with_mutations(forward_backward("latent", native, "latent_decode")[0], arguments, DECODER, lambda a: False)
 
 
-def test_latent_decode_backward(on, generator):
-    forward, backward = forward_backward("latent", on("cpp"), "latent_decode")
+@both
+def test_latent_decode_backward(native, generator):
+    forward, backward = forward_backward("latent", native, "latent_decode")
     arguments = decoder_arguments(generator)
     out, lse = forward(*arguments, 0.3, 1e-5)
     arguments = [torch.ones_like(out), *arguments, out, lse, 0.3, 1e-5, 7]

@@ -46,14 +46,6 @@ def check(backend, generator, tensors, wanted=None, **options):
 
 
 @pytest.fixture
-def backend(backend):
-    """Those of `conftest.py` that have kernels of this op."""
-    if backend == "cuda":
-        pytest.skip("there are no CUDA C++ kernels of this op")
-    return backend
-
-
-@pytest.fixture
 def folded(monkeypatch):
     """Both sides are folded, whatever the sizes: what the kernels are for."""
     monkeypatch.setattr(decode, "_plan", lambda *_: FOLDED)
@@ -461,11 +453,14 @@ def test_wrong_arguments(case):
             call(**{**arguments, **changes})
 
 
-def test_cuda_is_refused(on, generator):
-    """Nothing falls back silently from a named backend."""
-    tensors = make(generator, (1, 5, 7), (6, 4), (8, 8, 5))
-    with pytest.raises(mmkernels.BackendError, match=r"there are no CUDA C\+\+ kernels of this op"):
+@pytest.mark.parametrize("wide, what", [(dict(dims=(1032, 8, 4)), "keys"), (dict(dims=(8, 1032, 1030)), "values")])
+def test_cuda_refuses_what_is_too_wide(on, generator, wide, what):
+    """Neither folded nor projected do they fit; nothing falls back silently from a named backend."""
+    tensors = make(generator, (1, 5, 7), (1026 if what == "keys" else 6, 0), **wide)
+    with pytest.raises(mmkernels.BackendError, match=rf"cuda: its {what} have 103. channels, it takes 1 to 1024"):
         latent_decode(**tensors, backend=on("cuda"))
+    told = mmkernels.explain("latent_decode", **tensors)
+    assert told.refusals["cuda"] and told.backend == "cpp"
 
 
 def test_explain_tells_the_plan(on, generator):
@@ -473,6 +468,5 @@ def test_explain_tells_the_plan(on, generator):
     tensors = make(generator, (1, 300, 40), (20, 12), (96, 96, 24))
     told = mmkernels.explain("latent_decode", **tensors)
     assert told.backend == "cpp" and told.refusals["sdpa"]
-    assert "there are no CUDA C++ kernels of this op" in told.refusals["cuda"]
     assert "scores: absorb_into_keys, values: output_side" in told.detail
     assert mmkernels.explain("latent_decode", **tensors, backend="reference").detail == ""

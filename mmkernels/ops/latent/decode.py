@@ -65,7 +65,7 @@ def latent_decode(
     queries, k, v, w_q, w_o, b_q, b_o, position, scale, eps = _check(
         queries, k, v, w_q, w_o, num_heads, norm_weight, norm_bias, eps, b_q, b_o, position, query_mask, key_mask, scale
     )
-    name = _choose(queries, backend)
+    name = _choose(queries, backend, (k, v, w_q, w_o, num_heads))
     if key_mask is not None:  # queries of an example without keys: NaN in them must not reach a gradient
         with_keys = key_mask.any(1, keepdim=True).expand(-1, queries.shape[1])
         query_mask = with_keys if query_mask is None else query_mask & with_keys
@@ -129,10 +129,11 @@ def explain_latent_decode(
     queries, k, v, w_q, w_o, *_ = _check(
         queries, k, v, w_q, w_o, num_heads, norm_weight, norm_bias, eps, b_q, b_o, position, query_mask, key_mask, scale
     )
-    name = _choose(queries, backend)
+    problem = (k, v, w_q, w_o, num_heads)
+    name = _choose(queries, backend, problem)
     chosen = _plan(name, queries, k, w_q, w_o, num_heads)
     detail = "" if name == "reference" else f"scores: {chosen.score}, values: {chosen.value}, {chosen.flops:.3g} operations"
-    reasons = {n: _refusals(n, queries) for n in _backends.NAMES}
+    reasons = {n: _refusals(n, queries, problem) for n in _backends.NAMES}
     return _backends.Explanation("latent_decode", name, detail, reasons)
 
 
@@ -183,17 +184,25 @@ def has_kernels(queries, backend) -> bool:
         return False
 
 
-def _choose(queries, backend):
+def _choose(queries, backend, problem=None):
     order = _backends.preference(queries.dtype)
-    return _backends.choose("latent_decode", backend, order, lambda name: _refusals(name, queries))
+    return _backends.choose("latent_decode", backend, order, lambda name: _refusals(name, queries, problem))
 
 
-def _refusals(name, queries):
+def _refusals(name, queries, problem):
+    """`problem`: (k, v, w_q, w_o, num_heads); without it, what holds for any."""
     if name == "sdpa":
         return ["the op normalises and projects its queries, which is no backend of its own"]
     reasons = _backends.platform_refusals(name, queries.device, queries.dtype)
-    if name == "cuda":
-        reasons = [*reasons, "there are no CUDA C++ kernels of this op"]
+    if name == "cuda" and problem is not None:
+        k, v, w_q, w_o, num_heads = problem
+        chosen = _plan(name, queries, k, w_q, w_o, num_heads)
+        for what, folded, here, there in (
+            ("keys", chosen.score == "absorb_into_keys", w_q.shape[1], k.shape[2] // num_heads),
+            ("values", chosen.value == "output_side", w_o.shape[0], v.shape[2] // num_heads),
+        ):
+            if (here if folded else there) > MAX_CHANNELS:
+                reasons.append(f"its {what} have {here if folded else there} channels, it takes 1 to {MAX_CHANNELS}")
     return reasons
 
 
