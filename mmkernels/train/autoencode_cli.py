@@ -2,19 +2,14 @@
 
 from pathlib import Path
 
-from . import cli, perceiver_cli
+from . import cli, clips_cli, perceiver_cli
 
 
 def add_systems(systems) -> None:
     """Adds the trainings of autoencoders to the systems of `train`."""
     clips = systems.add_parser("perceiver-autoencode", help="Perceiver IO that gives back clips: video, sound and label")
-    add = clips.add_argument
-    add("--data", type=Path, required=True, metavar="PATH", help="a table with columns image, audio, label, or class folders")
-    add("--on-error", choices=["stop", "skip"], default="stop", help="broken rows: stop (default), or go on without them")
-    add("--val-fraction", type=cli.fraction, default=0.1, help="held-out share of data without 'split' (default 0.1)")
-    add("--sample-rate", type=cli.positive, default=48000, help="that sound is resampled to (default 48000)")
-    add("--fps", type=cli.positive_float, default=25.0, help="of the frames that are looked at (default 25)")
-    add("--stride", type=cli.positive, default=1, help="every so many of them is read (default 1)")
+    what = "a table with columns image, audio, label, or class folders"
+    clips_cli.add_data_options(clips, what, sample_rate=48000, stride=1)
     recipes = ("perceiver-io-kinetics", "perceiver-io-kinetics-label")
     _add_options(clips, *recipes, output="runs/perceiver-autoencode", points=512)
     clips.set_defaults(run=perceiver_cli.running(_train))
@@ -42,20 +37,13 @@ def _add_options(parser, *recipes, output, points, weights=(0.03, 1.0), audio_er
 
 
 def _train(arguments):
-    import sys
-
     from ..models import InputError
     from . import autoencode
-    from .data import manifest
 
     config = perceiver_cli.config_of(arguments, "multimodal")
     options = {"sample_rate": arguments.sample_rate, "stride": arguments.stride, "fps": arguments.fps}
     readers = autoencode.readers_of(config, **options)
-    training, held_out, labels, problems = manifest.load(
-        arguments.data, readers, arguments.seed, held_out=arguments.val_fraction, windows=1, on_error=arguments.on_error
-    )
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+    training, held_out, labels = clips_cli.load(arguments, readers)
     if len(labels.heads) > 1 or labels.multi_label:
         raise InputError(f"{arguments.data} has labels {', '.join(labels.heads)}; an autoencoder takes one 'label'")
     names = {name: name for name in readers}
@@ -105,10 +93,11 @@ def _fit(arguments, config, readers, classes, training, held_out, start=None):
         autoencode.save_result(arguments.output, model, readers, classes, held_out, history)
 
     task = autoencode.make_task(training, held_out, objective)
-    _, history, seconds = perceiver_cli.fit(arguments, config, task, save, start=start)
-    print(f"\n{autoencode.table(history[-1], len(classes))}")
-    print(f"\ncheckpoint, learning-curve.png and {autoencode.PICTURE} in {arguments.output}; {seconds:.0f} s")
-    return 0
+
+    def told(history):
+        return f"\n{autoencode.table(history[-1], len(classes))}\n"
+
+    return perceiver_cli.train(arguments, config, task, save, told, autoencode.PICTURE, start=start)
 
 
 def predict(arguments) -> int:

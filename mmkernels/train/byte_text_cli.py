@@ -79,10 +79,11 @@ def _fit(arguments, config, training, held_out, shares=None):
         rows.update(byte_text.save_result(arguments.output, model, held_out, baselines, history))
 
     task = masked_lm.make_task(training, held_out, shares=shares, batch_size=arguments.batch_size)
-    _, history, seconds = perceiver_cli.fit(arguments, config, task, save)
-    print(f"\n{byte_text.table(rows)}\n\n{byte_text.examples(arguments.output)}")
-    print(f"\ncheckpoint, learning-curve.png and {byte_text.EXAMPLES} in {arguments.output}; {seconds:.0f} s")
-    return 0
+
+    def told(_):
+        return f"\n{byte_text.table(rows)}\n\n{byte_text.examples(arguments.output)}\n"
+
+    return perceiver_cli.train(arguments, config, task, save, told, byte_text.EXAMPLES)
 
 
 def predict(arguments) -> int:

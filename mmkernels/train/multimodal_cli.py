@@ -1,9 +1,8 @@
 """`train mbt`, `train mbt-digits` and `predict --input`; nothing heavy is imported until a command runs."""
 
 import json
-from pathlib import Path
 
-from . import cli
+from . import cli, clips_cli, perceiver_cli
 
 
 def add_systems(systems) -> None:
@@ -15,15 +14,10 @@ def add_systems(systems) -> None:
     digits.set_defaults(run=lambda arguments: cli.guarded(_train_digits, arguments))
 
     clips = systems.add_parser("mbt", help="MBT on a table of clips: sound files, videos or folders of frames")
-    add = clips.add_argument
-    add("--data", type=Path, required=True, metavar="TABLE", help=".csv or .parquet: a path per modality, labels, split")
-    add("--modalities", default="rgb,spectrogram", metavar="A,B", help="which of the config's (default rgb,spectrogram)")
-    add("--on-error", choices=["stop", "skip"], default="stop", help="broken rows: stop (default), or go on without them")
-    add("--val-fraction", type=cli.fraction, default=0.1, help="held-out share of a table without 'split' (default 0.1)")
-    add("--windows", type=cli.positive, default=4, help="of every held-out clip; their logits are averaged (default 4)")
-    add("--sample-rate", type=cli.positive, default=16000, help="that sound is resampled to (default 16000)")
-    add("--fps", type=cli.positive_float, default=25.0, help="of the frames that are looked at (default 25)")
-    add("--stride", type=cli.positive, default=2, help="every so many of them is read (default 2)")
+    what = ".csv or .parquet: a path per modality, labels, split"
+    clips_cli.add_data_options(clips, what, sample_rate=16000, stride=2, windows=4)
+    what = "which of the config's (default rgb,spectrogram)"
+    clips.add_argument("--modalities", default="rgb,spectrogram", metavar="A,B", help=what)
     _add_options(clips, config="mbt-small", output="runs/mbt", epochs=50, batch_size=64, lr=0.5, optimizer="sgd")
     _add_recipe(clips, label_smoothing=0.3, mixup=0.5, stochastic_depth=0.3)
     clips.set_defaults(run=lambda arguments: cli.guarded(_train_table, arguments))
@@ -46,32 +40,16 @@ def _add_recipe(parser, *, label_smoothing, mixup, stochastic_depth):
 
 
 def _train_table(arguments):
-    import sys
-
-    from .data import manifest
-
     config = _config(arguments, _names(arguments.modalities))
     from . import multimodal
 
     readers = multimodal.readers_of(config, sample_rate=arguments.sample_rate, stride=arguments.stride, fps=arguments.fps)
-    training, held_out, labels, problems = manifest.load(
-        arguments.data,
-        readers,
-        arguments.seed,
-        held_out=arguments.val_fraction,
-        windows=arguments.windows,
-        on_error=arguments.on_error,
-    )
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    if problems:
-        print(f"{len(problems)} broken rows of {arguments.data} are left out", file=sys.stderr)
+    training, held_out, labels = clips_cli.load(arguments, readers)
     short = sum(lengths[name] < reader.seconds for lengths in training.lengths for name, reader in readers.items())
     if short:
         print(f"{short} of the inputs to train on are shorter than the window of their modality and are repeated")
     history, _, _ = _fit(arguments, config, training, held_out, labels, readers, arguments.output)
-    metric = multimodal.headline(history)
-    print(f"held-out {metric} {history[-1][metric]:.2%} after {len(history)} epochs")
+    print(perceiver_cli.last(history, multimodal.headline(history)))
     print(f"checkpoint {arguments.output}, learning curve {arguments.output / 'learning-curve.png'}")
     return 0
 

@@ -194,6 +194,21 @@ def fit(arguments, config, task, save, *, start=None, **changes):
     return model, history, time.perf_counter() - started
 
 
+def train(arguments, config, task, save, told, *files: str, **options) -> int:
+    """`fit` with `options`; prints what `told(history)` says of it, then where its `files` are, and returns the exit code."""
+    from .classification import CURVE
+
+    _, history, seconds = fit(arguments, config, task, save, **options)
+    *names, last_name = "checkpoint", CURVE, *files
+    print(f"{told(history)}\n{', '.join(names)} and {last_name} in {arguments.output}; {seconds:.0f} s")
+    return 0
+
+
+def last(history: list, metric="accuracy") -> str:
+    """The last evaluation of a training in words."""
+    return f"held-out {metric} {history[-1][metric]:.2%} after {length_of(history)}"
+
+
 def add_init(parser) -> None:
     """Which trained model to begin with; see `started_from`."""
     parser.add_argument("--init", type=Path, metavar="DIR", help="begin with the weights of a trained or converted model")

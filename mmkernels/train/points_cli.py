@@ -10,13 +10,8 @@ def add_systems(systems) -> None:
     """Adds the training on clouds of points to the systems of `train`."""
     points = systems.add_parser("perceiver-points", help="Perceiver on clouds of points, as ModelNet40's")
     add = points.add_argument
-    add(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="CLASS/train/ and CLASS/test/, or CLASS/, of .off, .npy, .txt",
-    )
+    what = "CLASS/train/ and CLASS/test/, or CLASS/, of .off, .npy, .txt"
+    add("--data", type=Path, required=True, metavar="FOLDER", help=what)
     add("--val-fraction", type=cli.fraction, default=0.1, help="held-out share where there is no test/ (default 0.1)")
     add("--points", type=cli.positive, default=2048, help="drawn of every cloud (default 2048)")
     perceiver_cli.add_options(points, "perceiver-modelnet40", output="runs/perceiver-points")
@@ -46,10 +41,7 @@ def _train(arguments):
         write_atomically(arguments.output / classification.CURVE, classification.learning_curve(history))
 
     task = classification.make_task(training, held_out, classification.MixedLoss(len(classes)))
-    _, history, seconds = perceiver_cli.fit(arguments, config, task, save)
-    print(f"held-out accuracy {history[-1]['accuracy']:.2%} after {perceiver_cli.length_of(history)}")
-    print(f"checkpoint and {classification.CURVE} in {arguments.output}; {seconds:.0f} s")
-    return 0
+    return perceiver_cli.train(arguments, config, task, save, perceiver_cli.last)
 
 
 def predict(arguments) -> int:

@@ -1,5 +1,6 @@
 """Perceiver on clips of sound and pictures with many labels: the command, its predictions, bad input."""
 
+import argparse
 import csv
 import json
 
@@ -9,7 +10,9 @@ from media_files import tone, write_video, write_wav
 
 from mmkernels import models
 from mmkernels.__main__ import main
-from mmkernels.train import multimodal
+from mmkernels.models import InputError
+from mmkernels.train import cli, clips_cli, multimodal, perceiver_cli
+from mmkernels.train.data.clips import Video, Waveform
 from mmkernels.train.objective import Objective
 
 AUDIO = {"kind": "grid", "shape": [256], "channels": 1, "patch": [16], "positions": {"kind": "fourier", "num_bands": 4}}
@@ -87,6 +90,37 @@ def test_pictures_are_dropped_in_training_alone(data):
     windows = {name: tensor[:, None] for name, tensor in inputs.items()}
     multimodal.clip_logits(model, windows)
     assert torch.equal(seen["video"], inputs["video"])
+
+
+@pytest.mark.parametrize("system, names", [("perceiver-clips", "audio,video"), ("perceiver-autoencode", "audio,image")])
+def test_broken_rows_can_be_left_out(system, names, data, tmp_path, capsys):
+    """They are named and counted by all trainings on clips (that of MBT is in its own tests), which then read the others."""
+    rows = [("0", "train"), ("1", "train"), ("gone", "train"), ("0", "val")]
+    rows = "\n".join(f"{name}.wav,{name}.mkv,{name},{split}" for name, split in rows)
+    (data / "broken.csv").write_text(f"{names},label,split\n{rows}")
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser.add_subparsers())
+    options = parser.parse_args(["train", system, "--data", str(data / "broken.csv"), "--on-error", "skip"])
+    readers = dict(zip(names.split(","), (Waveform(256, 8000), Video(frames=4, size=8)), strict=True))
+    training, held_out, labels = clips_cli.load(options, readers)
+    windows = {"perceiver-clips": 16, "perceiver-autoencode": 1}[system]
+    assert (len(training), len(held_out), held_out.windows, labels.names) == (2, 1, windows, ["0", "1"])
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert first.startswith("left out: line 4: ") and "gone.wav" in first and second.startswith("1 broken row")
+    options.on_error = "stop"
+    with pytest.raises(InputError, match="has 1 broken row: line 4: .*gone.wav"):
+        clips_cli.load(options, readers)
+
+
+def test_the_last_evaluation_in_words(capsys, monkeypatch):
+    epochs = [{"epoch": 0, "accuracy": 0.25}, {"epoch": 1, "accuracy": 0.5}]
+    assert perceiver_cli.last(epochs) == "held-out accuracy 50.00% after 2 epochs"
+    assert perceiver_cli.last([{"step": 30, "map": 0.125}], "map") == "held-out map 12.50% after 30 steps"
+    monkeypatch.setattr(perceiver_cli, "fit", lambda *arguments, start=None: (start, epochs, 3.0))
+    arguments = argparse.Namespace(output="runs/x")
+    for files, told in (((), "checkpoint and learning-curve.png"), (("a.png",), "checkpoint, learning-curve.png and a.png")):
+        assert perceiver_cli.train(arguments, None, None, None, perceiver_cli.last, *files, start=len) == 0
+        assert capsys.readouterr().out == f"held-out accuracy 50.00% after 2 epochs\n{told} in runs/x; 3 s\n"
 
 
 def test_bad_input(data, tmp_path, capsys):
