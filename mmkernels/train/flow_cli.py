@@ -12,6 +12,8 @@ def add_systems(systems) -> None:
     add("--data", type=Path, metavar="DIR", help="pairs as Sintel, KITTI or FlyingChairs lay them out; default: rendered ones")
     add("--val-data", type=Path, metavar="DIR", help="held out; default: a share of --data, or rendered pairs")
     add("--val-fraction", type=cli.fraction, default=0.1, help="share of --data that is held out, by name (default 0.1)")
+    what = "mirror pairs of --data and change their colours (default: no, as published)"
+    add("--augment", action="store_true", help=what)
     _add_rendering(flow, pairs=400_000, held_out=200, motion=40.0, shapes=6)
     _add_options(flow, output="runs/perceiver-flow")
     flow.set_defaults(run=perceiver_cli.running(_train), keep=False)
@@ -101,7 +103,7 @@ def _pairs(arguments, folder, size):
     from ..models.registry import require
     from .data import flow_pairs
 
-    pairs = flow_pairs.FlowPairs(flow_pairs.scan(folder), size, arguments.seed)
+    pairs = flow_pairs.FlowPairs(flow_pairs.scan(folder), size, arguments.seed, arguments.augment)
     tqdm = require("tqdm", "train").tqdm
     for index in tqdm(range(len(pairs)), desc="checking pairs", unit="pair", leave=False, delay=1.0, dynamic_ncols=True):
         pairs.check(index)

@@ -80,16 +80,17 @@ def read_frame(path) -> torch.Tensor:
 class FlowPairs(torch.utils.data.Dataset):
     """(epoch, index) -> {"frames": (2, h, w, 3) in [-1, 1], "flow": (h, w, 2), "valid": bool (h, w)}.
 
-    For training a random part of the pair is cut out and augmented (see `augmented`), else the one in the middle.
+    For training a random part of the pair is cut out, else the one in the middle.
 
     Args:
         pairs: of `scan`.
         size: (h, w), what is cut out; larger than a pair is an error that names it.
-        seed: of the augmentation.
+        seed: of the places and the augmentation.
+        augment: whether pairs to train on are also `augmented`.
     """
 
-    def __init__(self, pairs: list, size, seed=0):
-        self.pairs, self.size, self.seed = pairs, tuple(size), seed
+    def __init__(self, pairs: list, size, seed=0, augment=False):
+        self.pairs, self.size, self.seed, self.augment = pairs, tuple(size), seed, augment
 
     def __len__(self):
         return len(self.pairs)
@@ -116,11 +117,11 @@ class FlowPairs(torch.utils.data.Dataset):
             for place, n, size in zip(places, flow.shape, self.size, strict=False)
         )
         item = {"frames": frames[:, rows, columns], "flow": flow[rows, columns], "valid": valid[rows, columns]}
-        return item if generator is None else augmented(item, generator)
+        return augmented(item, generator) if self.augment and generator is not None else item
 
     def fingerprint(self) -> int:
-        """Changes with the paths, the size and the seed."""
-        return derive_seed([tuple(map(str, pair)) for pair in self.pairs], self.size, self.seed)
+        """Changes with the paths, the size, the seed and whether pairs are augmented."""
+        return derive_seed([tuple(map(str, pair)) for pair in self.pairs], self.size, self.seed, self.augment)
 
 
 def augmented(item: dict, generator) -> dict:

@@ -183,6 +183,14 @@ def test_folders(tmp_path, layout):
     assert middle["frames"].shape == (2, 16, 16, 3) and (middle["flow"] - item["flow"][2:18, 6:22]).abs().max() < 0.01
     assert (middle["frames"] - item["frames"][:, 2:18, 6:22]).abs().max() < 0.01 and middle["valid"].all()
     assert torch.equal(pairs[3, 0]["flow"], pairs[3, 0]["flow"]) and pairs[3, 0]["flow"].shape == (16, 16, 2)
+    parts = [item["flow"][y : y + 16, x : x + 16] for y in range(5) for x in range(13)]
+
+    def are_parts(pairs):
+        return [any((pairs[epoch, 0]["flow"] - part).abs().max() < 0.01 for part in parts) for epoch in range(8)]
+
+    assert all(are_parts(pairs))
+    mirrored = flow_pairs.FlowPairs(pairs.pairs, (16, 16), augment=True)
+    assert not all(are_parts(mirrored)) and mirrored.fingerprint() != pairs.fingerprint()
     with pytest.raises(InputError, match="20 x 28 pixels; the model needs 24 x 24"):
         flow_pairs.FlowPairs(flow_pairs.scan(tmp_path), (24, 24)).check(0)
     Image.new("RGB", (27, 20)).save(paths[1])
