@@ -198,8 +198,8 @@ RowsChoice choose_decode_rows(const Decode& d, const Device& device) {
   RowsChoice choice;
   auto kernels = [](auto tile) { return &decode_rows_kernel<T, decltype(tile)>; };
   if constexpr (sizeof(T) == 2) {
-    first_fit<T, RowsShared, Tile<4, 2, 9, 32>, Tile<2, 2, 9, 32>, Tile<1, 2, 8, 16>, Tile<1, 1, 8, 16>>(
-        d, padded(d.x), device, d.x.keys, Flag::each, kernels, choice);
+    first_fit<T, RowsShared, Tile<4, 2, 8, 16>, Tile<2, 2, 6, 32>, Tile<2, 2, 8, 32>, Tile<1, 2, 8, 16>,
+              Tile<1, 1, 8, 16>>(d, padded(d.x), device, d.x.keys, Flag::each, kernels, choice);
   } else {
     first_fit<T, RowsShared, Tile<4, 1, 9, 16>, Tile<2, 1, 9, 16>, Tile<1, 1, 8, 8>>(d, padded(d.x), device, d.x.keys,
                                                                                      Flag::each, kernels, choice);
