@@ -189,8 +189,9 @@ def _cuda_jobs(architectures, pattern):
     nvcc = _nvcc()
     if not nvcc:
         return [], f"CUDA kernels: nvcc was not found, and {library.name} is missing or older than its sources"
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(read))).hexdigest()
-    return [(_source_results, nvcc, str(source), arch, digest) for source in sources for arch in architectures], ""
+    headers = b"".join(path.read_bytes() for path in sorted(read) if path.suffix != ".cu")
+    digests = {source: hashlib.sha256(headers + source.read_bytes()).hexdigest() for source in sources}
+    return [(_source_results, nvcc, str(source), arch, digests[source]) for source in sources for arch in architectures], ""
 
 
 def _nvcc() -> str | None:
