@@ -23,12 +23,12 @@ struct Decode {
 };
 
 struct DecodeBackward {
-  Backward
-      of_rows;      // dout (batch, queries, columns) contiguous; dx (batch or 1, queries, content), dtable and its sums
-  int dout_bytes;   // what its rows are aligned to: 16, 4, or the size of an element
-  bool sums_first;  // delta comes from a pass over the latents, otherwise from the result
-  float* delta;     // (batch, heads, queries)
-  float* partial;   // (splits, batch, heads, latents, columns or C): dv or dk
+  // dout (batch, queries, columns) contiguous; dx (batch or 1, queries, content), dtable and its sums
+  Backward of_rows;
+  int dout_bytes;       // what its rows are aligned to: 16, 4, or the size of an element
+  bool sums_first;      // delta comes from a pass over the latents, otherwise from the result
+  float* delta;         // (batch, heads, queries)
+  float* partial;       // (splits, batch, heads, latents, columns or C): dv or dk
   float* partial_bias;  // (splits, batch, heads, latents), beside dk
 };
 

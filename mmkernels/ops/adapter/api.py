@@ -87,7 +87,7 @@ def adapter(
         try:
             call = _small(x, weights, norms, input_residual, residual, skip, eps, out_eps, activation, scale, backend)
             if call is not None:
-                return autograd.adapter("cpp", call[0], None, None, call[1], _by_library(backend, call[0], None, call[1]))
+                return autograd.adapter("cpp", call[0], None, None, call[1], _backends.is_free(backend))
         except Exception:
             pass  # what is wrong is said below
     call = _prepare(
@@ -127,7 +127,7 @@ def adapter(
         skip, number, *numbers, _ = options
         out = reference.adapter(*given, index, skip, reference.ACTIVATIONS[number], *numbers, keep, dropout_p)
     else:
-        out = autograd.adapter(name, given, index, seed, options, _by_library(backend, given, index, options))
+        out = autograd.adapter(name, given, index, seed, options, _backends.is_free(backend))
     return out if x.dim() == 3 else out.view(x.shape)
 
 
@@ -178,17 +178,14 @@ def _small(x, weights, norms, input_residual, residual, skip, eps, out_eps, acti
     return given, (flags, reference.ACTIVATIONS.index(activation), eps, out_eps, factor, 0.0)
 
 
-def _by_library(backend, given, index, options):
-    return _backends.is_free(backend) and autograd.library_backward_is_faster(given, index, options)
-
-
 def explain_adapter(x, w_down, b_down, w_up, b_up, *, backend="auto", **options):
     """The `explain` of `adapter`."""
     given, index, _, numbers = _prepare(x, w_down, b_down, w_up, b_up, **options)
     name = _backends.choose(
         "adapter", backend, _backends.preference(given[0].dtype), lambda n: _refusals(n, given[0], given[3])
     )
-    detail = "backward by the library" if name == "cpp" and _by_library(backend, given, index, numbers) else ""
+    by_library = name == "cpp" and _backends.is_free(backend) and autograd.library_backward_is_faster(given, index, numbers)
+    detail = "backward by the library" if by_library else ""
     return _backends.Explanation("adapter", name, detail, {n: _refusals(n, given[0], given[3]) for n in _backends.NAMES})
 
 

@@ -53,8 +53,7 @@ def empty_gradients(given, wanted):
 def library_backward_is_faster(given, index, options) -> bool:
     """Is a gradient nothing but products that are large enough for the library to win, where its products are at their
     peak? `README.md` has the table."""
-    named = dict(zip(NAMES, given, strict=True))
-    x, w_down = named["x"], named["w_down"]
+    x, _, _, w_down, _, _, _, *others = given
     return (
         not _library.SLOW_MKL
         and x.is_cpu
@@ -63,7 +62,7 @@ def library_backward_is_faster(given, index, options) -> bool:
         and x.numel() >= 256 * x.shape[-1]
         and index is None
         and options[-1] == 0.0
-        and all(named[name] is None for name in ("norm_weight", "out_weight", "scale", "gate"))
+        and all(other is None for other in others)
     )
 
 
@@ -161,11 +160,12 @@ class _Adapter(torch.autograd.Function):
         )
 
 
-def adapter(backend, given, index, seed, options, by_library=False):
-    """(B,T,C) on one of the kernel backends; `given`: the tensors of NAMES, or None. Differentiable when that is wanted, with
-    the library's products where `by_library` says so."""
+def adapter(backend, given, index, seed, options, free=False):
+    """(B,T,C) on one of the kernel backends; `given`: the tensors of NAMES, or None. Differentiable when that is wanted;
+    `free`: by the library's products where they are faster."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         return forward_backward("adapter", backend)[0](*given, index, seed, *options, False)[0]
+    by_library = free and backend == "cpp" and library_backward_is_faster(given, index, options)
     tensors, places = [], []
     for t in given:
         if t is None:
