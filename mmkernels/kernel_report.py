@@ -189,9 +189,19 @@ def _cuda_jobs(architectures, pattern):
     nvcc = _nvcc()
     if not nvcc:
         return [], f"CUDA kernels: nvcc was not found, and {library.name} is missing or older than its sources"
-    headers = b"".join(path.read_bytes() for path in sorted(read) if path.suffix != ".cu")
-    digests = {source: hashlib.sha256(headers + source.read_bytes()).hexdigest() for source in sources}
+    digests = {source: _digest_with_headers(source) for source in sources}
     return [(_source_results, nvcc, str(source), arch, digests[source]) for source in sources for arch in architectures], ""
+
+
+def _digest_with_headers(source: Path) -> str:
+    """Of a CUDA file and of the headers that it includes, which its kernels depend on alone."""
+    read, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in read:
+            read.add(path)
+            waiting += [CSRC / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(read))).hexdigest()
 
 
 def _nvcc() -> str | None:

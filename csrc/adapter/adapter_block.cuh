@@ -57,6 +57,28 @@ struct Moments {
   }
 };
 
+// A value for each piece that a thread has, in registers, read and written by a number known only at run time.
+template <class Value>
+struct PerPiece {
+  Value values[kOwn] = {};
+
+  __device__ __forceinline__ Value get(int own) const {
+    Value value = values[0];
+#pragma unroll
+    for (int i = 1; i < kOwn; ++i)
+      if (own == i) value = values[i];
+    return value;
+  }
+  template <class Change>
+  __device__ __forceinline__ void change(int own, Change change) {
+    Value value = get(own);
+    change(value);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      if (own == i) values[i] = value;
+  }
+};
+
 // --- A block's tile of rows ---
 
 enum Source { kX, kInput, kResidual, kDense, kComputed };  // of rows
@@ -137,11 +159,12 @@ struct Block {
   __device__ __forceinline__ int row(int own) const { return (threadIdx.x + own * kThreads) / kPieces; }
   __device__ __forceinline__ int piece_column() const { return threadIdx.x % kPieces * V; }
 
-  // body(own, row, m, c, valid) for every piece of chunk k that lies in a row, `own` known when it is unrolled.
+  // body(own, row, m, c, valid) for every piece of chunk k that lies in a row. Not unrolled: what a body stores may
+  // alias what the next one loads, so that copies of it would only be much code.
   template <class Body>
   __device__ __forceinline__ void each_piece(int k, Body body) const {
     const int c = k * kWidth + piece_column(), valid = min(d.channels - c, V);
-#pragma unroll
+#pragma unroll 1
     for (int own = 0; own < kOwn; ++own) {
       if (!has(own)) continue;
       const int64_t m = numbers[row(own)];
@@ -192,7 +215,7 @@ struct Block {
   template <class Fill>
   __device__ __forceinline__ void fill_chunk(unsigned char* chunk, int k, Source source, Fill fill) const {
     const int c = k * kWidth + piece_column(), valid = max(min(d.channels - c, V), 0);
-#pragma unroll
+#pragma unroll 1
     for (int own = 0; own < kOwn; ++own) {
       if (!has(own)) continue;
       const int64_t m = numbers[row(own)];

@@ -38,8 +38,22 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
   block.down(true);
 
   // The result again, for the averages that its norm's gradient subtracts; normalised it waits in dy.
-  float average[kOwn] = {}, average_normed[kOwn] = {};
+  struct Averages {
+    float plain = 0.0f, normed = 0.0f;
+  };
+  auto keep_averages = [&](PerPiece<Averages>& sums) {  // over a row, in kFirst and kThird
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      if (!block.has(own)) continue;
+      const float plain = sum_of_row(sums.values[own].plain), normed = sum_of_row(sums.values[own].normed);
+      if (threadIdx.x % kPieces != 0) continue;
+      block.fact(kFirst, block.row(own)) = plain / columns;
+      block.fact(kThird, block.row(own)) = normed / columns;
+    }
+    __syncthreads();
+  };
   if (d.out_weight.data) {
+    PerPiece<Averages> averages;
     float dgain[V], dbias[V];
     auto clear = [&] {
 #pragma unroll
@@ -53,15 +67,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
           float incoming[V], gain[V];
           block.load_dense(incoming, d.dout, m, c, valid);
           block.load_vector(gain, d.out_weight, c, valid);
+          Averages sum;
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             y[i] = (y[i] - block.fact(kFirst, row)) * block.fact(kSecond, row);
             dgain[i] += incoming[i] * y[i];
             dbias[i] += incoming[i];
-            average[own] += product(incoming[i], gain[i]);
-            average_normed[own] += incoming[i] * gain[i] * y[i];
+            sum.plain += product(incoming[i], gain[i]);
+            sum.normed += incoming[i] * gain[i] * y[i];
           }
           block.store_dense(d.dy, m, c, y, valid);
+          averages.change(own, [&](Averages& all) { all.plain += sum.plain, all.normed += sum.normed; });
         },
         [&](int n) {
           if (!d.out_sums) return;
@@ -69,17 +85,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
           block.store_column_sums(d.out_sums + (int64_t{gridDim.x} + blockIdx.x) * d.channels, n, dbias);
           clear();
         });
-#pragma unroll
-    for (int own = 0; own < kOwn; ++own) {
-      if (!block.has(own)) continue;
-      average[own] = sum_of_row(average[own]) / columns;
-      average_normed[own] = sum_of_row(average_normed[own]) / columns;
-    }
+    keep_averages(averages);
   }
 
   // Through the up projection and the activation.
   const void* dy = d.out_weight.data ? d.dy : d.dout;
-  float of_bias[kOwn] = {};
+  PerPiece<float> of_bias;
   const int half_rows[2] = {block.first_row + block.lane / 4, block.first_row + block.lane / 4 + 8};
   float* of_rows = block.sums;  // (across, rows): of dgate
   __syncthreads();              // the sums of columns have been read
@@ -93,16 +104,19 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
         block.fill_chunk(to + kChunkBytesOf<T>, k, copied ? kDense : kComputed,
                          [&](int own, int row, int64_t m, int c, int valid, float (&dl)[V]) {
                            float other[V];
-                           block.load_dense(dl, dy, m, c, valid);
                            if (d.out_weight.data && n == 0) {
-                             float gain[V];
-                             block.load_dense(other, d.dout, m, c, valid);
-                             block.load_vector(gain, d.out_weight, c, valid);
+                             float normed[V];
+                             block.load_dense(dl, d.dout, m, c, valid);
+                             block.load_vector(other, d.out_weight, c, valid);
+#pragma unroll
+                             for (int i = 0; i < V; ++i) dl[i] = product(dl[i], other[i]) - block.fact(kFirst, row);
+                             block.load_dense(normed, dy, m, c, valid);
 #pragma unroll
                              for (int i = 0; i < V; ++i)
-                               dl[i] = (product(other[i], gain[i]) - average[own] - dl[i] * average_normed[own]) *
-                                       block.fact(kSecond, row);
+                               dl[i] = (dl[i] - normed[i] * block.fact(kThird, row)) * block.fact(kSecond, row);
                              block.store_dense(d.dy, m, c, dl, valid);
+                           } else {
+                             block.load_dense(dl, dy, m, c, valid);
                            }
                            if (d.scale.data) {
                              block.load_scale(other, c, valid);
@@ -116,8 +130,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
                            }
                            if (of_gate) {
                              block.load_vector(other, d.b_up, int64_t{block.adapter} * d.channels + c, valid);
+                             of_bias.change(own, [&](float& sum) {
 #pragma unroll
-                             for (int i = 0; i < V; ++i) of_bias[own] += dl[i] * other[i] * d.factor;
+                               for (int i = 0; i < V; ++i) sum += dl[i] * other[i] * d.factor;
+                             });
                            }
                          });
       },
@@ -144,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       if (!block.has(own)) continue;
-      float sum = sum_of_row(of_bias[own]);
+      float sum = sum_of_row(of_bias.values[own]);
       const int64_t m = block.numbers[block.row(own)];
       if (threadIdx.x % kPieces != 0 || m < 0) continue;
       for (int w = 0; w < block.across; ++w) sum += of_rows[w * block.tile + block.row(own)];
@@ -175,8 +191,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
     for (int i = 0; i < V; ++i) dgain[i] = dbias[i] = 0.0f;
   };
   clear();
-#pragma unroll
-  for (int own = 0; own < kOwn; ++own) average[own] = average_normed[own] = 0.0f;
+  PerPiece<Averages> averages;
   void* waiting = d.dx ? d.dx : d.dinput;
   auto store = [&](int64_t m, int c, const float (&ds)[V], int valid) {
     float own[V] = {}, value[V];
@@ -208,6 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
         float s[V], gain[V];
         block.load_s(s, row, c, valid);
         block.load_vector(gain, d.norm_weight, c, valid);
+        Averages sum;
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const float normed = (s[i] - block.fact(kMean, row)) * block.fact(kRstd, row);
@@ -215,10 +231,11 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
           dgain[i] += ds[i] * normed;
           dbias[i] += ds[i];
           ds[i] = product(ds[i], gain[i]);
-          average[own] += ds[i];
-          average_normed[own] += ds[i] * normed;
+          sum.plain += ds[i];
+          sum.normed += ds[i] * normed;
         }
         if (waiting) block.store_dense(waiting, m, c, ds, valid);
+        averages.change(own, [&](Averages& all) { all.plain += sum.plain, all.normed += sum.normed; });
       },
       [&](int n) {
         if (!d.norm_sums) return;
@@ -227,12 +244,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
         clear();
       });
   if (!d.norm_weight.data || !waiting) return;
-#pragma unroll
-  for (int own = 0; own < kOwn; ++own) {
-    if (!block.has(own)) continue;
-    average[own] = sum_of_row(average[own]) / columns;
-    average_normed[own] = sum_of_row(average_normed[own]) / columns;
-  }
+  keep_averages(averages);
   for (int k = 0; k < chunks; ++k) {
     block.each_piece(k, [&](int own, int row, int64_t m, int c, int valid) {
       float s[V], ds[V];
@@ -241,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float normed = (s[i] - block.fact(kMean, row)) * block.fact(kRstd, row);
-        ds[i] = (ds[i] - average[own] - normed * average_normed[own]) * block.fact(kRstd, row);
+        ds[i] = (ds[i] - block.fact(kFirst, row) - normed * block.fact(kThird, row)) * block.fact(kRstd, row);
       }
       store(m, c, ds, valid);
     });

@@ -13,19 +13,19 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
   float* statistics = d.statistics;
   const float columns = static_cast<float>(d.channels);
   if (d.resident || d.norm_weight.data) {
-    Moments moments[kOwn];
+    PerPiece<Moments> moments;
     for (int k = 0; k < chunks; ++k) {
       if (d.resident) {
         block.fill_chunk(block.kept + k * block.row_chunk, k, kComputed,
                          [&](int own, int row, int64_t, int c, int valid, float (&s)[V]) {
                            block.load_s(s, row, c, valid);
-                           if (d.norm_weight.data) moments[own].add(s, valid);
+                           if (d.norm_weight.data) moments.change(own, [&](Moments& of) { of.add(s, valid); });
                          });
       } else {
         block.each_piece(k, [&](int own, int row, int64_t, int c, int valid) {
           float s[V];
           block.load_s(s, row, c, valid);
-          moments[own].add(s, valid);
+          moments.change(own, [&](Moments& of) { of.add(s, valid); });
         });
       }
     }
@@ -33,12 +33,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
         if (!block.has(own)) continue;
-        moments[own].gather();
+        Moments& all = moments.values[own];
+        all.gather();
         const int row = block.row(own);
         const int64_t m = block.numbers[row];
         if (threadIdx.x % kPieces != 0 || m < 0) continue;
-        const float rstd = 1.0f / sqrtf(moments[own].squares / columns + d.eps);
-        statistics[m] = block.fact(kMean, row) = moments[own].mean;
+        const float rstd = 1.0f / sqrtf(all.squares / columns + d.eps);
+        statistics[m] = block.fact(kMean, row) = all.mean;
         statistics[d.rows + m] = block.fact(kRstd, row) = rstd;
       }
       statistics += 2 * d.rows;
@@ -46,14 +47,14 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
     __syncthreads();
   }
   if (block.known) block.down(false);
-  Moments moments[kOwn];
+  PerPiece<Moments> moments;
   const bool normed = d.out_weight.data;
   auto result = [&](int own, int row, int64_t m, int c, int valid, float (&y)[V]) {
     block.finish(y, row, c, valid);
     if (normed) {
 #pragma unroll
       for (int i = 0; i < V; ++i) y[i] = to_float(from_float<T>(y[i]));
-      moments[own].add(y, valid);
+      moments.change(own, [&](Moments& of) { of.add(y, valid); });
       if (d.resident) {
         store_elements<T, V>(block.at(block.kept + c / Block<T>::kWidth * block.row_chunk, row, c % Block<T>::kWidth),
                              0, y);
@@ -76,23 +77,25 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) {
     if (!block.has(own)) continue;
-    moments[own].gather();
-    moments[own].squares = 1.0f / sqrtf(moments[own].squares / columns + d.out_eps);
+    Moments& all = moments.values[own];
+    all.gather();
+    all.squares = 1.0f / sqrtf(all.squares / columns + d.out_eps);
     const int64_t m = block.numbers[block.row(own)];
     if (threadIdx.x % kPieces != 0 || m < 0) continue;
-    statistics[m] = moments[own].mean;
-    statistics[d.rows + m] = moments[own].squares;
+    statistics[m] = all.mean;
+    statistics[d.rows + m] = all.squares;
   }
   // Every thread reads what it has written itself.
   for (int k = 0; k < chunks; ++k) {
     block.each_piece(k, [&](int own, int row, int64_t m, int c, int valid) {
+      const Moments of = moments.get(own);
       float y[V];
       if (d.resident) {
         load_piece<T, V>(y, block.at(block.kept + k * block.row_chunk, row, c - k * Block<T>::kWidth), valid, true);
       } else {
         block.load_dense(y, d.out, m, c, valid);
       }
-      block.normalise(y, moments[own].mean, moments[own].squares, d.out_weight, d.out_bias, c, valid);
+      block.normalise(y, of.mean, of.squares, d.out_weight, d.out_bias, c, valid);
       block.store_dense(d.out, m, c, y, valid);
     });
   }
