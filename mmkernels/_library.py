@@ -28,17 +28,20 @@ def build_facts() -> dict:
         return {}
 
 
-def _slow_mkl() -> bool:
-    """Is torch's matrix product MKL's on a processor of AMD with AVX-512, which MKL leaves unused?"""
+def _cpu_features() -> dict:
+    """What the processor has, and which instruction set (base, v3, v4 of x86-64) the CPU kernels chose for it."""
     try:
         from . import _C_info
     except ImportError:
-        return False
-    features = _C_info.cpu_features()
-    return torch.backends.mkl.is_available() and features.get("vendor") == "amd" and features.get("chosen") == "v4"
+        return {}
+    return _C_info.cpu_features()
 
 
-SLOW_MKL = _slow_mkl()  # looked up at import, so that a graph being traced meets a constant
+# Looked up at import, so that a graph being traced meets constants.
+_FEATURES = _cpu_features()
+AVX512 = _FEATURES.get("chosen") == "v4"
+# Is torch's matrix product MKL's on a processor of AMD with AVX-512, which MKL leaves unused?
+SLOW_MKL = AVX512 and _FEATURES.get("vendor") == "amd" and torch.backends.mkl.is_available()
 _statuses = {}
 
 

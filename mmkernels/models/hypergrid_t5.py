@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..modules import HyperGridLinear
-from ..modules.backend import Linear, WithBackend, linear, own_backend, split_heads
+from ..modules.backend import Linear, WithBackend, gelu, linear, split_heads
 from ..modules.hypergrid import VARIANTS, check_grid
 from ..ops._shared.arguments import check_integer, check_number
 from . import official
@@ -277,7 +277,7 @@ class FeedForward(WithBackend):
     def forward(self, x, *, state=None, first=None, cache=None):
         """(B, T, C) -> (B, T, C). `state` (B, C) is what the gates are made of: default token number `first` (B,), or 0."""
         if self.gated:
-            hidden = self._gelu(self.wi_0(x)) * self.wi_1(x)
+            hidden = gelu(self.wi_0(x), "tanh", self.backend) * self.wi_1(x)
         else:
             hidden = self.wi(x)
         if isinstance(self.wo, HyperGridLinear):
@@ -294,11 +294,6 @@ class FeedForward(WithBackend):
         if cache is not None:
             cache.gate = gate
         return gate
-
-    def _gelu(self, x):
-        if self.backend == "eager":
-            return F.gelu(x, approximate="tanh")
-        return ops.bias_gelu(x, approximate="tanh", backend=own_backend(self.backend))
 
 
 class SubLayer(nn.Module):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from .. import ops
 from .._backends import NAMES
 from ..ops._shared.arguments import check_key_mask
+from ..ops.activation.api import own_is_faster as own_gelu_is_faster
 from ..ops.linear.api import own_is_faster
 
 BACKENDS = ("auto", *NAMES, "eager")
@@ -38,6 +39,41 @@ def linear(x, weight, bias, backend):
     if backend in ("cpp", "reference") or (backend != "eager" and own_is_faster(x)):
         return ops.linear(x, weight, bias, backend=backend if backend in ("cpp", "reference") else "auto")
     return F.linear(x, weight, bias)
+
+
+class Gelu(nn.GELU, WithBackend):
+    """`nn.GELU`, computed by `ops.bias_gelu` where that is the faster one."""
+
+    def __init__(self, approximate="none", *, backend="auto"):
+        super().__init__(approximate)
+        check_backend(backend)
+        self.backend = backend
+
+    def forward(self, x):
+        return gelu(x, self.approximate, self.backend)
+
+
+def gelu(x, approximate, backend):
+    """GELU in a module with `backend`: the library's but where ours is asked for or measured to be faster."""
+    backend = own_backend(backend)
+    if backend == "eager" or (backend == "auto" and not own_gelu_is_faster(x, approximate)):
+        return F.gelu(x, approximate=approximate)
+    return ops.bias_gelu(x, approximate=approximate, backend=backend)
+
+
+def gelu_form(module) -> str | None:
+    """ "tanh" or "none", the form that `approximate` names, of a GELU of PyTorch or transformers; None for other modules."""
+    return module.approximate if isinstance(module, nn.GELU) else _GELUS.get(type(module).__name__)
+
+
+_GELUS = {
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "FastGELUActivation": "tanh",
+    "AccurateGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+    "PytorchGELUTanh": "tanh",  # in transformers before 4.54
+}
 
 
 def set_backend(model: nn.Module, backend: str) -> nn.Module:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops._shared.arguments import check_integer, check_number
-from .backend import Linear
+from .backend import Gelu, Linear
 from .latent import LatentCrossAttention, LatentSelfAttention
 from .positions import reset_linear_, reset_table_
 
@@ -23,7 +23,7 @@ class Mlp(nn.Sequential):
         check_integer("widening", widening)
         super().__init__(
             Linear(channels, widening * channels, backend=backend, **factory),
-            nn.GELU(approximate=ACTIVATIONS[activation]),
+            Gelu(ACTIVATIONS[activation], backend=backend),
             Linear(widening * channels, channels, backend=backend, **factory),
         )
 

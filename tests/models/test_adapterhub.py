@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from mmkernels import _library
+from mmkernels import _library, ops
 from mmkernels.models import InputError, adapterhub
 from mmkernels.models.adapterhub import PRESETS, AdapterHub
 from mmkernels.modules import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack, set_backend
@@ -336,6 +336,33 @@ def test_invertible_adapters_of_each_path(kind):
 
 
 # --- The model stays a model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_what_is_around_adapters_is_fast_where_they_are_active(backend, monkeypatch):
+    if not _library.load("cpu").loaded:
+        pytest.skip("there is no native library")
+    calls = []
+    for name in ("bias_gelu", "linear"):
+        own = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *args, own=own, name=name, **options: calls.append(name) or own(*args, **options)
+        )
+    for name in ("SLOW_MKL", "AVX512"):
+        monkeypatch.setattr(_library, name, True)
+    plain = bert()
+    hub = hub_of(model=copy.deepcopy(plain), backend=backend)
+    plain.load_state_dict({name: hub.model.state_dict()[name] for name in plain.state_dict()})
+    ids = tokens(8, 20)
+    hub.set_active(None)
+    assert torch.equal(hub.model(input_ids=ids)[0], plain(input_ids=ids)[0]) and not calls
+    hub.set_active("a")
+    out = hub.model(input_ids=ids)[0]
+    layer = ["linear"] * 5 + ["bias_gelu", "linear"]
+    assert calls == (layer * 2 if backend == "auto" else [])  # the pooler has too few rows
+    assert torch.equal(pickle.loads(pickle.dumps(hub.model))(input_ids=ids)[0], out)
+    set_backend(hub.model, "eager")
+    torch.testing.assert_close(hub.model(input_ids=ids)[0], out, atol=1e-5, rtol=1e-5)
 
 
 def test_without_adapters_it_is_the_plain_model():

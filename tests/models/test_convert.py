@@ -8,6 +8,9 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels
+from mmkernels import ops, testing
+from mmkernels.modules import convert
+from mmkernels.modules.backend import own_gelu_is_faster
 
 adapters = pytest.importorskip("adapters")
 peft = pytest.importorskip("peft")
@@ -222,7 +225,7 @@ def test_attention_with_and_without_prefixes(kind, attention):
 def test_filter_and_wrong_model():
     model = library_model("double_seq_bn")
     report = mmkernels.convert(model, lambda name, module: "layer.0" in name)
-    names = "attention.self", "attention.output", "output"
+    names = "attention.self", "attention.output", "intermediate.intermediate_act_fn", "output"
     assert set(report.replaced) == {f"encoder.layer.0.{name}" for name in names}
     with pytest.raises(TypeError, match="model is a dict"):
         mmkernels.convert({})
@@ -274,3 +277,27 @@ def test_lora_that_the_library_goes_on_computing():
     expected = plain(**batch())[0]
     torch.manual_seed(0)
     assert torch.equal(converted(**batch())[0], expected)
+
+
+# --- What stands around adapters -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"])
+def test_gelus_of_transformers(kind, monkeypatch):
+    calls, own = [], ops.bias_gelu
+    monkeypatch.setattr(ops, "bias_gelu", lambda x, **options: calls.append(options) or own(x, **options))
+    plain = torch.nn.Sequential(transformers.activations.ACT2FN[kind], transformers.activations.ACT2FN["quick_gelu"])
+    converted = copy.deepcopy(plain)
+    report = mmkernels.convert(converted)
+    assert report.replaced == {"0": convert.LibraryGelu.__doc__} and not report.kept
+    x = 4 * torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(6))
+    exact, eager, ours = (
+        testing.run(function, {"input": tensor}, ("input",))
+        for function, tensor in ((plain[0], x.double()), (plain[0], x), (converted[0], x))
+    )
+    testing.assert_within_budget(ours.output, exact.output, eager.output, "output")
+    testing.assert_within_budget(ours.gradients["input"], exact.gradients["input"], eager.gradients["input"], "gradient", 3.0)
+    form = "none" if kind in ("gelu", "gelu_python") else "tanh"
+    expected = [form] if own_gelu_is_faster(x, form) else []
+    assert [options["approximate"] for options in calls] == expected
+    assert converted(x.double()).dtype == torch.float64 and len(calls) == len(expected)  # no kernel has that dtype

@@ -69,7 +69,9 @@ def test_outputs_and_gradients(kind):
     blocks = 3 if kind == "PerceiverModel" else 4  # the cross-attention, two self-attentions, the decoder
     linears = {name for name, module in plain.named_modules() if type(module) is torch.nn.Linear}
     assert {n for n, what in report.replaced.items() if what == convert.PerceiverLinear.__doc__} == linears
-    attentions = report.replaced.keys() - linears
+    gelus = {name for name, module in plain.named_modules() if type(module).__name__ == "GELUActivation"}
+    assert {n for n, what in report.replaced.items() if what == convert.LibraryGelu.__doc__} == gelus and len(gelus) == blocks
+    attentions = report.replaced.keys() - linears - gelus
     assert len(attentions) == blocks and {report.replaced[n] for n in attentions} == {convert.PerceiverAttention.__doc__}
     assert not report.kept and all(type(module) is type(converted.get_submodule(n)) for n, module in plain.named_modules())
     before, after = plain.state_dict(), converted.state_dict()
@@ -219,6 +221,8 @@ def test_compiled():
 def test_filter():
     model = library_model("PerceiverForMaskedLM")
     report = mmkernels.convert(model, lambda name, module: "decoder" in name)
-    first, *linears = report.replaced
-    assert first == "perceiver.decoder.decoding_cross_attention.attention"
-    assert len(linears) == 6 and all("decoder" in n and type(model.get_submodule(n)) is torch.nn.Linear for n in linears)
+    first, *linears = (name for name, what in report.replaced.items() if what != convert.LibraryGelu.__doc__)
+    assert (
+        all("decoder" in name for name in report.replaced) and first == "perceiver.decoder.decoding_cross_attention.attention"
+    )
+    assert len(linears) == 6 and all(type(model.get_submodule(n)) is torch.nn.Linear for n in linears)
