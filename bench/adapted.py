@@ -29,6 +29,7 @@ class Adapted(NamedTuple):
     setup: str = "one"
     adapters: int = 1
     dtype: str = "float32"
+    activation: str = "gelu"  # of the model, by transformers' name
 
     id = problem_id
     torch_dtype = problem_dtype
@@ -112,6 +113,8 @@ def _adapted(name, batch, preset, **options):
 
 
 ONE = [_adapted(preset, n, preset) for n in (1, 8) for preset in ("seq_bn", "double_seq_bn", "par_bn")]
+# The GELU of ALBERT, GPT-2 and their like.
+GELU_NEW = _adapted("gelu_new-seq_bn", 8, "seq_bn", activation="gelu_new")
 # MAD-X's language adapter, whose embeddings pass through NICE, and Compacter's, whose matrices are made of Kronecker products.
 OTHER = [_adapted(preset, n, preset) for n in (1, 8) for preset in ("seq_bn_inv", "compacter")]
 SPLIT = [_adapted(f"8-{preset}", 8, preset, setup="split", adapters=8) for preset in ("seq_bn", "double_seq_bn")]

@@ -196,6 +196,7 @@ PRESETS = {
     + _cases(
         ("forward", "step"),
         *adapted.ONE,
+        adapted.GELU_NEW,
         *adapted.OTHER,
         *adapted.SPLIT,
         adapted.SPLIT_64,
