@@ -14,9 +14,14 @@ from torch.nn import functional as F
 from .. import ops
 from ..ops._shared.arguments import autocast_dtype, check_integer, check_key_mask, check_number
 from ..ops.latent import api, plan
-from .backend import Linear, WithBackend, linear, own_backend, split_heads
+from .backend import Linear, WithBackend, gelu, linear, own_backend, split_heads
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "silu": F.silu}
+ACTIVATIONS = {
+    "relu": lambda x, backend: F.relu(x),
+    "gelu": lambda x, backend: gelu(x, "none", backend),
+    "gelu_tanh": lambda x, backend: gelu(x, "tanh", backend),
+    "silu": lambda x, backend: F.silu(x),
+}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 # --- Names of others --------------------------------------------------------------------------------------------------------
@@ -397,7 +402,7 @@ class PerceiverResampler(WithBackend):
             self.kv_heads,
             self.norm_kind,
             self.eps,
-            ACTIVATIONS[self.activation],
+            functools.partial(ACTIVATIONS[self.activation], backend=self.backend),
             self.dropout if self.training else 0.0,
             self.backend,
         )
