@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ... import _library
 from ...modules import composition
 from ...modules.adapter import AdapterBank
 from ...modules.backend import WithBackend, gelu, gelu_form, linear
@@ -258,8 +259,8 @@ def _hold(owner, backend):
 def patch(base: nn.Module, active, backend) -> dict:
     """Puts places into a model: name in files, without the model's prefix -> (location, Place).
 
-    Layers are numbered through the whole model: decoders after encoders, images after texts. Linear layers and GELUs become
-    `Fast`.
+    Layers are numbered through the whole model: decoders after encoders, images after texts. GELUs and, where
+    the library's product is slow, linear layers become `Fast`.
     """
     places, layers, starts, count = {}, {}, {}, 0
 
@@ -307,7 +308,7 @@ def patch(base: nn.Module, active, backend) -> dict:
             _replace_forward(module, style)
         layers[base.get_submodule(f"{stack}.{found[2]}")] = None
     for module in list(base.modules()) if places else ():
-        style = FastLinear if type(module) is nn.Linear else FastGelu if gelu_form(module) else None
+        style = FastGelu if gelu_form(module) else FastLinear if _library.SLOW_MKL and type(module) is nn.Linear else None
         if style is not None:
             module.active, module.backend = active, backend
             _replace_forward(module, style)
