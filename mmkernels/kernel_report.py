@@ -87,12 +87,12 @@ def collect(architectures, pattern="*", progress=lambda result: None):
     results, left_out = [], []
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=spawn, initializer=_compile_not_interpret) as pool:
-        jobs = []
-        for name, capability, family, index in pool.submit(_triton_cases).result():
+        cases = pool.submit(_triton_cases).result()
+        cubins, reason = _cuda_jobs(architectures, pattern)  # they take longest, and so go first
+        jobs = [pool.submit(function, *arguments) for function, *arguments in cubins]
+        for name, capability, family, index in cases:
             if capability in architectures and fnmatch.fnmatch(name, pattern):
                 jobs.append(pool.submit(_triton_result, family, index))
-        cubins, reason = _cuda_jobs(architectures, pattern)
-        jobs += [pool.submit(function, *arguments) for function, *arguments in cubins]
         if reason:
             left_out.append(reason)
         try:
@@ -185,7 +185,7 @@ def _cuda_jobs(architectures, pattern):
     library = PACKAGE / "_C_cuda.so"
     read = [path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".h")]
     if library.is_file() and library.stat().st_mtime > max(path.stat().st_mtime for path in read):
-        return [(_library_results, str(library))], ""
+        return [(_library_results, str(library), arch) for arch in architectures], ""
     nvcc = _nvcc()
     if not nvcc:
         return [], f"CUDA kernels: nvcc was not found, and {library.name} is missing or older than its sources"
@@ -227,20 +227,18 @@ def _source_results(nvcc: str, source: str, arch: int, digest: str) -> list:
     return _cached(compile, version, source, target, digest)
 
 
-def _library_results(library: str) -> list:
-    """Kernels of the built library, every architecture in it."""
-    results = []
+def _library_results(library: str, arch: int) -> list:
+    """Kernels of the built library for one architecture."""
 
     def read():
+        results = []
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([_tool("cuobjdump"), "-xelf", "all", library], cwd=folder, check=True, capture_output=True)
+            subprocess.run([_tool("cuobjdump"), "-xelf", f"sm_{arch}", library], cwd=folder, check=True, capture_output=True)
             for cubin in sorted(Path(folder).glob("*.cubin")):
-                arch = int(re.search(r"\.sm_(\d+)", cubin.name)[1])
-                if arch in LIMITS:
-                    results.extend(_cuda_results(cubin, arch))
+                results += _cuda_results(cubin, arch)
         return results
 
-    return _cached(read, hashlib.sha256(Path(library).read_bytes()).hexdigest())
+    return _cached(read, hashlib.sha256(Path(library).read_bytes()).hexdigest(), arch)
 
 
 def _cuda_results(cubin: Path, arch: int) -> list:
