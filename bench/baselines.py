@@ -650,7 +650,7 @@ def _bert(problem):
         num_hidden_layers=1,
         num_attention_heads=max(1, problem.channels // 64),
         intermediate_size=4 * problem.channels,
-        hidden_act=problem.activation,
+        hidden_act=getattr(problem, "activation", "gelu"),
         max_position_embeddings=problem.length,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

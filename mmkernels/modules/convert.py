@@ -53,9 +53,9 @@ def convert(model: nn.Module, filter_fn=None) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     report = Report({}, {})
-    linears = set(_perceiver_linears(model))
+    parts = dict(_parts_of_transformers(model))
     for name, module in model.named_modules():
-        kind = ("forward", PerceiverLinear, "") if module in linears else _kind_of_module(module)
+        kind = ("forward", parts[module], "") if module in parts else _kind_of_module(module)
         if kind is None or (filter_fn is not None and not filter_fn(name, module)):
             continue
         attribute, replacement, why = kind
@@ -87,8 +87,6 @@ def _kind_of_module(module):
     if library == "peft" and hasattr(module, "lora_A"):
         linear = isinstance(getattr(module, "base_layer", None), nn.Linear)
         return "forward", LoraLinear, "" if linear else "its base is no torch.nn.Linear"
-    if library == "transformers" and gelu_form(module) is not None:
-        return "forward", LibraryGelu, ""
     if library == "transformers" and type(module).__name__ == "PerceiverAttention":
         return "forward", PerceiverAttention, ""
     if library == "transformers" and type(module).__name__ == "Idefics2PerceiverResampler":
@@ -96,10 +94,16 @@ def _kind_of_module(module):
     return None
 
 
-def _perceiver_linears(model):
+def _parts_of_transformers(model):
+    """(module, class of its replacement) of what is converted where it is a child of a module of transformers."""
     for module in model.modules():
-        if type(module).__module__.startswith("transformers.") and type(module).__name__.startswith("Perceiver"):
-            yield from (child for child in module.children() if type(child) is nn.Linear)
+        if type(module).__module__.startswith("transformers."):
+            perceiver = type(module).__name__.startswith("Perceiver")
+            for child in module.children():
+                if perceiver and type(child) is nn.Linear:
+                    yield child, PerceiverLinear
+                elif gelu_form(child) is not None:
+                    yield child, LibraryGelu
 
 
 class Idefics2Resampler:

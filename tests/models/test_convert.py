@@ -86,7 +86,7 @@ def test_adapters(preset):
     converted = copy.deepcopy(plain)
     before = {n: t.clone() for n, t in converted.state_dict().items()}
     report = mmkernels.convert(converted)
-    assert len(report.replaced) == 6 and not report.kept  # two places and the attention of two layers
+    assert len(report.replaced) == 8 and not report.kept  # two places, the attention and the GELU of two layers
     after = converted.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
     for name, setup in SETUPS.items():
@@ -247,7 +247,7 @@ def test_lora_of_peft(active):
     converted = copy.deepcopy(plain)
     names = list(converted.state_dict())
     report = mmkernels.convert(converted)
-    assert len(report.replaced) == 6 and list(converted.state_dict()) == names
+    assert len(report.replaced) == 8 and list(converted.state_dict()) == names
     for model in (plain, converted):
         model.base_model.set_adapter(active)
     check_same(plain, converted)
@@ -286,14 +286,15 @@ def test_lora_that_the_library_goes_on_computing():
 def test_gelus_of_transformers(kind, monkeypatch):
     calls, own = [], ops.bias_gelu
     monkeypatch.setattr(ops, "bias_gelu", lambda x, **options: calls.append(options) or own(x, **options))
-    plain = torch.nn.Sequential(transformers.activations.ACT2FN[kind], transformers.activations.ACT2FN["quick_gelu"])
+    plain = transformers.models.bert.modeling_bert.BertIntermediate(transformers.BertConfig(**BERT | {"hidden_act": kind}))
     converted = copy.deepcopy(plain)
     report = mmkernels.convert(converted)
-    assert report.replaced == {"0": convert.LibraryGelu.__doc__} and not report.kept
+    assert report.replaced == {"intermediate_act_fn": convert.LibraryGelu.__doc__} and not report.kept
+    plain, converted = plain.intermediate_act_fn, converted.intermediate_act_fn
     x = 4 * torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(6))
     exact, eager, ours = (
         testing.run(function, {"input": tensor}, ("input",))
-        for function, tensor in ((plain[0], x.double()), (plain[0], x), (converted[0], x))
+        for function, tensor in ((plain, x.double()), (plain, x), (converted, x))
     )
     testing.assert_within_budget(ours.output, exact.output, eager.output, "output")
     testing.assert_within_budget(ours.gradients["input"], exact.gradients["input"], eager.gradients["input"], "gradient", 3.0)
