@@ -41,7 +41,7 @@ def prepare(case, device, cache):
         names = registry.wanted(case.problem, case.pass_)
         listed = {c.name: c for c in baselines.candidates(case.problem, inputs, with_compile=False)}
         exact = verify.exact(case.problem, inputs, names)
-        cache[case] = inputs, names, listed, exact, verify.eager(listed["eager"], inputs, names, exact)
+        cache[case] = inputs, names, listed, exact, verify.eager(case.problem, listed["eager"], inputs, names, exact)
     return cache[case]
 
 

@@ -265,7 +265,7 @@ def run_problem(cases: list, device: torch.device, *, seconds=10.0, with_compile
                 with baselines.quiet():
                     actual = _run_once(candidate, given, own)
                 if candidate.name == "eager":
-                    plain = verify.eager(candidate, given, own, exact, actual)
+                    plain = verify.eager(problem, candidate, given, own, exact, actual)
                 row["errors"] = verify.errors(problem, candidate, given, own, actual, exact, plain)
                 timers[candidate.name] = Timer(candidate.function, given, case.pass_, own, _flusher(device))
                 timers[candidate.name].measure()

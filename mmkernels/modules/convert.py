@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .. import ops
 from . import composition, resampler
 from .adapter import Adapter, AdapterBank, AdapterConfig, AdapterFusion, FusionConfig, kind_of
-from .backend import gelu, gelu_form, linear, split_heads
+from .backend import WithBackend, gelu, gelu_form, linear, split_heads
 from .composition import Activation, Place
 from .latent import LatentCrossAttention
 
@@ -102,7 +102,7 @@ def _parts_of_transformers(model):
             for child in module.children():
                 if perceiver and type(child) is nn.Linear:
                     yield child, PerceiverLinear
-                elif gelu_form(child) is not None:
+                elif gelu_form(child) is not None and not isinstance(child, WithBackend):  # an AdapterHub's are fast
                     yield child, LibraryGelu
 
 

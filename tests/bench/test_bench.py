@@ -121,7 +121,7 @@ def test_every_candidate_of_several_outputs_computes_the_same(problem, pass_):
     inputs, names = registry.make_inputs(problem, CPU), registry.wanted(problem, pass_)
     exact = verify.exact(problem, inputs, names)
     listed = {c.name: c for c in baselines.candidates(problem, inputs, with_compile=False) if not c.reason}
-    plain = verify.eager(listed["eager"], inputs, names, exact)
+    plain = verify.eager(problem, listed["eager"], inputs, names, exact)
     for candidate in listed.values():
         errors = verify.check(candidate, verify.run(candidate, inputs, names), exact, plain)
         assert {f"gradient of {name}" for name in names} < set(errors)

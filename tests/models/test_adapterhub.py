@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from mmkernels import _library, ops
+from mmkernels import _library, ops, testing
 from mmkernels.models import InputError, adapterhub
 from mmkernels.models.adapterhub import PRESETS, AdapterHub
 from mmkernels.modules import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack, set_backend
@@ -340,8 +340,6 @@ def test_invertible_adapters_of_each_path(kind):
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_what_is_around_adapters_is_fast_where_they_are_active(backend, monkeypatch):
-    if not _library.load("cpu").loaded:
-        pytest.skip("there is no native library")
     calls = []
     for name in ("bias_gelu", "linear"):
         own = getattr(ops, name)
@@ -358,11 +356,13 @@ def test_what_is_around_adapters_is_fast_where_they_are_active(backend, monkeypa
     assert torch.equal(hub.model(input_ids=ids)[0], plain(input_ids=ids)[0]) and not calls
     hub.set_active("a")
     out = hub.model(input_ids=ids)[0]
-    layer = ["linear"] * 5 + ["bias_gelu", "linear"]
+    gelu = ["bias_gelu"] if _library.load("cpu").loaded else []
+    layer = ["linear"] * 5 + gelu + ["linear"]
     assert calls == (layer * 2 if backend == "auto" else [])  # the pooler has too few rows
     assert torch.equal(pickle.loads(pickle.dumps(hub.model))(input_ids=ids)[0], out)
     set_backend(hub.model, "eager")
-    torch.testing.assert_close(hub.model(input_ids=ids)[0], out, atol=1e-5, rtol=1e-5)
+    eager, exact = hub.model(input_ids=ids)[0], hub.model.double()(input_ids=ids)[0]
+    testing.assert_within_budget(out, exact, eager, "output")
 
 
 def test_without_adapters_it_is_the_plain_model():

@@ -37,6 +37,7 @@ class AdapterHub(Folders):
             DistilBERT, ViT, BEiT, CLIP, GPT-2, T5 or BART (mBART, Whisper, ...).
         compat: None, or "adapters" to compute compositions as the library of that name does, see `composition.Activation`.
         backend: of all adapters, a backend of `ops.adapter` or "eager"; `modules.set_backend` changes it later.
+            With "auto" and active adapters the model's GELUs and linear layers are ours too, where they are faster.
 
     Raises InputError for models of another layout, and those that have adapters already.
     """

@@ -27,7 +27,7 @@ def bias_gelu(x, bias=None, *, approximate="tanh", backend="auto"):
         BackendError: the named backend cannot run this problem; the message has every reason.
     """
     _check(x, bias, approximate)
-    name = _backends.choose("bias_gelu", backend, ORDER, lambda name: _refusals(name, x))
+    name = _backends.choose("bias_gelu", backend, _order(x, bias, approximate), lambda name: _refusals(name, x))
     if name == "reference":
         return reference.bias_gelu(x, bias, approximate)
     return autograd.bias_gelu(name, x, bias, approximate == "tanh")
@@ -36,16 +36,24 @@ def bias_gelu(x, bias=None, *, approximate="tanh", backend="auto"):
 def explain_bias_gelu(x, bias=None, *, approximate="tanh", backend="auto"):
     """The `explain` of `bias_gelu`."""
     _check(x, bias, approximate)
-    name = _backends.choose("bias_gelu", backend, ORDER, lambda name: _refusals(name, x))
+    name = _backends.choose("bias_gelu", backend, _order(x, bias, approximate), lambda name: _refusals(name, x))
     return _backends.Explanation("bias_gelu", name, "", {n: _refusals(n, x) for n in _backends.NAMES})
 
 
 def own_is_faster(x, approximate) -> bool:
     """Was a kernel measured to be faster than `torch.nn.functional.gelu` of `x`, which has its bias already?
 
-    On CPUs; with AVX2 the library's error function, whose small values have fewer digits, is as fast as ours.
+    On CPUs; with AVX2 the library's error function, whose small values have fewer digits, is the faster one.
     """
-    return not _backends.platform_refusals("cpp", x.device, x.dtype) and (approximate == "tanh" or _library.AVX512)
+    if _backends.platform_refusals("cpp", x.device, x.dtype):
+        return False
+    return approximate == "tanh" or x.dtype != torch.float32 or _library.AVX512
+
+
+def _order(x, bias, approximate) -> tuple:
+    """Of auto: the library's GELU, which `reference` calls, where it is the faster one and there is no bias to add."""
+    library = bias is None and x.device.type == "cpu" and not own_is_faster(x, approximate)
+    return ("reference", *ORDER[:-1]) if library else ORDER
 
 
 def _refusals(name, x):
