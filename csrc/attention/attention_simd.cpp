@@ -12,6 +12,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kFew = 8;                     // up to this many queries, or keys, have forms of their own
+constexpr int64_t kFewFloats = 32768;           // of keys and values that they meet at a time: they stay in cache
 constexpr int64_t kFewRow = kBlockKeys + 16;    // row length of tiles over a block of keys; a stretch may end beyond it
 constexpr int64_t kChunkRow = kChunkRows + 16;  // row length of tiles over a chunk: see padded_row
 
@@ -226,6 +227,12 @@ void online_softmax(const Attention& a, const KeyBlock& block, float* scores, fl
 
 bool few_queries(const Attention& a) { return a.queries <= kFew; }
 
+// Keys of a block: few enough that a wide one is still in cache when its weighted sum is taken.
+int64_t few_block_keys(const Attention& a) {
+  const int64_t row = padded_row(a.qk_dim) + (a.one_key_gradient ? 0 : padded_row(a.v_dim));
+  return smaller(kBlockKeys, std::max<int64_t>(kFewFloats / row / 8 * 8, 8));
+}
+
 // The state of a part: O (rows, padded_row(E)), maxima, sums.
 struct FewState {
   float *out, *maximum, *total;
@@ -252,8 +259,8 @@ void few_forward(const Attention& a, const Part& part, float* state, float* spac
   clear(state, few_state(a));
   for (int64_t n = 0; n < rows; ++n) s.maximum[n] = -kInfinity;
   KeyBlock block;
-  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
-    block.end = smaller(block.begin + kBlockKeys, part.key_end);
+  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin = block.end) {
+    block.end = smaller(block.begin + few_block_keys(a), part.key_end);
     if (!find_visible(a, part.batch, block)) continue;
     a.load_keys(a, part.batch, part.head, block, key_space);
     dots(q, q_ld, rows, block.k, block.k_row, block.count, scores, kFewRow, a.qk_dim);
@@ -593,49 +600,53 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
   const int64_t rows = part.row_end - part.row_begin;
   const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
   Carver carver{space};
-  float* q = carver.take(kFew * k_ld);
-  float* dout = carver.take(kFew * v_ld);
-  float* scores = carver.take(kFew * kFewRow);
-  float* dscores = carver.take(kFew * kFewRow);
+  // Where keys and values are one array, q and dout are as well, and one product does for both.
+  const bool one = a.one_key_gradient;
+  float* q = carver.take(kFew * (k_ld + v_ld));
+  float* dout = q + (one ? rows : kFew) * k_ld;
+  float* by_q = carver.take(2 * kFew * kFewRow);          // the scores, then their gradients
+  float* by_dout = by_q + (one ? rows : kFew) * kFewRow;  // the weights' gradients, then the weights
   float* bias = carver.take(kFew * kFewRow);
   float* lse = carver.take(kPanel);
   float* delta = carver.take(kPanel);
   float* row_pairs = carver.take(2 * kFew * v_ld);
   float* dk = carver.take(kBlockKeys * (k_ld + v_ld));
-  float* dv = a.one_key_gradient ? dk : dk + kBlockKeys * k_ld;
+  float* dv = one ? dk : dk + kBlockKeys * k_ld;
   float* key_space = carver.take(a.key_space);
   load_rows(a.q, part, part.row_begin, rows, a.qk_dim, q, k_ld, a.scale);
   load_rows(a.dout, part, part.row_begin, rows, a.v_dim, dout, v_ld);
   row_statistics(a, part, lse, delta, row_pairs);
   KeyBlock block;
-  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
-    block.end = smaller(block.begin + kBlockKeys, part.key_end);
+  for (block.begin = part.key_begin; block.begin < part.key_end; block.begin = block.end) {
+    block.end = smaller(block.begin + few_block_keys(a), part.key_end);
     if (find_visible(a, part.batch, block)) {
       a.load_keys(a, part.batch, part.head, block, key_space);
-      dots(q, k_ld, rows, block.k, block.k_row, block.count, scores, kFewRow, a.qk_dim);
-      dots(dout, v_ld, rows, block.v, block.v_row, block.count, dscores, kFewRow, a.v_dim);
-      if (a.bias.data != nullptr) add_few_bias(a, part, block, scores, bias);
-      if (a.bias_blocks != nullptr) add_block_bias(a, part, block, part.row_begin, rows, scores, 1, kFewRow);
+      dots(q, k_ld, one ? 2 * rows : rows, block.k, block.k_row, block.count, by_q, kFewRow, a.qk_dim);
+      if (!one) dots(dout, v_ld, rows, block.v, block.v_row, block.count, by_dout, kFewRow, a.v_dim);
+      if (a.bias.data != nullptr) add_few_bias(a, part, block, by_q, bias);
+      if (a.bias_blocks != nullptr) add_block_bias(a, part, block, part.row_begin, rows, by_q, 1, kFewRow);
       for (int64_t n = 0; n < rows; ++n) {
         const DropoutRow r = dropout_row_of(a, part, part.row_begin + n);
         for (int64_t i = n * kFewRow, key = 0; key < block.count; i += kWidth, key += kWidth) {
-          const Vec weight = exp(load(scores + i) - lse[n]);
+          const Vec weight = exp(load(by_q + i) - lse[n]);
           Vec keep = splat(1.0f);
           if (a.dropout) keep = drop(a, UintVec{} + r.low, UintVec{} + r.high, keys_of(a, block, key), keep);
-          store(scores + i, weight * keep);
-          store(dscores + i, weight * (load(dscores + i) * keep - delta[n]));
+          store(by_q + i, weight * (load(by_dout + i) * keep - delta[n]));
+          store(by_dout + i, weight * keep);
         }
       }
       if (a.wants_queries())
-        gemm<false>({dscores, kFewRow, block.k, block.k_row, kPanel, state, k_ld, kPanel}, rows, a.qk_dim, block.count,
+        gemm<false>({by_q, kFewRow, block.k, block.k_row, kPanel, state, k_ld, kPanel}, rows, a.qk_dim, block.count,
                     true);
       if (a.store_key_gradients && rows == 0) block.dk = nullptr, clear(dk, kBlockKeys * (k_ld + v_ld));
       const bool direct = block.dk != nullptr;
       if (a.store_key_gradients) {
-        gemm<true>({scores, kFewRow, dout, v_ld, kPanel, direct ? block.dv : dv, direct ? block.dv_row : v_ld, kPanel},
-                   block.count, a.v_dim, rows, false);
-        gemm<true>({dscores, kFewRow, q, k_ld, kPanel, direct ? block.dk : dk, direct ? block.dk_row : k_ld, kPanel},
-                   block.count, a.qk_dim, rows, a.one_key_gradient);
+        gemm<true>({by_q, kFewRow, q, k_ld, kPanel, direct ? block.dk : dk, direct ? block.dk_row : k_ld, kPanel},
+                   block.count, a.qk_dim, one ? 2 * rows : rows, false);
+        if (!one)
+          gemm<true>(
+              {by_dout, kFewRow, dout, v_ld, kPanel, direct ? block.dv : dv, direct ? block.dv_row : v_ld, kPanel},
+              block.count, a.v_dim, rows, false);
       }
     }
     if (a.store_key_gradients && block.dk == nullptr)

@@ -57,10 +57,13 @@ static void dots_of(int64_t rows, const float* a, int64_t a_row, const float* b,
 
 static void dots(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_row, int64_t columns, float* c,
                  int64_t c_row, int64_t depth) {
-  for (int64_t i = 0, step; i < rows; i += step) {
-    step = std::min<int64_t>(rows - i, kDotRows);
-    dots_of(step, a + i * a_row, a_row, b, b_row, columns, c + i * c_row, c_row, depth);
-  }
+  const int64_t block = rows <= kDotRows ? columns : 2 * kWidth;  // of B's rows: in cache until all of A's met them
+  for (int64_t j = 0; j < columns; j += block)
+    for (int64_t i = 0, step; i < rows; i += step) {
+      step = std::min<int64_t>(rows - i, kDotRows);
+      dots_of(step, a + i * a_row, a_row, b + j * b_row, b_row, std::min(block, columns - j), c + i * c_row + j, c_row,
+              depth);
+    }
 }
 
 }  // namespace mmk::MMK_ISA

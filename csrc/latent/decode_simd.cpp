@@ -76,8 +76,8 @@ void load_queries(const Decode& d, int64_t example, int64_t row, int64_t rows, f
     for (int64_t r = 0; r < count; ++r) {
       float* line = tile + r * ld;
       if (hidden(d, example, first + r)) std::memset(line, 0, d.channels * sizeof(float));
+      factors[done + r] = d.eps < 0.0f ? 1.0f : normalise(line, line, d.channels, d.eps);
       for (int64_t c = d.channels; c < ld; ++c) line[c] = 0.0f;
-      factors[done + r] = d.eps < 0.0f ? 1.0f : normalise(line, d.channels, d.eps);
       line[d.channels] = 1.0f;
     }
   }
@@ -119,7 +119,7 @@ void store_dqueries(const Decode& d, int64_t example, int64_t row, int64_t rows,
   for (int64_t r = 0; r < rows; ++r) {
     float* line = gradient + r * ld;
     for (int64_t c = d.channels; c < d.channels + kWidth; ++c) line[c] = 0.0f;
-    if (d.eps >= 0.0f) normalise_gradient(line, xhat + r * ld, d.channels, factors[r]);
+    if (d.eps >= 0.0f) normalise_gradient(line, xhat + r * ld, line, d.channels, factors[r]);
   }
   if (d.dx.data != nullptr)
     store_tile(d.dx.at(0, d.shared() ? 0 : example, row), d.dx.dtype, d.dx.stride[2], d.dx.stride[3], gradient, ld,

@@ -13,26 +13,35 @@ namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// May vectors read rows of `columns` where they are?
+bool readable(const Strided& s, int64_t columns) {
+  return s.dtype == DType::kFloat32 && s.stride[3] == 1 && columns % kWidth == 0;
+}
+
 void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, float* space) {
+  constexpr int64_t kTileFloats = 4096;  // loaded, then normalised while in the first cache level
   const auto& p = static_cast<const LatentAttention&>(a);
   const int64_t channels = p.channels, ld = padded_row(a.qk_dim);
+  const int64_t most_rows = smaller(16, std::max<int64_t>(kTileFloats / ld, 1));
+  const bool in_place = p.eps >= 0.0f && p.position.data == nullptr && readable(p.x, channels);
   float* factors = space + kBlockKeys * ld;
   for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
-    constexpr int64_t kRows = 16;  // loaded, then normalised while in the first cache level
-    for (int64_t done = 0; done < length; done += kRows) {
-      const int64_t rows = smaller(kRows, length - done), key = block.begin + offset + done;
+    for (int64_t done = 0; done < length; done += most_rows) {
+      const int64_t rows = smaller(most_rows, length - done), key = block.begin + offset + done;
       float* tile = space + (i + done) * ld;
-      load_tile(tile, ld, p.x.at(0, batch, key), p.x.dtype, p.x.stride[2], p.x.stride[3], rows, p.x_channels);
+      if (!in_place)
+        load_tile(tile, ld, p.x.at(0, batch, key), p.x.dtype, p.x.stride[2], p.x.stride[3], rows, p.x_channels);
       if (p.position.data != nullptr)
         load_tile(tile + p.x_channels, ld, p.position.at(0, 0, key), p.position.dtype, p.position.stride[2],
                   p.position.stride[3], rows, channels - p.x_channels);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = channels; c % kWidth != 0; ++c) tile[r * ld + c] = 0.0f;
-      for (int64_t r = 0; p.eps >= 0.0f && r < rows; ++r)
-        factors[i + done + r] = normalise(tile + r * ld, channels, p.eps);
-      for (int64_t r = 0; a.dropout && r < rows; ++r) {
-        tile[r * ld + channels] = 1.0f;
-        for (int64_t c = channels + 1; c % kWidth != 0; ++c) tile[r * ld + c] = 0.0f;
+      for (int64_t r = 0; r < rows; ++r) {
+        float* row = tile + r * ld;
+        const float* from = in_place ? reinterpret_cast<const float*>(p.x.at(0, batch, key + r)) : row;
+        if (p.eps >= 0.0f) factors[i + done + r] = normalise(from, row, channels, p.eps);
+        for (int64_t c = channels; c % kWidth != 0; ++c) row[c] = 0.0f;
+        if (!a.dropout) continue;
+        row[channels] = 1.0f;
+        for (int64_t c = channels + 1; c % kWidth != 0; ++c) row[c] = 0.0f;
       }
     }
   });
@@ -45,14 +54,22 @@ void store_key_gradients(const Attention& a, int64_t batch, int64_t, const KeyBl
                          float* dk, float*) {
   const auto& p = static_cast<const LatentAttention&>(a);
   const int64_t channels = p.channels, ld = padded_row(a.qk_dim);
-  const float* factors = space + kBlockKeys * ld;
-  for (int64_t i = 0; p.eps >= 0.0f && i < block.count; ++i) {
-    if (a.dropout) dk[i * ld + channels] = 0.0f;
-    normalise_gradient(dk + i * ld, space + i * ld, channels, factors[i]);
-  }
   const int64_t length = block.end - block.begin, position_channels = channels - p.x_channels;
-  auto write = [&](const Strided& to, int64_t example, int64_t first, int64_t columns) {
+  auto clear_hidden = [&](const Strided& to, int64_t example, int64_t columns) {
     if (block.count < length) std::memset(to.at(0, example, block.begin), 0, length * columns * to.item_bytes());
+  };
+  const bool in_place = p.eps >= 0.0f && p.dx.data != nullptr && position_channels == 0 && readable(p.dx, channels);
+  if (in_place) clear_hidden(p.dx, batch, channels);
+  const float* factors = space + kBlockKeys * ld;
+  for (int64_t i = 0; i < block.count; ++i) {
+    float *row = dk + i * ld, *to = row;
+    if (a.dropout) row[channels] = 0.0f;
+    if (in_place) to = reinterpret_cast<float*>(p.dx.at(0, batch, block.begin + block.offset[i]));
+    if (p.eps >= 0.0f) normalise_gradient(row, space + i * ld, to, channels, factors[i]);
+  }
+  if (in_place) return;
+  auto write = [&](const Strided& to, int64_t example, int64_t first, int64_t columns) {
+    clear_hidden(to, example, columns);
     for_stretches(block, [&](int64_t i, int64_t offset, int64_t rows) {
       store_tile(to.at(0, example, block.begin + offset), to.dtype, columns, 1, dk + i * ld + first, ld, rows, columns);
     });
@@ -79,11 +96,6 @@ int64_t projection_space(const Projections& p) {
 
 void load_line(float* line, const Strided& source, int64_t first, int64_t length) {
   load_tile(line, 0, source.at(0, 0, 0, first), source.dtype, 0, source.stride[3], 1, length);
-}
-
-// May vectors read rows of `columns` where they are?
-bool readable(const Strided& s, int64_t columns) {
-  return s.dtype == DType::kFloat32 && s.stride[3] == 1 && columns % kWidth == 0;
 }
 
 void absorb(const Projections& p, int64_t examples, int64_t head, int64_t row, int64_t column, float* space) {
@@ -143,7 +155,7 @@ void project(const Projections& p, int64_t examples, int64_t head, int64_t row, 
     for (int64_t c = p.channels; c % kWidth != 0; ++c) to[c] = 0.0f;
   }
   const Strided& w = p.w_v;
-  if (rows <= kDotRows) {
+  if (rows <= 64) {  // a transposed copy of the weights would cost more than the better product saves
     const float* lines = weight;
     int64_t line = wide;
     if (readable(w, p.channels))

@@ -37,7 +37,9 @@ def latent_arguments(generator, batch, queries, keys, content, shared, dtype=tor
     c = content + shared
     sizes = {"q": (1 if shared_queries else batch, queries, 24), "x": (batch, keys, content), "w_k": (24, c), "w_v": (40, c)}
     sizes |= {"norm_weight": (c,), "norm_bias": (c,), "b_v": (40,)} | ({"position": (keys, shared)} if shared else {})
-    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in sizes.items()}
+    scale = c**-0.5 if c > 100 else 1.0  # of the weights: scores of wide rows would have one key win
+    scales = {"w_k": scale, "w_v": scale}
+    return {n: (torch.randn(s, generator=generator) * scales.get(n, 1.0)).to(dtype) for n, s in sizes.items()}
 
 
 def check_attention(generator, sizes, **options):
@@ -49,11 +51,12 @@ def check_attention(generator, sizes, **options):
     return testing.check_op(attention, testing.eager_attention, tensors, wanted, "cpp", grad, **options)
 
 
-def check_latent(generator, *sizes, **options):
+def check_latent(generator, *sizes, key_mask=None, **options):
     tensors = latent_arguments(generator, *sizes, **options)
     wanted = tuple(n for n in WANTED if n in tensors)
     grad = torch.randn(tensors["x"].shape[0], tensors["q"].shape[1], 40, generator=generator).to(tensors["x"].dtype)
-    return testing.check_op(latent_attention, testing.eager_latent_attention, tensors, wanted, "cpp", grad, num_heads=2)
+    options = {"num_heads": 2, "key_mask": key_mask}
+    return testing.check_op(latent_attention, testing.eager_latent_attention, tensors, wanted, "cpp", grad, **options)
 
 
 # Sizes around the edges of panels (4 to 32 queries), chunks of rows (128), blocks of keys (144), tiles (4 to 12), and of
@@ -151,6 +154,8 @@ def awkward_sizes():
         testing.check_op(attention, testing.eager_attention, tensors, ("q", "k", "v"), "cpp", key_mask=mask)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_latent(generator, 2, 63, 200, 30, 19, dtype=dtype)
+        for channels in ((1024, 0), (700, 5)):  # few queries of wide keys: blocks of their own size, in place and copied
+            check_latent(generator, 2, 3, 150, *channels, dtype=dtype, key_mask=mask)
     for queries in (5, 50):
         tensors, seed = qkv(generator, 1, 2, queries, 150, 16, 16), torch.tensor([11])
         grad = torch.randn(1, 2, queries, 16, generator=generator)
@@ -173,6 +178,17 @@ def test_every_instruction_set(isa):
         text=True,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("channels", [5, 64, 512, 700])
+def test_rows_are_normalised_in_full_precision(generator, channels):
+    """One key's result is its normalised row, whose statistics start from what it begins with: a good guess or a bad one."""
+    for offset, count in ((0.0, 0), (1000.0, channels), (1000.0, 3), (-1000.0, 16), (1e5, 1)):
+        x = torch.randn(2, 1, channels, generator=generator)
+        x[..., :count] += offset
+        row, _ = torch.ops.mmkernels.latent_fwd(torch.zeros(1, 1, channels), x, None, None, 1.0, 1e-5, None, 0.0, 0)
+        exact, plain = (torch.nn.functional.layer_norm(each, (channels,)) for each in (x.double(), x))
+        testing.assert_within_budget(row, exact, plain, f"a row of which {count} channels are {offset} off")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
