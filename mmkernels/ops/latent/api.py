@@ -220,7 +220,7 @@ def per_head(rows, weights):
     """rows (B, H, N, X) @ weights (H, X, Y), without a copy of the weights, or of their gradient, for every example."""
     batch, heads, length, _ = rows.shape
     if heads == 1:
-        return rows @ weights[0]
+        return rows @ weights.squeeze(0)  # not [0], whose gradient is zeros of the size of all heads and a copy into them
     product = rows.transpose(0, 1).flatten(1, 2) @ weights
     return torch.unflatten(product, 1, (batch, length)).transpose(0, 1)
 
