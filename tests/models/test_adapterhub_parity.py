@@ -34,6 +34,8 @@ EAGER = dict(attn_implementation="eager")
 BART = dict(vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
 BART |= dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=24, **EAGER)
 CLIP_TEXT = dict(vocab_size=60, max_position_embeddings=24, eos_token_id=59, **SIZES_OF, **EAGER)
+GPTJ = dict(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, rotary_dim=4, pad_token_id=0, **EAGER)
+LLAMA = dict(vocab_size=60, max_position_embeddings=24, num_key_value_heads=1, pad_token_id=0, **SIZES_OF, **EAGER)
 ROWS, TOKENS = 6, 5
 
 
@@ -59,6 +61,9 @@ def build(kind):
         "gpt2": lambda: transformers.GPT2Model(
             transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, pad_token_id=0, **EAGER)
         ),
+        "gptj": lambda: transformers.GPTJModel(transformers.GPTJConfig(**GPTJ)),
+        "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(**LLAMA)),
+        "mistral": lambda: transformers.MistralModel(transformers.MistralConfig(**LLAMA, sliding_window=None)),
         "bart": lambda: transformers.BartModel(transformers.BartConfig(**BART)),
         "mbart": lambda: transformers.MBartModel(transformers.MBartConfig(**BART)),
         "beit": lambda: transformers.BeitModel(
@@ -242,6 +247,9 @@ LAYOUTS = {  # kind of model -> number of places
     "deberta_v2": 4,
     "distilbert": 4,
     "gpt2": 4,
+    "gptj": 4,
+    "llama": 4,
+    "mistral": 4,
     "bart": 10,
     "mbart": 10,
     "beit": 4,
@@ -287,7 +295,7 @@ def test_other_layouts(kind, tmp_path):
 
 def test_attentions_and_caches_go_on_coming_out():
     """What a layer gives beside its hidden states, and what it keeps for the next token."""
-    for kind in ("bart", "gpt2", "clip_text", "distilbert", "beit", "vit"):
+    for kind in ("bart", "gpt2", "gptj", "llama", "clip_text", "distilbert", "beit", "vit"):
         plain = build(kind)
         hub = AdapterHub(copy.deepcopy(plain))
         options = {"output_hidden_states": True} | ({} if kind == "vit" else {"output_attentions": True})
@@ -296,17 +304,22 @@ def test_attentions_and_caches_go_on_coming_out():
             values = value if isinstance(value, tuple) else (value,)
             for one, other in zip(values, actual[name] if isinstance(value, tuple) else (actual[name],), strict=True):
                 assert not isinstance(one, torch.Tensor) or torch.equal(one, other), (kind, name)
-    torch.manual_seed(0)
-    plain = randomize(transformers.BartForConditionalGeneration(transformers.BartConfig(**BART))).eval()
-    hub = AdapterHub(copy.deepcopy(plain))
-    hub.add_adapter("a", "double_seq_bn", cross_adapter=True)
-    options = dict(max_new_tokens=6, num_beams=2, do_sample=False)
-    ids = batch("bart")["input_ids"]
-    assert torch.equal(hub.model.generate(ids, **options), plain.generate(ids, **options))
-    randomize(hub.model, ("adapters",))
-    hub.set_active("a")
-    cached, again = (hub.model.generate(ids, **options, use_cache=cache) for cache in (True, False))
-    assert torch.equal(cached, again)
+    for name, config, changes in (
+        ("BartForConditionalGeneration", transformers.BartConfig(**BART), {"cross_adapter": True}),
+        ("GPTJForCausalLM", transformers.GPTJConfig(**GPTJ), {}),
+        ("LlamaForCausalLM", transformers.LlamaConfig(**LLAMA), {}),
+    ):
+        torch.manual_seed(0)
+        plain = randomize(getattr(transformers, name)(config)).eval()
+        hub = AdapterHub(copy.deepcopy(plain))
+        hub.add_adapter("a", "double_seq_bn", **changes)
+        options = dict(max_new_tokens=6, num_beams=2, do_sample=False)
+        ids = batch("bart")["input_ids"]
+        assert torch.equal(hub.model.generate(ids, **options), plain.generate(ids, **options))
+        randomize(hub.model, ("adapters",))
+        hub.set_active("a")
+        cached, again = (hub.model.generate(ids, **options, use_cache=cache) for cache in (True, False))
+        assert torch.equal(cached, again)
 
 
 def test_cross_attention_adapters_of_t5():
@@ -553,6 +566,11 @@ OWN_HEADS = {  # class of a model with a head of its own -> of its config, optio
     "BartForConditionalGeneration": ("Bart", BART, "seq2seq_lm"),
     "GPT2ForSequenceClassification": ("GPT2", GPT2, "classification"),
     "GPT2LMHeadModel": ("GPT2", GPT2, "causal_lm"),
+    "GPTJForCausalLM": ("GPTJ", GPTJ, "causal_lm"),
+    "LlamaForSequenceClassification": ("Llama", LLAMA, "classification"),
+    "LlamaForTokenClassification": ("Llama", LLAMA, "tagging"),
+    "LlamaForCausalLM": ("Llama", LLAMA, "causal_lm"),
+    "MistralForCausalLM": ("Mistral", LLAMA, "causal_lm"),
     "T5ForConditionalGeneration": ("T5", OF_T5, "seq2seq_lm"),
     "ViTForImageClassification": ("ViT", {**VIT, "num_labels": 3}, "image_classification"),
     "BeitForImageClassification": ("Beit", {**VIT, "layer_scale_init_value": 0.1}, "image_classification"),
@@ -612,10 +630,12 @@ def test_own_heads_become_heads(class_name, tmp_path):
 
 
 @pytest.mark.parametrize("setup", ["a", "parallel"])
-@pytest.mark.parametrize("name", ["T5", "Bart", "GPT2"])
+@pytest.mark.parametrize("name", ["T5", "Bart", "GPT2", "GPTJ", "Llama"])
 def test_heads_of_rows_that_end(name, setup, tmp_path):
     """Classification by the end-of-sequence token, or by the last one that is no padding."""
-    config = getattr(transformers, f"{name}Config")(**{"T5": OF_T5, "Bart": BART, "GPT2": GPT2}[name])
+    config = getattr(transformers, f"{name}Config")(
+        **{"T5": OF_T5, "Bart": BART, "GPT2": GPT2, "GPTJ": GPTJ, "Llama": LLAMA}[name]
+    )
     theirs = getattr(adapters, f"{name}AdapterModel")(config)
     for adapter in "ab":
         theirs.add_adapter(adapter, config="double_seq_bn")
@@ -628,8 +648,9 @@ def test_heads_of_rows_that_end(name, setup, tmp_path):
     for adapter in "ab":
         hub.load_adapter(tmp_path / adapter)
     hub.model.eval()
-    inputs = ended_batch(name, None if name == "GPT2" else config.eos_token_id)
-    if name == "GPT2":
+    padded = name not in ("T5", "Bart")
+    inputs = ended_batch(name, None if padded else config.eos_token_id)
+    if padded:
         inputs["input_ids"][2, 3:] = 0
     hub.set_active(Parallel("a", "b") if setup == "parallel" else "a")
     theirs.set_active_adapters(compositions.Parallel("a", "b") if setup == "parallel" else "a")
@@ -640,7 +661,7 @@ def test_heads_of_rows_that_end(name, setup, tmp_path):
             close(logits[adapter], one.logits, adapter)
         return
     close(logits, expected.logits, "logits")
-    if name != "GPT2":
+    if not padded:
         with pytest.raises(ValueError, match="rows without the token"):
             hub(**inputs | {"input_ids": torch.full_like(inputs["input_ids"], 7)})
 

@@ -170,6 +170,10 @@ def read_static(class_name, tensors) -> tuple:
     if kind is None or parts is None:
         return None, ()
     options = {"head_type": kind, **STATIC[parts]}
+    if "bias" not in HEADS[kind]:
+        options.pop("bias", None)
+    elif options.get("bias") is False:
+        options["bias"] = f"{parts[-1]}.bias" in tensors  # GPT-J has one
     count = tensors[f"{parts[-1]}.weight"].shape[0]
     if "vocab_size" in HEADS[kind]:
         options["vocab_size"] = count
@@ -186,13 +190,14 @@ def represented(config, output, ids):
     """What heads of a model are given: the hidden states (B, T, C), and the one (B, C) that stands for each row, or None.
 
     The first token's, but that of the last end-of-sequence token (in `ids` (B, T)) in models with a decoder, that of the last
-    token that is no padding in GPT-2, the mean in BEiT.
+    token that is no padding in GPT-2, GPT-J and Llama, the mean in BEiT.
     """
     hidden = output.last_hidden_state
     if config.model_type == "beit":
         return hidden, output.pooler_output
     decodes, whole = "encoder_last_hidden_state" in output, None
-    if (decodes or config.model_type.startswith("gpt")) and ids is not None and ids.shape[1] == hidden.shape[1]:
+    causal = config.model_type.startswith("gpt") or config.model_type in ("llama", "mistral", "qwen2")
+    if (decodes or causal) and ids is not None and ids.shape[1] == hidden.shape[1]:
         if not decodes:
             counted = torch.ones_like(ids) if config.pad_token_id is None else ids != config.pad_token_id
         else:

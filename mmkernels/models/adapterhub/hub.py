@@ -34,7 +34,7 @@ class AdapterHub(Folders):
 
     Args:
         model: a model of transformers with or without a head, of the layout of BERT (RoBERTa, XLM-R, ELECTRA, DeBERTa, ...),
-            DistilBERT, ViT, BEiT, CLIP, GPT-2, T5 or BART (mBART, Whisper, ...).
+            DistilBERT, ViT, BEiT, CLIP, GPT-2, GPT-J, Llama (Mistral, Qwen2, ...), T5 or BART (mBART, Whisper, ...).
         compat: None, or "adapters" to compute compositions as the library of that name does, see `composition.Activation`.
         backend: of all adapters, a backend of `ops.adapter` or "eager"; `modules.set_backend` changes it later.
             With "auto" and active adapters the model's GELUs and linear layers are ours too, where they are faster.

@@ -196,6 +196,37 @@ class GPT2Layer(Layer):
         return self.mlp(x)
 
 
+class GPTJLayer(Layer):
+    """GPT-J, whose attention and feed-forward layer read the same norm side by side."""
+
+    norms = ("ln_1", "", "ln_1")
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if self.attention_place.active.setup is None:  # the model adds the three in another order
+            return super(Layer, self).forward(hidden_states, *args, **kwargs)
+        _, *names = self.argument_names
+        kwargs.update(zip(names, args, strict=False))
+        x = self.ln_1(hidden_states)
+        h, *weights = self.attn(hidden_states=x, **kwargs)
+        hidden_states = self.attention_place(h, hidden_states)
+        h = self.mlp(x)
+        if h.shape[0] != hidden_states.shape[0]:  # a Parallel has repeated them
+            h = h.repeat(hidden_states.shape[0] // h.shape[0], 1, 1)
+        return self.results(self.output_place(h, hidden_states), weights)
+
+
+class LlamaLayer(Layer):
+    """Llama and its like: Mistral, Qwen2, ..."""
+
+    norms = ("input_layernorm", "", "post_attention_layernorm")
+
+    def attend(self, x, kwargs):
+        return self.self_attn(hidden_states=x, **kwargs)
+
+    def feed(self, x):
+        return self.mlp(x)
+
+
 _VIT = {"attention", "layernorm_before", "layernorm_after"}
 _PLACES = {"mh_adapter": "attention_adapters", "output_adapter": "output_adapters"}
 LAYOUTS = [  # what a layer has, other parts that it may have, its kind, location of an adapter -> where it is in files
@@ -205,6 +236,8 @@ LAYOUTS = [  # what a layer has, other parts that it may have, its kind, locatio
     ({"self_attn", "layer_norm1", "mlp", "layer_norm2"}, set(), ClipLayer, _PLACES),
     ({"attention", "sa_layer_norm", "ffn", "output_layer_norm"}, set(), DistilBertLayer, _PLACES),
     ({"ln_1", "attn", "ln_2", "mlp"}, {"crossattention", "ln_cross_attn"}, GPT2Layer, _PLACES),
+    ({"ln_1", "attn", "mlp"}, set(), GPTJLayer, _PLACES),
+    ({"self_attn", "input_layernorm", "mlp", "post_attention_layernorm"}, set(), LlamaLayer, _PLACES),
     (
         {"self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"},
         {"activation_fn", "encoder_attn", "encoder_attn_layer_norm"},
@@ -212,7 +245,7 @@ LAYOUTS = [  # what a layer has, other parts that it may have, its kind, locatio
         {**_PLACES, "cross_adapter": "cross_attention_adapters"},
     ),
 ]
-NAMES = "BERT, ViT, BEiT, T5, BART, CLIP, DistilBERT and GPT-2"
+NAMES = "BERT, ViT, BEiT, T5, BART, CLIP, DistilBERT, GPT-2, GPT-J and Llama"
 _T5_INNER = {"SelfAttention": "mh_adapter", "EncDecAttention": "cross_adapter", "DenseReluDense": "output_adapter"}
 
 
@@ -328,7 +361,8 @@ def patch_embeddings(model, base, active) -> str:
         ("encoder", "encoder.block.0"),  # T5: after the embeddings' dropout
         ("text_model", "text_model.embeddings"),  # CLIP
         ("", "embeddings"),  # BERT, DistilBERT
-        ("", "drop"),  # GPT-2
+        ("", "drop"),  # GPT-2, GPT-J
+        ("", "embed_tokens"),  # Llama
     ):
         try:
             module, holder = base.get_submodule(name), base.get_submodule(owner)
@@ -418,6 +452,8 @@ class _RepeatLike:
             return None
 
         def repeated(value):
+            if isinstance(value, tuple):  # sines and cosines of Llama's positions
+                return tuple(map(repeated, value))
             if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == batch:
                 return value.repeat((rows // batch,) + (1,) * (value.dim() - 1))
             return value
