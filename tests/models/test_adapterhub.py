@@ -585,7 +585,7 @@ def test_models_of_other_layouts_are_refused():
     config = transformers.GPTNeoXConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = transformers.GPTNeoXModel(config)
     names = list(model.state_dict())
-    with pytest.raises(InputError, match="model is a GPTNeoXModel; known are the layouts of BERT, ViT, BEiT, T5, BART"):
+    with pytest.raises(InputError, match="model is a GPTNeoXModel; known are the layouts of BERT, ALBERT, ViT"):
         AdapterHub(model)
     assert list(model.state_dict()) == names
 

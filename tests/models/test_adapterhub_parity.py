@@ -34,6 +34,7 @@ EAGER = dict(attn_implementation="eager")
 BART = dict(vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
 BART |= dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=24, **EAGER)
 CLIP_TEXT = dict(vocab_size=60, max_position_embeddings=24, eos_token_id=59, **SIZES_OF, **EAGER)
+ALBERT = BERT | dict(num_hidden_layers=3, num_hidden_groups=2, embedding_size=12)
 GPTJ = dict(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, rotary_dim=4, pad_token_id=0, **EAGER)
 LLAMA = dict(vocab_size=60, max_position_embeddings=24, num_key_value_heads=1, pad_token_id=0, **SIZES_OF, **EAGER)
 ROWS, TOKENS = 6, 5
@@ -61,6 +62,7 @@ def build(kind):
         "gpt2": lambda: transformers.GPT2Model(
             transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, pad_token_id=0, **EAGER)
         ),
+        "albert": lambda: transformers.AlbertModel(transformers.AlbertConfig(**ALBERT)),
         "gptj": lambda: transformers.GPTJModel(transformers.GPTJConfig(**GPTJ)),
         "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(**LLAMA)),
         "mistral": lambda: transformers.MistralModel(transformers.MistralConfig(**LLAMA, sliding_window=None)),
@@ -246,6 +248,7 @@ LAYOUTS = {  # kind of model -> number of places
     "xlm_roberta": 4,
     "deberta_v2": 4,
     "distilbert": 4,
+    "albert": 4,
     "gpt2": 4,
     "gptj": 4,
     "llama": 4,
@@ -295,7 +298,7 @@ def test_other_layouts(kind, tmp_path):
 
 def test_attentions_and_caches_go_on_coming_out():
     """What a layer gives beside its hidden states, and what it keeps for the next token."""
-    for kind in ("bart", "gpt2", "gptj", "llama", "clip_text", "distilbert", "beit", "vit"):
+    for kind in ("bart", "albert", "gpt2", "gptj", "llama", "clip_text", "distilbert", "beit", "vit"):
         plain = build(kind)
         hub = AdapterHub(copy.deepcopy(plain))
         options = {"output_hidden_states": True} | ({} if kind == "vit" else {"output_attentions": True})
@@ -566,6 +569,8 @@ OWN_HEADS = {  # class of a model with a head of its own -> of its config, optio
     "BartForConditionalGeneration": ("Bart", BART, "seq2seq_lm"),
     "GPT2ForSequenceClassification": ("GPT2", GPT2, "classification"),
     "GPT2LMHeadModel": ("GPT2", GPT2, "causal_lm"),
+    "AlbertForSequenceClassification": ("Albert", {**ALBERT, "num_labels": 3}, "classification"),
+    "AlbertForMaskedLM": ("Albert", ALBERT, "masked_lm"),
     "GPTJForCausalLM": ("GPTJ", GPTJ, "causal_lm"),
     "LlamaForSequenceClassification": ("Llama", LLAMA, "classification"),
     "LlamaForTokenClassification": ("Llama", LLAMA, "tagging"),

@@ -157,6 +157,7 @@ STATIC = {
     ("classifier",): {"layers": 1, "activation_function": None},
     ("qa_outputs",): {"layers": 1, "activation_function": None},
     ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"): _DEEP,
+    ("predictions.dense", "predictions.LayerNorm", "predictions.decoder"): {**_DEEP, "activation_function": "gelu_new"},
     ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"): _DEEP,
     ("vocab_transform", "vocab_layer_norm", "vocab_projector"): _DEEP,
     ("lm_head",): {"layers": 1, "activation_function": None, "layer_norm": False, "bias": False},
@@ -177,6 +178,8 @@ def read_static(class_name, tensors) -> tuple:
     count = tensors[f"{parts[-1]}.weight"].shape[0]
     if "vocab_size" in HEADS[kind]:
         options["vocab_size"] = count
+        if kind != "seq2seq_lm":
+            options["embedding_size"] = tensors[f"{parts[-1]}.weight"].shape[1]
     elif kind != "multiple_choice":
         options["num_labels"] = count
     if str(class_name).startswith("Electra") and kind == "classification":

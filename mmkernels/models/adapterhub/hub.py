@@ -34,7 +34,7 @@ class AdapterHub(Folders):
 
     Args:
         model: a model of transformers with or without a head, of the layout of BERT (RoBERTa, XLM-R, ELECTRA, DeBERTa, ...),
-            DistilBERT, ViT, BEiT, CLIP, GPT-2, GPT-J, Llama (Mistral, Qwen2, ...), T5 or BART (mBART, Whisper, ...).
+            ALBERT, DistilBERT, ViT, BEiT, CLIP, GPT-2, GPT-J, Llama (Mistral, Qwen2, ...), T5 or BART (mBART, Whisper, ...).
         compat: None, or "adapters" to compute compositions as the library of that name does, see `composition.Activation`.
         backend: of all adapters, a backend of `ops.adapter` or "eager"; `modules.set_backend` changes it later.
             With "auto" and active adapters the model's GELUs and linear layers are ours too, where they are faster.
@@ -172,9 +172,11 @@ class AdapterHub(Folders):
         if unknown:
             raise ValueError(f"a head of type {head_type!r} has no option {min(unknown)!r}")
         config = {"head_type": head_type, **options}
-        if "vocab_size" in HEADS[head_type] and not config.get("vocab_size"):
-            config["vocab_size"] = self.model.config.vocab_size
         sizes = self.model.config
+        if "vocab_size" in HEADS[head_type]:
+            config["vocab_size"] = config.get("vocab_size") or sizes.vocab_size
+            if hasattr(sizes, "embedding_size"):  # ALBERT, ELECTRA
+                config.setdefault("embedding_size", sizes.embedding_size)
         dropout = self._rate("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout", "resid_pdrop")
         head = PredictionHead(config, self.channels, dropout, getattr(sizes, "layer_norm_eps", 1e-12), **self._factory())
         std = getattr(sizes, "initializer_range", 0.02)

@@ -215,6 +215,29 @@ class GPTJLayer(Layer):
         return self.results(self.output_place(h, hidden_states), weights)
 
 
+class AlbertLayer(Layer):
+    """ALBERT, whose attention ends with its residual and norm: they are made anew from what its dropout gave."""
+
+    norms = ("full_layer_layer_norm", "", "full_layer_layer_norm")
+
+    def forward(self, hidden_states, *args, **kwargs):
+        place, norm = self.attention_place, self.attention.LayerNorm
+        if place.active.setup is None:
+            return super(Layer, self).forward(hidden_states, *args, **kwargs)
+        from transformers.pytorch_utils import apply_chunking_to_forward
+
+        kept = []
+        keep = self.attention.output_dropout.register_forward_hook(lambda module, args, output: kept.append(output))
+        try:
+            out = self.attention(hidden_states, *args, **kwargs)
+        finally:
+            keep.remove()
+        pair = (hidden_states, kept[0]) if place.active.compat == "adapters" else (kept[0], hidden_states)  # it exchanges them
+        hidden_states = place(*pair, norm)
+        h = apply_chunking_to_forward(self.ff_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states)
+        return (self.output_place(h, hidden_states, self.full_layer_layer_norm), *out[1:])
+
+
 class LlamaLayer(Layer):
     """Llama and its like: Mistral, Qwen2, ..."""
 
@@ -237,6 +260,12 @@ LAYOUTS = [  # what a layer has, other parts that it may have, its kind, locatio
     ({"attention", "sa_layer_norm", "ffn", "output_layer_norm"}, set(), DistilBertLayer, _PLACES),
     ({"ln_1", "attn", "ln_2", "mlp"}, {"crossattention", "ln_cross_attn"}, GPT2Layer, _PLACES),
     ({"ln_1", "attn", "mlp"}, set(), GPTJLayer, _PLACES),
+    (
+        {"attention", "ffn", "ffn_output", "dropout", "full_layer_layer_norm"},
+        {"activation"},
+        AlbertLayer,
+        {**_PLACES, "mh_adapter": "attention.attention_adapters"},
+    ),
     ({"self_attn", "input_layernorm", "mlp", "post_attention_layernorm"}, set(), LlamaLayer, _PLACES),
     (
         {"self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"},
@@ -245,7 +274,7 @@ LAYOUTS = [  # what a layer has, other parts that it may have, its kind, locatio
         {**_PLACES, "cross_adapter": "cross_attention_adapters"},
     ),
 ]
-NAMES = "BERT, ViT, BEiT, T5, BART, CLIP, DistilBERT, GPT-2, GPT-J and Llama"
+NAMES = "BERT, ALBERT, ViT, BEiT, T5, BART, CLIP, DistilBERT, GPT-2, GPT-J and Llama"
 _T5_INNER = {"SelfAttention": "mh_adapter", "EncDecAttention": "cross_adapter", "DenseReluDense": "output_adapter"}
 
 
@@ -302,7 +331,7 @@ def patch(base: nn.Module, active, backend) -> dict:
         return places[name][1]
 
     for name, module in list(base.named_modules()):
-        found = re.match(r"(.*?\b(?:layer|layers|block|h))\.(\d+)(?:\.|$)", name)
+        found = re.match(r"(.*?\b(?:layer|layers|albert_layers|block|h))\.(\d+)(?:\.|$)", name)
         if not found:
             continue
         stack = found[1]
