@@ -296,6 +296,28 @@ def test_other_layouts(kind, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_albert_adapters_read_what_attention_gave():
+    """The library gives them the residual, and adds what attention gave."""
+    hub, theirs = both("albert", {"a": ("double_seq_bn", {"reduction_factor": 4})}, compat=None)
+    layer = hub.model.encoder.albert_layer_groups[0].albert_layers[0]
+    seen = {}
+
+    def keep(name, tensor):
+        seen.setdefault(name, tensor)  # of the first of the layers that share it
+
+    layer.attention.register_forward_pre_hook(lambda module, args: keep("residual", args[0]))
+    layer.attention.output_dropout.register_forward_hook(lambda module, args, out: keep("h", out))
+    layer.ffn.register_forward_pre_hook(lambda module, args: keep("out", args[0]))
+    hub.set_active("a")
+    theirs.set_active_adapters("a")
+    with torch.no_grad():
+        ours, expected = (model(**batch("albert")).last_hidden_state for model in (hub.model, theirs))
+        adapter = layer.attention.attention_adapters.adapters["a"]
+        out = adapter(seen["h"], seen["residual"], layer.attention.LayerNorm)
+    assert torch.equal(seen["out"], out)
+    assert float((ours - expected).abs().max()) > 1e-3
+
+
 def test_attentions_and_caches_go_on_coming_out():
     """What a layer gives beside its hidden states, and what it keeps for the next token."""
     for kind in ("bart", "albert", "gpt2", "gptj", "llama", "clip_text", "distilbert", "beit", "vit"):
