@@ -11,7 +11,10 @@ namespace mmk::MMK_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int64_t kFew = 8;                     // up to this many queries, or keys, have forms of their own
+constexpr int64_t kFew = 8;  // up to this many queries, or keys, have forms of their own
+// Keys whose weighted values are summed in one go. Sums of a whole block are off by half as much again, as is then the
+// backward's delta, where values have much in common.
+constexpr int64_t kWeightedKeys = kBlockKeys / 2;
 constexpr int64_t kFewFloats = 32768;           // of keys and values that they meet at a time: they stay in cache
 constexpr int64_t kFewRow = kBlockKeys + 16;    // row length of tiles over a block of keys; a stretch may end beyond it
 constexpr int64_t kChunkRow = kChunkRows + 16;  // row length of tiles over a chunk: see padded_row
@@ -197,16 +200,21 @@ void online_softmax(const Attention& a, const KeyBlock& block, float* scores, fl
       top = s > top ? s : top;
     }
     const Vec base = top == -kInfinity ? Vec{} : top;  // all scores so far are -inf: avoid inf - inf
-    Vec added{};
-    for (int64_t i = 0; i < block.count; ++i) {
+    Vec added[4]{};  // in one chain it would be off by twice as much, and all the row with it
+    const auto weigh = [&](int64_t i, Vec& sum) __attribute__((always_inline)) {
       float* s = scores + i * kPanel + v * kWidth;
       const Vec weight = exp(load(s) - base);
-      added += weight;
+      sum += weight;
       store(s, weight);
-    }
+    };
+    int64_t key = 0;
+    for (; key + 4 <= block.count; key += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) weigh(key + i, added[i]);
+    for (; key < block.count; ++key) weigh(key, added[0]);
     factor[v] = exp(before - base);
     store(maximum + v * kWidth, top);
-    store(total + v * kWidth, load(total + v * kWidth) * factor[v] + added);
+    store(total + v * kWidth, load(total + v * kWidth) * factor[v] + ((added[0] + added[1]) + (added[2] + added[3])));
     const IntVec changed = top != before;
     for (int lane = 0; lane < kWidth; ++lane) moved |= changed[lane] != 0;
     if (drop != nullptr)
@@ -290,7 +298,8 @@ void few_forward(const Attention& a, const Part& part, float* state, float* spac
       if (factor != 1.0f)
         for (int64_t e = 0; e < a.v_dim; e += kWidth) store(s.out + n * s.ld + e, load(s.out + n * s.ld + e) * factor);
     }
-    gemm<false>({scores, kFewRow, block.v, block.v_row, kPanel, s.out, s.ld, kPanel}, rows, a.v_dim, block.count, true);
+    gemm<false>({scores, kFewRow, block.v, block.v_row, kPanel, s.out, s.ld, kPanel}, rows, a.v_dim, block.count, true,
+                kWeightedKeys);
   }
 }
 
@@ -429,7 +438,8 @@ void forward(const Attention& a, const Part& part, float* state, float* space) {
       } else {
         online_softmax<1>(a, block, scores, s, first, nullptr);
       }
-      gemm<true>({block.v, block.v_row, scores, kPanel, 0, s, kPanel, 0}, a.v_dim, lanes, block.count, !first);
+      gemm<true>({block.v, block.v_row, scores, kPanel, 0, s, kPanel, 0}, a.v_dim, lanes, block.count, !first,
+                 kWeightedKeys);
     }
     first = false;
   }

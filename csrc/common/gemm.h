@@ -124,9 +124,10 @@ static void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, cons
 }
 
 template <bool kTransposed>  // A by its columns
-static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bool accumulate,
+                 int64_t most = kStretch) {
   // Tiles of almost equal height, stretches of almost equal length: a last one of one row would be slow.
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, stretches = (depth + kStretch - 1) / kStretch;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, stretches = (depth + most - 1) / most;
   for (int64_t j = 0; j < columns; j += kPanel) {
     const bool wide = columns - j > kWidth;
     for (int64_t stretch = 0; stretch < stretches; ++stretch) {

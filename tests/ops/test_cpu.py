@@ -180,6 +180,24 @@ def test_every_instruction_set(isa):
     assert run.returncode == 0, run.stderr
 
 
+def test_what_keys_and_values_share_costs_no_precision(generator):
+    """Sums over keys: what all values share is in every one of them, and the gradient of q has what all keys share times the
+    sum of dS, which is zero."""
+    q, k, v, grad = (torch.randn(2, 4, n, d, generator=generator) for n, d in ((63, 12), (400, 12), (400, 20), (63, 20)))
+    k, v = k + torch.randn(12, generator=generator), v + torch.randn(20, generator=generator)
+    tensors = {"q": q, "k": k, "v": v}
+    exact = testing.run(attention, {n: t.double() for n, t in tensors.items()}, ("q",), grad.double(), backend="reference")
+    plain = testing.run(testing.eager_attention, tensors, ("q",), grad)
+    ours = testing.run(attention, tensors, ("q",), grad, backend="cpp")
+
+    def typical(run):
+        differences = run.output - exact.output, run.gradients["q"] - exact.gradients["q"]
+        return [float(d.square().mean().sqrt()) for d in differences]
+
+    for what, own, eager, factor in zip(("output", "gradient of q"), typical(ours), typical(plain), (0.8, 1.6), strict=True):
+        assert own <= factor * eager, f"{what}: typical error {own:.2e}, eager's is {eager:.2e}"
+
+
 @pytest.mark.parametrize("channels", [5, 64, 512, 700])
 def test_rows_are_normalised_in_full_precision(generator, channels):
     """One key's result is its normalised row, whose statistics start from what it begins with: a good guess or a bad one."""
