@@ -325,10 +325,19 @@ def test_padding_reaches_nothing(backend):
     assert torch.equal(first.logits, second.logits) and torch.equal(first.loss, second.loss)
     memory = model.encode(ids, attention_mask=mask)
     assert (memory[~mask.bool()] == 0).all() and memory[mask.bool()].abs().min(-1).values.max() > 0
+    # Another batch is another order of sums, and a whole network makes much of that: eager's distance from float64, at worst
+    # of three networks, is what each of two results may be off by.
+    units = 0.0
+    for seed in range(3):
+        plain, exact = (
+            tiny(seed, feed_forward_proj="gated-gelu", backend="eager").to(d) for d in (torch.float32, torch.float64)
+        )
+        logits, right = (each(ids, attention_mask=mask, labels=labels).logits for each in (plain, exact))
+        units = max(units, float((logits - right).abs().max() / right.abs().max()) / torch.finfo(torch.float32).eps)
     alone = model(ids[2:, 4:], labels=labels[2:])  # its padding is on the left, and so are its gates' first tokens
-    assert_same(alone.logits, first.logits[2:])
+    assert_same(alone.logits, first.logits[2:], 2 * units)
     alone = model(ids[1:2, :6], labels=labels[1:2])
-    assert_same(alone.logits, first.logits[1:2])
+    assert_same(alone.logits, first.logits[1:2], 2 * units)
 
 
 def test_an_example_of_padding_alone():

@@ -224,8 +224,6 @@ class AlbertLayer(Layer):
         place, norm = self.attention_place, self.attention.LayerNorm
         if place.active.setup is None:
             return super(Layer, self).forward(hidden_states, *args, **kwargs)
-        from transformers.pytorch_utils import apply_chunking_to_forward
-
         kept = []
         keep = self.attention.output_dropout.register_forward_hook(lambda module, args, output: kept.append(output))
         try:
@@ -234,7 +232,8 @@ class AlbertLayer(Layer):
             keep.remove()
         pair = (hidden_states, kept[0]) if place.active.compat == "adapters" else (kept[0], hidden_states)  # it exchanges them
         hidden_states = place(*pair, norm)
-        h = apply_chunking_to_forward(self.ff_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states)
+        pieces = hidden_states.split(self.chunk_size_feed_forward or hidden_states.shape[1], 1)
+        h = torch.cat([self.ff_chunk(piece) for piece in pieces], 1)
         return (self.output_place(h, hidden_states, self.full_layer_layer_norm), *out[1:])
 
 
