@@ -123,6 +123,7 @@ static void micro_kernel_of(int64_t rows, const float* a, int64_t a_stride, cons
     micro_kernel_of<kVecs, kOrder, Finish, kRows - 1>(rows, a, a_stride, b, b_row, depth, finish);
 }
 
+// `most`: the longest stretch.
 template <bool kTransposed>  // A by its columns
 static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bool accumulate,
                  int64_t most = kStretch) {
