@@ -16,10 +16,11 @@ __device__ __forceinline__ const Problem& problem_of(const Pass& pass, int& bloc
   return pass.problem[i];
 }
 
-// One tile of the score matrix: its batch and head, its first row and column.
+// One tile of the score matrix: its batch and head, its first row and column, and the side that its rows are of.
 struct Place {
   int64_t batch, head;
   int row, column;
+  Side row_side;
 };
 
 template <class T>
@@ -72,21 +73,19 @@ __device__ __forceinline__ int entry_column(const Place& at, int j, int i) {
   return at.column + j * 8 + threadIdx.x % 4 * 2 + i % 2;
 }
 
-// Calls use(load(row of the side), j, i) for every entry, with one load for the entries that share it.
-template <int Blocks, class Load, class Use>
-__device__ __forceinline__ void by(Side side, const Pass& pass, const Place& at, Load load, Use use) {
-  if (pass.row_side == side) {
+// Calls use(load(row of the side), j, i) for every entry, with one load for the entries that share it. Unroll: Blocks,
+// where `use` takes entries out of registers, which have no index; fewer keep the code small.
+template <int Blocks, int Unroll = Blocks, class Load, class Use>
+__device__ __forceinline__ void by(Side side, const Place& at, Load load, Use use) {
+  if (at.row_side == side) {
+    const auto first = load(entry_row(at, 0)), second = load(entry_row(at, 2));
+#pragma unroll Unroll
+    for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const auto loaded = load(entry_row(at, 2 * r));
-#pragma unroll
-      for (int j = 0; j < Blocks; ++j) {
-        use(loaded, j, 2 * r);
-        use(loaded, j, 2 * r + 1);
-      }
+      for (int i = 0; i < 4; ++i) use(i < 2 ? first : second, j, i);
     }
   } else {
-#pragma unroll
+#pragma unroll Unroll
     for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -100,43 +99,53 @@ __device__ __forceinline__ void by(Side side, const Pass& pass, const Place& at,
 
 // Bit 4 j + i: entry i of block j has a query and a key, which is not masked.
 template <int Blocks>
-__device__ __forceinline__ uint32_t visible_bits(const Pass& pass, const Problem& p, const Place& at) {
+__device__ __forceinline__ uint32_t visible_bits(const Problem& p, const Place& at) {
   static_assert(Blocks * 4 <= 32);
   const int boundary = p.boundary[kKeys];
   const KeyMask first = p.key_mask[0], second = p.key_mask[1];
   const uint8_t* const first_mask = first.data ? first.data + at.batch * first.batch : nullptr;
   const uint8_t* const second_mask = second.data ? second.data + at.batch * second.batch : nullptr;
   uint32_t bits = 0;
-  by<Blocks>(
-      kKeys, pass, at,
+  by<Blocks, 4>(
+      kKeys, at,
       [&](int m) {
         const uint8_t* mask = m < boundary ? first_mask : second_mask;
         const int64_t offset = m < boundary ? m * first.key : (m - boundary) * second.key;
         return m < p.length[kKeys] && (!mask || mask[offset]);
       },
       [&](bool visible, int j, int i) { bits |= static_cast<uint32_t>(visible) << (4 * j + i); });
-  by<Blocks>(
-      kQueries, pass, at, [&](int n) { return n >= p.length[kQueries]; },
+  by<Blocks, 4>(
+      kQueries, at, [&](int n) { return n >= p.length[kQueries]; },
       [&](bool outside, int j, int i) { bits &= ~(static_cast<uint32_t>(outside) << (4 * j + i)); });
   return bits;
 }
 
-// Calls use(place, j, i) for the entries of a tile that lie in diagonal blocks of the bias: their place in (N, C).
+// Calls use(place, entry) for the entries of a tile that lie in diagonal blocks of the bias: their place in (N, C). Few
+// tiles touch the diagonal: a loop over the blocks of 8 columns, which take turns at the first one's registers.
 template <int Blocks, class Use>
-__device__ __forceinline__ void for_block_entries(const Pass& pass, const Problem& p, const Place& at, Use use) {
+__device__ __forceinline__ void for_block_entries(float (&s)[Blocks][4], const Pass& pass, const Problem& p,
+                                                  const Place& at, Use use) {
   const int rows_here = static_cast<int>(blockDim.x) / 2, width = pass.bias_width;
-  const bool keys_first = pass.row_side == kKeys;
+  const bool keys_first = at.row_side == kKeys;
   const int n_begin = keys_first ? at.column : at.row, n_end = n_begin + (keys_first ? Blocks * 8 : rows_here);
   const int m_begin = keys_first ? at.row : at.column, m_end = m_begin + (keys_first ? rows_here : Blocks * 8);
   if (m_end <= n_begin / width * width || m_begin >= ((n_end - 1) / width + 1) * width) return;
-  by<Blocks>(
-      kQueries, pass, at, [&](int n) { return n / width * width; },
-      [&](int first, int j, int i) {
-        const int row = entry_row(at, i), column = entry_column(at, j, i);
-        const int n = keys_first ? column : row, m = keys_first ? row : column;
-        if (m >= first && m - first < width && n < p.length[kQueries] && m < p.length[kKeys])
-          use(static_cast<int64_t>(n) * width + (m - first), j, i);
-      });
+#pragma unroll 1
+  for (int j = 0; j < Blocks; ++j) {
+    float turned[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = entry_row(at, i), column = entry_column(at, j, i);
+      const int n = keys_first ? column : row, m = keys_first ? row : column, first = n / width * width;
+      if (m >= first && m - first < width && n < p.length[kQueries] && m < p.length[kKeys])
+        use(static_cast<int64_t>(n) * width + (m - first), s[0][i]);
+      turned[i] = s[0][i];
+    }
+#pragma unroll
+    for (int i = 4; i < 4 * Blocks; ++i) s[i / 4 - 1][i % 4] = s[i / 4][i % 4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[Blocks - 1][i] = turned[i];
+  }
 }
 
 // s * scale + bias; -inf where there is no key, no query, or a masked key.
@@ -144,8 +153,7 @@ template <class T, int Blocks>
 __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass& pass, const Problem& p,
                                               const Place& at) {
   const int rows_here = static_cast<int>(blockDim.x) / 2;
-  const bool whole =
-      at.row + rows_here <= p.length[pass.row_side] && at.column + Blocks * 8 <= p.length[!pass.row_side];
+  const bool whole = at.row + rows_here <= p.length[at.row_side] && at.column + Blocks * 8 <= p.length[!at.row_side];
   if (pass.bias_blocks) {  // first, so that what may not be attended becomes -inf after all
     const int64_t group = pass.bias_index ? pass.bias_index[at.batch] : at.batch;
     const float* blocks = pass.bias_blocks + group * p.length[kQueries] * pass.bias_width;
@@ -154,7 +162,7 @@ __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass&
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[j][i] *= pass.scale;
     }
-    for_block_entries<Blocks>(pass, p, at, [&](int64_t place, int j, int i) { s[j][i] += blocks[place]; });
+    for_block_entries(s, pass, p, at, [&](int64_t place, float& entry) { entry += blocks[place]; });
   }
   const float scale = pass.bias_blocks ? 1.0f : pass.scale;
   if (whole && !p.key_mask[0].data && !p.key_mask[1].data && !pass.bias) {
@@ -165,7 +173,7 @@ __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass&
     }
     return;
   }
-  const uint32_t visible = visible_bits<Blocks>(pass, p, at);
+  const uint32_t visible = visible_bits<Blocks>(p, at);
   const int64_t bias_start = at.batch * pass.bias_strides[0] + at.head * pass.bias_strides[1];
 #pragma unroll
   for (int j = 0; j < Blocks; ++j) {
@@ -176,7 +184,7 @@ __device__ __forceinline__ void finish_scores(float (&s)[Blocks][4], const Pass&
         x = s[j][i] * scale;
         if (pass.bias) {
           const int row = entry_row(at, i), column = entry_column(at, j, i);
-          const int n = pass.row_side == kKeys ? column : row, m = pass.row_side == kKeys ? row : column;
+          const int n = at.row_side == kKeys ? column : row, m = at.row_side == kKeys ? row : column;
           const int64_t index = bias_start + n * pass.bias_strides[2] + m * pass.bias_strides[3];
           x += pass.bias_is_fp32 ? static_cast<const float*>(pass.bias)[index]
                                  : to_float(static_cast<const T*>(pass.bias)[index]);
@@ -194,10 +202,10 @@ __device__ __forceinline__ uint32_t keep_bits(const Pass& pass, const Problem& p
   const uint64_t seed = static_cast<uint64_t>(*pass.seed) + p.seed_offset;
   const uint64_t first = static_cast<uint64_t>(at.batch * pass.heads + at.head) * p.length[kQueries];
   uint32_t keep = 0;
-  by<Blocks>(
-      kQueries, pass, at, [&](int n) { return dropout_row(seed, first + n); },
+  by<Blocks, 1>(
+      kQueries, at, [&](int n) { return dropout_row(seed, first + n); },
       [&](DropoutRow row, int j, int i) {
-        const int m = pass.row_side == kKeys ? entry_row(at, i) : entry_column(at, j, i);
+        const int m = at.row_side == kKeys ? entry_row(at, i) : entry_column(at, j, i);
         keep |= static_cast<uint32_t>(dropout_bits(row, m) >= pass.drop_below) << (4 * j + i);
       });
   return keep;
@@ -205,8 +213,8 @@ __device__ __forceinline__ uint32_t keep_bits(const Pass& pass, const Problem& p
 
 // Where a row of the result begins; null where nobody wants it.
 template <class T>
-__device__ __forceinline__ T* result_at(const Pass& pass, const Problem& p, int64_t batch, int64_t head, int row) {
-  return const_cast<T*>(row_at<T>(p.out, p.boundary[pass.row_side], batch, head, row));
+__device__ __forceinline__ T* result_at(Side row_side, const Problem& p, int64_t batch, int64_t head, int row) {
+  return const_cast<T*>(row_at<T>(p.out, p.boundary[row_side], batch, head, row));
 }
 
 template <int Blocks>
@@ -227,7 +235,7 @@ __device__ __forceinline__ void store_rows(Out* const (&out)[2], const float (&d
   for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int column = entry_column({0, 0, 0, 0}, j, i);
+      const int column = entry_column({}, j, i);
       if (out[i / 2] && column < columns) out[i / 2][first_column + column] = from_float<Out>(d[j][i] * factor[i / 2]);
     }
   }
@@ -243,7 +251,7 @@ __device__ __forceinline__ void store_bias(unsigned char* shared, const float (&
 #pragma unroll
   for (int j = 0; j < Blocks; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) tile[entry_row({0, 0, 0, 0}, i) * kWidth + entry_column({0, 0, 0, 0}, j, i)] = d[j][i];
+    for (int i = 0; i < 4; ++i) tile[entry_row({}, i) * kWidth + entry_column({}, j, i)] = d[j][i];
   }
   __syncthreads();
   if (pass.bias_sizes[2] == 1) {
@@ -281,6 +289,7 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
     return d;
   };
   Place home;
+  home.row_side = mode == Mode::backward ? pass.row_side : kQueries;
   int first_value = 0;
   int64_t split;
   if constexpr (mode == Mode::bias) {
@@ -332,7 +341,7 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
       const int limit = is_a ? pass.a_dim : is_value ? min(pass.width, first_value + pass.tile_width) : pass.b_dim;
 #pragma unroll 1
       for (int part = 0; part < (pass.resident || is_value ? 1 : 2); ++part) {
-        load_rows<T>(stage + part * kColumns * kRowBytes, pass, p, part ? pass.row_side : !pass.row_side,
+        load_rows<T>(stage + part * kColumns * kRowBytes, pass, p, part ? home.row_side : !home.row_side,
                      is_value ? pass.values : !is_a, at, part ? at.row : at.column, part ? rows_here : kColumns,
                      column + (is_value ? first_value : 0), limit);
       }
@@ -363,7 +372,7 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
   if (pass.resident) {
     for (int c = 0; c < a_chunks + b_chunks; ++c) {
       const bool is_a = c < a_chunks;
-      load_rows<T>(resident + c * rows_here * kRowBytes, pass, p, pass.row_side, !is_a, home, home.row, rows_here,
+      load_rows<T>(resident + c * rows_here * kRowBytes, pass, p, home.row_side, !is_a, home, home.row, rows_here,
                    (is_a ? c : c - a_chunks) * kChunk<T>, is_a ? pass.a_dim : pass.b_dim);
     }
   }
@@ -390,7 +399,7 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
     } else {
       const int64_t first_query = (at.batch * pass.heads + at.head) * p.length[kQueries];
       by<kTileBlocks>(
-          kQueries, pass, at,
+          kQueries, at,
           [&](int n) {  // a query without keys, or none: subtracting +inf makes its weights 0
             const float lse = n < p.length[kQueries] ? p.lse[first_query + n] : -INFINITY;
             return lse == -INFINITY ? INFINITY : lse;
@@ -401,11 +410,11 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
         dot(gradient, a_chunks, b_chunks, pass.b_dim);
         if (pass.seed) drop(gradient, keep);
         by<kTileBlocks>(
-            kQueries, pass, at, [&](int n) { return n < p.length[kQueries] ? p.delta[first_query + n] : 0.0f; },
+            kQueries, at, [&](int n) { return n < p.length[kQueries] ? p.delta[first_query + n] : 0.0f; },
             [&](float delta, int j, int i) { s[j][i] *= gradient[j][i] * pass.keep_scale - delta; });
         if (pass.dbias_blocks && first_value == 0) {
           float* to = pass.dbias_blocks + first_query * pass.bias_width;
-          for_block_entries<kTileBlocks>(pass, p, at, [&](int64_t place, int j, int i) { to[place] = s[j][i]; });
+          for_block_entries(s, pass, p, at, [&](int64_t place, float entry) { to[place] = entry; });
         }
       } else if (pass.seed) {
         drop(s, keep);
@@ -437,7 +446,7 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
     __syncthreads();
     store_bias(shared_memory(), sum, home, pass, p.partial, split);
   } else {
-    const int rows = p.length[pass.row_side];
+    const int rows = p.length[home.row_side];
     const int64_t matrix = home.batch * pass.heads + home.head, of_split = split * pass.batch * pass.heads + matrix;
     float factor[2] = {pass.out_scale, pass.out_scale};
     if constexpr (mode == Mode::forward) {
@@ -457,7 +466,7 @@ __global__ void __launch_bounds__(kThreads<mode>, 1) attention_kernel(const __gr
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = entry_row(home, 2 * r);
-      out[r] = row < rows ? result_at<T>(pass, p, home.batch, home.head, row) : nullptr;
+      out[r] = row < rows ? result_at<T>(home.row_side, p, home.batch, home.head, row) : nullptr;
       partial[r] = row < rows ? p.partial + (of_split * rows + row) * pass.width : nullptr;
     }
     if (p.splits > 1) {
@@ -499,7 +508,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   if (p.partial_lse) {
     for (int s = 0; s < p.splits; ++s) total += weight(s);
   }
-  T* out = result_at<T>(pass, p, matrix / pass.heads, matrix % pass.heads, row);
+  T* out = result_at<T>(pass.row_side, p, matrix / pass.heads, matrix % pass.heads, row);
   for (int e = thread % lanes; out && e < pass.width; e += lanes) {
     float sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) sum += weight(s) * p.partial[(s * of_split + index) * pass.width + e];

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   const Thread<Tile> at;
   const Problem& p = d.x;
   const Share share(p, plan, Tile::kRows, Tile::kColumns);
-  const int64_t head = share.batch, batch = head / d.heads;
+  const int64_t head = share.batch, batch = batch_of(d, head);
   const int pitch = shared.queries.pitch, pairs = (Values ? padded_columns(d) : padded(p)) / 16;
   const bool active = share.first_row + at.first_row < p.rows;
   const float scale = p.scale * kLog2e;
@@ -154,32 +154,18 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   if (!Values && at.scores) publish_sums(dbias, shared.exchange, at);
   __syncthreads();
   const int count = Values ? d.columns : channels(p);
-#pragma unroll
-  for (int m = 0; m < Tile::kFragments; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = share.first_row + at.row(m, half);
-      if (row >= p.rows) continue;
-      const int64_t place = (share.split * p.batch * d.heads + head) * p.rows + row;
-      if (!Values && at.column_group == 0 && at.t == 0) {
-        float total = 0.0f;
-        for (int i = 0; i < Tile::kScoreGroups; ++i) {
-          total += shared.exchange[at.row(m, half) * Tile::kScoreGroups + i];
-        }
-        b.partial_bias[place] = total;
-      }
-#pragma unroll
-      for (int n = 0; n < 2 * Tile::kPairs; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          int c = at.pair(n / 2) * 16 + n % 2 * 8 + 2 * at.t + i;
-          if (c >= count) continue;
-          if (!Values) c = c < p.position ? c + p.content : c - p.position;
-          b.partial[place * count + c] = sum[m][n][2 * half + i];
-        }
-      }
-    }
+  const int rows = rows_left(p.rows, share.first_row, Tile::kRows);
+  const int64_t place = (share.split * p.batch * d.heads + head) * p.rows + share.first_row;
+  float* const partial = b.partial + place * count;
+  for (int r = threadIdx.x; !Values && r < rows; r += kThreads) {
+    float total = 0.0f;
+    for (int i = 0; i < Tile::kScoreGroups; ++i) total += shared.exchange[r * Tile::kScoreGroups + i];
+    b.partial_bias[place + r] = total;
   }
+  drain(sum, at, [&](int m, int half, int c, float value) {
+    const int r = at.row(m, half);
+    if (r < rows && c < count) partial[r * count + (Values ? c : output_channel(p, c))] = value;
+  });
 }
 
 using LatentsChoice = Choice<Decode, Plan, DecodeBackward, bool>;

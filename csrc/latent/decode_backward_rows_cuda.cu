@@ -50,27 +50,23 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   const Thread<Tile> at;
   const Problem p = queries_of_tile(d);
   const int pitch = shared.queries.pitch, pairs = padded(p) / 16;
-  const int64_t first_row = blockIdx.x % plan.row_tiles * Tile::kRows;
-  const int64_t first_batch = blockIdx.x / plan.row_tiles * d.examples, last_batch = first_batch + d.examples;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x % small(plan.row_tiles)) * Tile::kRows;
+  const int64_t first_batch = blockIdx.x / small(plan.row_tiles) * d.examples, last_batch = first_batch + d.examples;
   const bool active = first_row + at.first_row < p.keys, wanted = b.of_rows.dx || b.of_rows.dtable;
   const float scale = p.scale * kLog2e;
   float* const sums = reinterpret_cast<float*>(shared.exchange);
 
   float sum[Tile::kFragments][2 * Tile::kPairs][4];
-  clear(sum);
-  if (d.shared) {
-    shared.queries.make(p, 0, first_row);
-    // What no example shows may be anything; its gradient is zero.
-    for (int r = threadIdx.x; r < Tile::kRows; r += kThreads) {
-      bool seen = false;
-      for (int64_t batch = 0; batch < p.batch; ++batch) seen |= shown(d, batch, first_row + r);
-      if (!seen) shared.queries.rstd[r] = 0.0f;
-    }
-  }
   for (int64_t batch = first_batch; batch < last_batch; ++batch) {
-    if (!d.shared) {
+    if (!d.shared || batch == first_batch) {
       shared.queries.make(p, batch, first_row);
       clear(sum);
+    }
+    // What no example shows may be anything; its gradient is zero.
+    for (int r = threadIdx.x; d.shared && batch == first_batch && r < Tile::kRows; r += kThreads) {
+      bool seen = false;
+      for (int64_t other = 0; other < p.batch; ++other) seen |= shown(d, other, first_row + r);
+      if (!seen) shared.queries.rstd[r] = 0.0f;
     }
     load_dout<T>(d, b, batch, first_row, shared.dout, Tile::kRows, shared.v_pitch);
     ptx::cp_async_commit();

@@ -45,13 +45,14 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) decode_forward_kern
   const Thread<Tile> at;
   const Problem p = queries_of_tile(d);
   const int pitch = shared.queries.pitch, pairs = padded_columns(d) / 16;
-  const int64_t first_row = blockIdx.x % plan.row_tiles * Tile::kRows;
-  const int64_t first_batch = blockIdx.x / plan.row_tiles * d.examples;
-  const int64_t first_head = first_batch * d.heads, steps = d.examples * d.heads * plan.key_tiles;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x % small(plan.row_tiles)) * Tile::kRows;
+  const int64_t first_batch = blockIdx.x / small(plan.row_tiles) * d.examples;
+  const int64_t first_head = first_batch * d.heads;
+  const unsigned key_tiles = small(plan.key_tiles), steps = small(d.examples * d.heads) * key_tiles;
   const bool active = first_row + at.first_row < p.keys;
   const float scale = p.scale * kLog2e;
-  auto head_of = [&](int64_t step) { return first_head + step / plan.key_tiles; };
-  auto latent_of = [&](int64_t step) { return step % plan.key_tiles * Tile::kColumns; };
+  auto head_of = [&](unsigned step) { return first_head + step / key_tiles; };
+  auto latent_of = [&](unsigned step) { return static_cast<int64_t>(step % key_tiles) * Tile::kColumns; };
 
   float sum[Tile::kFragments][2 * Tile::kPairs][4];
   float top[Tile::kFragments][2], total[Tile::kFragments][2];  // of a row; the total over this warp's columns
@@ -61,8 +62,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) decode_forward_kern
   shared.fetch_values(d, first_head, 0);
   ptx::cp_async_commit();
   shared.queries.make(p, first_batch, first_row);
-  for (int64_t step = 0; step < steps; ++step) {
-    if (step % plan.key_tiles == 0) {
+  for (unsigned step = 0; step < steps; ++step) {
+    if (step % key_tiles == 0) {
       clear(sum);
 #pragma unroll
       for (int i = 0; i < 2 * Tile::kFragments; ++i) top[i / 2][i % 2] = -INFINITY, total[i / 2][i % 2] = 0.0f;
@@ -111,48 +112,48 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) decode_forward_kern
     __syncthreads();
     if (step + 1 < steps) shared.fetch_values(d, head_of(step + 1), latent_of(step + 1));
     ptx::cp_async_commit();
-    if ((step + 1) % plan.key_tiles != 0) continue;
+    if ((step + 1) % key_tiles != 0) continue;
 
     // The end of a head.
     if (at.scores) publish_sums(total, shared.exchange, at);
     __syncthreads();
-    const int64_t head = head_of(step), batch = head / d.heads;
-    const bool first = head % d.heads == 0, last = (head + 1) % d.heads == 0;
+    const int64_t head = head_of(step), batch = batch_of(d, head), of_batch = head - batch * d.heads;
+    const bool first = of_batch == 0, last = of_batch + 1 == d.heads;
+    const int rows = rows_left(p.keys, first_row, Tile::kRows);
+    float factor[Tile::kFragments][2];
+    bool counts[Tile::kFragments][2];
 #pragma unroll
     for (int m = 0; m < Tile::kFragments; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t row = first_row + at.row(m, half);
-        if (row >= p.keys) continue;
         float row_total = 0.0f;
         for (int i = 0; i < Tile::kScoreGroups; ++i) {
           row_total += shared.exchange[at.row(m, half) * Tile::kScoreGroups + i];
         }
-        if (at.column_group == 0 && at.t == 0) {
+        if (row < p.keys && at.column_group == 0 && at.t == 0) {
           d.lse[head * p.keys + row] = (top[m][half] + log2f(row_total)) * kLn2;
         }
-        const float factor = row_total > 0.0f ? 1.0f / row_total : 0.0f;
-        const bool counts = shown(d, batch, row);
-#pragma unroll
-        for (int n = 0; n < 2 * Tile::kPairs; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int c = at.pair(n / 2) * 16 + n % 2 * 8 + 2 * at.t + i;
-            if (c >= d.columns) continue;
-            const int64_t place = (batch * p.keys + row) * d.columns + c;
-            float value = sum[m][n][2 * half + i] * factor;
-            if (!first) value += d.sums[place];  // which this thread wrote
-            if (!last) {
-              d.sums[place] = value;
-              continue;
-            }
-            value = counts ? value : 0.0f;
-            if (d.out_bias) value += to_float(static_cast<const T*>(d.out_bias)[c]);
-            static_cast<T*>(d.out)[place] = from_float<T>(value);
-          }
-        }
+        factor[m][half] = row_total > 0.0f ? 1.0f / row_total : 0.0f;
+        counts[m][half] = shown(d, batch, row);
       }
     }
+    const int64_t first_place = (batch * p.keys + first_row) * d.columns;
+    float* const sums = d.sums + first_place;
+    T* const out = static_cast<T*>(d.out) + first_place;
+    drain(sum, at, [&](int m, int half, int c, float value) {
+      if (at.row(m, half) >= rows || c >= d.columns) return;
+      const int place = at.row(m, half) * d.columns + c;
+      value *= factor[m][half];
+      if (!first) value += sums[place];  // which this thread wrote
+      if (!last) {
+        sums[place] = value;
+        return;
+      }
+      value = counts[m][half] ? value : 0.0f;
+      if (d.out_bias) value += to_float(static_cast<const T*>(d.out_bias)[c]);
+      out[place] = from_float<T>(value);
+    });
   }
 }
 

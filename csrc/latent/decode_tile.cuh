@@ -27,9 +27,11 @@ __device__ __forceinline__ bool shown(const Decode& d, int64_t batch, int64_t qu
   return query < d.x.keys && (!d.x.mask || d.x.mask[batch * d.x.mask_batch + query * d.x.mask_key]);
 }
 
+__device__ __forceinline__ int64_t batch_of(const Decode& d, int64_t head) { return small(head) / small(d.heads); }
+
 // What a latent adds to its scores in units of log2, -inf where nobody may see it.
 __device__ __forceinline__ float score_bias(const Decode& d, int64_t pair, int64_t latent) {
-  return visible(d, pair / d.heads, latent) ? d.bias[pair * d.x.rows + latent] * d.x.scale * kLog2e : -INFINITY;
+  return visible(d, batch_of(d, pair), latent) ? d.bias[pair * d.x.rows + latent] * d.x.scale * kLog2e : -INFINITY;
 }
 
 // P from the saved log-sum-exp.
@@ -50,8 +52,8 @@ template <class T>
 __device__ void load_latents(const Decode& d, const QueryRows& rows, int width, int64_t pair, int64_t first, T* tile,
                              int count, int pitch) {
   const T* source = static_cast<const T*>(rows.data) + pair * rows.batch + first * rows.row;
-  copy_rows<T, 16>(source, rows.row, width, tile, count, pitch,
-                   [&](int r) { return visible(d, pair / d.heads, first + r); });
+  const int64_t batch = batch_of(d, pair);
+  copy_rows<T, 16>(source, rows.row, width, tile, count, pitch, [&](int r) { return visible(d, batch, first + r); });
 }
 
 // Rows of dout; those of hidden queries become zeros. cp.async, not yet committed.

@@ -97,30 +97,20 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   }
 
   const int count = channels(p);
-#pragma unroll
-  for (int m = 0; m < Tile::kFragments; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = share.first_row + at.row(m, half);
-      if (row >= p.rows) continue;
-      const int64_t place = share.batch * p.rows + row, partial = share.split * p.batch * p.rows + place;
-#pragma unroll
-      for (int n = 0; n < 2 * Tile::kPairs; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          int c = at.pair(n / 2) * 16 + n % 2 * 8 + 2 * at.t + i;
-          if (c >= count) continue;
-          c = c < p.position ? c + p.content : c - p.position;
-          const float value = sum[m][n][2 * half + i] * p.scale;
-          if (b.partial_dq) {
-            b.partial_dq[partial * count + c] = value;
-          } else {
-            static_cast<T*>(b.dq)[place * count + c] = from_float<T>(value);
-          }
-        }
-      }
+  const int rows = rows_left(p.rows, share.first_row, Tile::kRows);
+  const int64_t first_place = (share.batch * p.rows + share.first_row) * count;
+  T* const dq = static_cast<T*>(b.dq) + first_place;
+  float* const partial = b.partial_dq ? b.partial_dq + share.split * p.batch * p.rows * count + first_place : nullptr;
+  drain(sum, at, [&](int m, int half, int c, float value) {
+    if (at.row(m, half) >= rows || c >= count) return;
+    const int place = at.row(m, half) * count + output_channel(p, c);
+    value *= p.scale;
+    if (partial) {
+      partial[place] = value;
+    } else {
+      dq[place] = from_float<T>(value);
     }
-  }
+  });
 }
 
 template <class T>

@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   const Shared shared(p, doubled, shared_memory());
   const Thread<Tile> at;
   const int pitch = shared.keys.pitch, pairs = padded(p) / 16;
-  const int64_t first_key = blockIdx.x % plan.key_tiles * Tile::kRows;
+  const int64_t first_key = static_cast<int64_t>(blockIdx.x % small(plan.key_tiles)) * Tile::kRows;
   // The position's gradient is a sum over the examples: its block takes them one after another.
-  const int64_t first_batch = b.dtable ? 0 : blockIdx.x / plan.key_tiles;
+  const int64_t first_batch = b.dtable ? 0 : blockIdx.x / small(plan.key_tiles);
   const int64_t last_batch = b.dtable ? p.batch : first_batch + 1;
   const float scale = p.scale * kLog2e;
 

@@ -111,11 +111,15 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   if (at.scores) publish_sums(total, shared.exchange, at);
   __syncthreads();
   const int count = channels(p), pitch_out = p.out_channels();
+  const bool final = plan.splits == 1;
+  float factor[Tile::kFragments][2];
+  float* to[Tile::kFragments][2];  // null: no row
 #pragma unroll
   for (int m = 0; m < Tile::kFragments; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = share.first_row + at.row(m, half);
+      to[m][half] = nullptr;
       if (row >= p.rows) continue;
       float row_total = 0.0f, left = 0.0f;
       for (int i = 0; i < Tile::kScoreGroups; ++i) {
@@ -123,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
         if (p.seed) left += shared.row_weights[at.row(m, half) * Tile::kScoreGroups + i];
       }
       const int64_t place = share.batch * p.rows + row, partial = share.split * p.batch * p.rows + place;
-      const bool final = plan.splits == 1;
-      const float factor = !final ? 1.0f : row_total > 0.0f ? 1.0f / row_total : 0.0f;
+      to[m][half] = final ? f.out + place * pitch_out : f.sums + partial * pitch_out;
+      factor[m][half] = !final ? 1.0f : row_total > 0.0f ? 1.0f / row_total : 0.0f;
       if (at.column_group == 0 && at.t == 0) {
         if (final) {
           f.lse[place] = (top[m][half] + log2f(row_total)) * kLn2;
@@ -132,25 +136,13 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
           f.tops[partial] = top[m][half];
           f.tops[plan.splits * p.batch * p.rows + partial] = row_total;
         }
-        if (p.seed) (final ? f.out + place * pitch_out : f.sums + partial * pitch_out)[count] = left * factor;
-      }
-#pragma unroll
-      for (int n = 0; n < 2 * Tile::kPairs; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          int c = at.pair(n / 2) * 16 + n % 2 * 8 + 2 * at.t + i;
-          if (c >= count) continue;
-          c = c < p.position ? c + p.content : c - p.position;
-          const float value = sum[m][n][2 * half + i] * factor;
-          if (final) {
-            f.out[place * pitch_out + c] = value;
-          } else {
-            f.sums[partial * pitch_out + c] = value;
-          }
-        }
+        if (p.seed) to[m][half][count] = left * factor[m][half];
       }
     }
   }
+  drain(sum, at, [&](int m, int half, int c, float value) {
+    if (to[m][half] && c < count) to[m][half][output_channel(p, c)] = value * factor[m][half];
+  });
 }
 
 // One warp a row: the splits in their order.

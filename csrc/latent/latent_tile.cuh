@@ -18,8 +18,15 @@ constexpr int kVector = 16 / sizeof(T);  // elements of 16 bytes; an mma is two 
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
+// What counts blocks, heads or tiles: a grid holds them, and 64 bits are divided in a hundred instructions.
+__host__ __device__ constexpr unsigned small(int64_t x) { return static_cast<unsigned>(x); }
 __host__ __device__ inline int channels(const Problem& p) { return p.position + p.content; }
 __host__ __device__ inline int padded(const Problem& p) { return round_up(channels(p), 16); }
+
+// Where channel c of the kernels stands outside.
+__device__ __forceinline__ int output_channel(const Problem& p, int c) {
+  return c < p.position ? c + p.content : c - p.position;
+}
 
 // --- Who does what ---
 
@@ -57,10 +64,10 @@ struct Share {
   int64_t batch, split, first_row, first_key, last_key;
 
   __device__ Share(const Problem& p, const Plan& plan, int rows, int columns) {
-    const int64_t block = blockIdx.x;
-    first_row = block % plan.row_tiles * rows;
-    split = block / plan.row_tiles % plan.splits;
-    batch = block / plan.row_tiles / plan.splits;
+    const unsigned block = blockIdx.x / small(plan.row_tiles);
+    first_row = static_cast<int64_t>(blockIdx.x % small(plan.row_tiles)) * rows;
+    split = block % small(plan.splits);
+    batch = block / small(plan.splits);
     const int64_t tiles = ceil_div(plan.key_tiles, plan.splits);
     first_key = split * tiles * columns;
     last_key = min(p.keys, first_key + tiles * columns);
@@ -151,6 +158,29 @@ __device__ __forceinline__ void store_two(T* to, float first, float second) {
   }
 }
 
+// Hands out the accumulator, act(m, half, channel, value), which is lost. Registers have no index: the columns move up
+// to the first pair's place one pair after another, so that this stays a loop with the code of one pair and not of all.
+template <class Tile, class Act>
+__device__ __forceinline__ void drain(float (&sum)[Tile::kFragments][2 * Tile::kPairs][4], const Thread<Tile>& at,
+                                      Act act) {
+#pragma unroll 1
+  for (int pair = 0; pair < Tile::kPairs; ++pair) {
+#pragma unroll
+    for (int m = 0; m < Tile::kFragments; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int half = i / 4, n = i / 2 % 2;
+        act(m, half, at.pair(pair) * 16 + n * 8 + 2 * at.t + i % 2, sum[m][n][2 * half + i % 2]);
+      }
+#pragma unroll
+      for (int n = 0; n < 2 * Tile::kPairs - 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[m][n][i] = sum[m][n + 2][i];
+      }
+    }
+  }
+}
+
 // --- Online softmax ---
 
 // Scores become scale * score + bias; the highest of this warp's columns goes to `exchange` for each of its rows.
@@ -229,14 +259,35 @@ __device__ __forceinline__ float score_gradient(float weight, float dweight, flo
 
 // --- From device memory to shared memory ---
 
+// The places of this thread where the block's threads take a matrix of `columns` columns one after another: with a
+// division for all of them and not for each.
+struct Walk {
+  int columns, rows_on, columns_on, row, column;
+
+  __device__ explicit Walk(int columns, int thread = threadIdx.x, int threads = kThreads)
+      : columns(columns),
+        rows_on(threads / columns),
+        columns_on(threads % columns),
+        row(thread / columns),
+        column(thread % columns) {}
+
+  __device__ void next() {
+    row += rows_on;
+    column += columns_on;
+    if (column >= columns) column -= columns, ++row;
+  }
+};
+
 // `count` rows of `width` elements, `stride` apart, in pieces of `Bytes`, to which they are aligned; rows that are not
 // `inside` and the padding become zeros. cp.async, not yet committed.
 template <class T, int Bytes, class Inside>
 __device__ void copy_rows(const T* source, int64_t stride, int width, T* tile, int count, int pitch, Inside inside) {
   constexpr int kPiece = Bytes / static_cast<int>(sizeof(T));
   const int pieces = round_up(width, 16) / kPiece;
-  for (int i = threadIdx.x; i < count * pieces; i += kThreads) {
-    const int r = i / pieces, c = i % pieces * kPiece;
+  Walk at(pieces);
+#pragma unroll 1
+  for (; at.row < count; at.next()) {
+    const int r = at.row, c = at.column * kPiece;
     const int valid = inside(r) ? min(max(width - c, 0), kPiece) * static_cast<int>(sizeof(T)) : 0;
     const T* from = valid ? source + r * stride + c : source;
     if constexpr (Bytes >= 4) {
@@ -291,8 +342,10 @@ __device__ void stage(const Part<T>& part, int rows, unsigned char* raw, int thr
   const int spans = part.dense() ? 1 : rows;
   const int bytes = (part.dense() ? rows : 1) * part.width * static_cast<int>(sizeof(T));
   const int chunks = (bytes + 30) / 16;  // as many as a span can touch
-  for (int i = thread; i < spans * chunks; i += threads) {
-    const int r = i / chunks, c = i % chunks;
+  Walk at(chunks, thread, threads);
+#pragma unroll 1
+  for (; at.row < spans; at.next()) {
+    const int r = at.row, c = at.column;
     const char* source = reinterpret_cast<const char*>(part.row(r));
     unsigned char* to = raw + r * raw_pitch<T>(part.width) + c * 16;
     const int from = c * 16 - lead(source);
@@ -412,15 +465,16 @@ struct KeyTile {
     const int r = threadIdx.x / (kThreads / Count), count = rows_left(p.keys, first, Count);
     const Part<T> table = table_part<T>(p, first), content = content_part<T>(p, batch, first);
     T* row = tile + r * pitch;
+    const T *from_table = row, *from_content = row + p.position;
     if (raw_content) {
-      normalise<T, Count>(p, batch, first, staged_row(table, raw_table, r), staged_row(content, raw_content, r), row, r,
-                          bias, rstd);
+      from_table = staged_row(table, raw_table, r);
+      from_content = staged_row(content, raw_content, r);
     } else {
       copy_part(table, count, tile, pitch);
       copy_part(content, count, tile + p.position, pitch);
       __syncthreads();
-      normalise<T, Count>(p, batch, first, row, row + p.position, row, r, bias, rstd);
     }
+    normalise<T, Count>(p, batch, first, from_table, from_content, row, r, bias, rstd);
     __syncthreads();
   }
 };
