@@ -142,7 +142,7 @@ SIGNATURES = {
     "tasks=None)",
     perceiver_io.PerceiverIO.reconstruct: "(self, inputs, *, chunk_size=16384, key_mask=None, masks=None, progress=None)",
     perceiver_io.PerceiverIO.save_pretrained: "(self, path)",
-    modules.PerceiverEncoder.forward: "(self, inputs, *, position=None, key_mask=None)",
+    modules.PerceiverEncoder.forward: "(self, inputs, *, position=None, key_mask=None, group=None)",
     modules.PerceiverEncoder.stream: "(self, chunks, *, parameters=())",
     modules.PerceiverDecoder.forward: "(self, latents, queries, *, query_position=None, query_mask=None)",
 }

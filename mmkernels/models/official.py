@@ -20,6 +20,44 @@ def check_mappings(config, state_dict) -> None:
             raise TypeError(f"state_dict has {name!r}: a {type(tensor).__name__}; it must map names to tensors")
 
 
+# The layouts of a Perceiver's parameters: what reads one, what it is, and how a name starts that only it has.
+_PERCEIVERS = (
+    (
+        "models.perceiver_io.from_huggingface",
+        "Hugging Face's Perceiver",
+        r"(perceiver\.)?(embeddings\.latents$|encoder\.(cross_att|self_att))",
+    ),
+    ("models.perceiver_io.from_official", "DeepMind's Perceiver IO", r"(.*/)?(perceiver_encoder/|cross_attention/attention/)"),
+    (
+        "models.perceiver.from_official",
+        "DeepMind's Perceiver of 2021",
+        r"latents/pos_embs$|(cross|latent)_\w+/(attention|mlp|layer_norm)",
+    ),
+    ("PerceiverIO.load_state_dict", "this package's PerceiverIO", r"encoder\.(latents$|cross\.\d|blocks\.\d)"),
+    ("Perceiver.load_state_dict", "this package's Perceiver", r"cross\.\d+\.(attention|mlp|norm)\."),
+)
+
+
+def check_perceiver(reader: str, state_dict: dict) -> None:
+    """Raises ValueError for names of a Perceiver that another function than `reader` reads, and says which."""
+    for function, kind, start in _PERCEIVERS:
+        if any(re.match(start, name) for name in state_dict):
+            if function != reader:
+                raise ValueError(f"state_dict is that of {kind}; {function} reads it")
+            return
+
+
+def haiku_state(config, state_dict) -> dict:
+    """`state_dict` flat and of tensors, for one that is nested as the released files are, or of NumPy's arrays.
+
+    "params" may stand around the parameters. Raises TypeError as `check_mappings` does.
+    """
+    if isinstance(state_dict, dict):
+        state_dict = flattened(state_dict)
+    check_mappings(config, state_dict)
+    return {name.removeprefix("params/"): tensor for name, tensor in state_dict.items()}
+
+
 def read_huggingface(folder) -> tuple:
     """(config, state dict) of a checkpoint as Hugging Face's `save_pretrained` writes it, without its library.
 
@@ -147,7 +185,7 @@ def flattened(state: dict) -> dict:
         if isinstance(value, dict):
             flat |= {f"{name}/{inner}": tensor for inner, tensor in flattened(value).items()}
         else:
-            flat[name] = torch.as_tensor(value)
+            flat[name] = torch.as_tensor(value) if hasattr(value, "__array__") else value
     return flat
 
 

@@ -210,7 +210,7 @@ CONFIG, MODEL = PerceiverConfig, Perceiver
 def from_official(config: dict, state_dict: dict, *, backend="auto") -> Perceiver:
     """A Perceiver with the parameters of DeepMind's Haiku modules, in the dtype of `state_dict`; see `read_official`."""
     sizes, weights = read_official(config, state_dict)
-    model = Perceiver(dataclasses.replace(sizes, backend=backend), dtype=official.common_dtype(state_dict))
+    model = Perceiver(dataclasses.replace(sizes, backend=backend), dtype=official.common_dtype(weights))
     load_weights(model, weights, "state_dict")
     return model
 
@@ -221,12 +221,14 @@ def read_official(config: dict, state_dict: dict) -> tuple:
     Args:
         config: `num_cross_attends`, `layers_per_block`, `self_heads`; `max_resolution` and `num_bands` of the positions;
             optional `cross_heads` (1), `layer_norm_eps` (1e-5) and `index_shape` (`max_resolution`).
-        state_dict: `module path/parameter` -> tensor, linear weights (in, out). Every other size is read off the tensors,
-            and so is the sharing: how many cross-attends and latent layers there are.
+        state_dict: `module path/parameter` -> tensor or array, linear weights (in, out), or nested, {module path: {parameter:
+            array}}. Every other size is read off the tensors, and so is the sharing: how many cross-attends and latent layers
+            there are.
 
-    Raises ValueError for missing, unknown or misshapen entries.
+    Raises ValueError for another kind of Perceiver, for missing, unknown or misshapen entries.
     """
-    official.check_mappings(config, state_dict)
+    state_dict = official.haiku_state(config, state_dict)
+    official.check_perceiver("models.perceiver.from_official", state_dict)
     for name in ("num_cross_attends", "layers_per_block", "self_heads", "num_bands", "max_resolution"):
         if name not in config:
             raise ValueError(f"config has no {name!r}; it has {', '.join(config)}")

@@ -17,6 +17,15 @@ SYSTEMS = (
     "perceiver_io",
 )  # modules of this package with CONFIGS (name -> config), CONFIG (class) and MODEL (class)
 MODULES = ("adapterhub", *SYSTEMS)  # and those that work on models of others
+# What reads a folder of Hugging Face's library, by its model_type.
+_HUGGINGFACE = {
+    "bert": "ca_mtl.from_bert",
+    "mt5": "hypergrid_t5.from_official",
+    "perceiver": "perceiver_io.from_huggingface",
+    "t5": "hypergrid_t5.from_official",
+    "vit": "mbt.from_vit",
+}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that models are computed in
 
 
 class InputError(ValueError):
@@ -58,7 +67,8 @@ def load(name_or_path, *, device=None, dtype=None, **overrides) -> torch.nn.Modu
 
     Args:
         name_or_path: one of `names()`, or a folder with config.json and model.safetensors.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters; default torch's, and for saved ones that of each in the file, to the bit.
         overrides: fields of the config to change, e.g. `backend="eager"`, `num_classes=10`.
 
     Raises InputError for an unknown name, a wrong field or value, a file that is missing, truncated or foreign.
@@ -186,11 +196,22 @@ def load_weights(model: torch.nn.Module, tensors: dict, source) -> None:
 def _load_folder(path, device, dtype, overrides):
     fields = read_json(path / "config.json")
     name = fields.pop("system", None)
+    if name is None and "model_type" in fields:
+        kind = str(fields["model_type"])
+        reader = _HUGGINGFACE.get(kind)
+        how = f"models.{reader} reads it, with models.official.read_huggingface" if reader else "nothing here reads it"
+        raise InputError(f"{path} was written by save_pretrained of Hugging Face's library, model_type {kind!r}; {how}")
     if name not in SYSTEMS:
         raise InputError(f"{path / 'config.json'} has system {name!r}; allowed are {', '.join(SYSTEMS)}")
     system = _system(name)
     tensors = read_tensors(path / "model.safetensors")
+    stored = {n: t.dtype for n, t in tensors.items() if t.dtype in _DTYPES} if dtype is None else {}
+    if stored:  # tables of positions, which no file has, get the dtype of most elements
+        dtype = max(_DTYPES, key=lambda kind: sum(tensors[n].numel() for n in stored if stored[n] == kind))
     model = _build(system, {**fields, **overrides}, path / "config.json", device, dtype)
+    for n, own in (*model.named_parameters(), *model.named_buffers()):
+        if n in stored and own.is_floating_point():
+            own.data = own.data.to(stored[n])
     load_weights(model, tensors, path / "model.safetensors")
     return model
 

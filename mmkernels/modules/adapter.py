@@ -14,13 +14,14 @@ and a parallel one (He et al. 2022) x = r, y = LN_a(o) + h, out as above. LN_b a
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..ops._shared.arguments import check_numbers
 from .backend import WithBackend, check_backend
 
 ACTIVATIONS = {  # of the configs, as transformers has them -> (of `ops.adapter`, plain PyTorch)
@@ -35,6 +36,11 @@ ACTIVATIONS = {  # of the configs, as transformers has them -> (of `ops.adapter`
     "leakyrelu": ("leakyrelu", F.leaky_relu),
     "tanh": ("tanh", torch.tanh),
 }
+
+
+def _check_number(option, value, what="finite", allowed=math.isfinite, kind=(int, float)):
+    if not isinstance(value, kind) or isinstance(value, bool) or not allowed(value):
+        raise ValueError(f"{option} is {value!r}; it must be a number, {what}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +91,10 @@ class AdapterConfig:
     stochastic_depth: float = 0.0
 
     def __post_init__(self):
-        object.__setattr__(self, "leave_out", tuple(self.leave_out or ()))
-        if not all(isinstance(layer, int) and layer >= 0 for layer in self.leave_out):
-            raise ValueError(f"leave_out is {self.leave_out}; it must have numbers of layers, from 0 on")
+        layers = self.leave_out or ()
+        if not isinstance(layers, Iterable) or not all(isinstance(layer, int) and layer >= 0 for layer in layers):
+            raise ValueError(f"leave_out is {layers!r}; it must have numbers of layers, from 0 on")
+        object.__setattr__(self, "leave_out", tuple(layers))
         name = self.non_linearity.lower() if isinstance(self.non_linearity, str) else self.non_linearity
         object.__setattr__(self, "non_linearity", name)
         allowed = {
@@ -102,9 +109,14 @@ class AdapterConfig:
         for option, values in allowed.items():
             if getattr(self, option) not in values:
                 raise ValueError(f"{option} is {getattr(self, option)!r}; allowed are {', '.join(map(repr, values))}")
+        if not isinstance(self.scaling, str):
+            _check_number("scaling", self.scaling)
         for option in ("dropout", "stochastic_depth"):
-            if not 0.0 <= (getattr(self, option) or 0.0) < 1.0:
-                raise ValueError(f"{option} is {getattr(self, option)!r}; it must be at least 0 and below 1")
+            _check_number(option, getattr(self, option) or 0.0, "at least 0 and below 1", lambda p: 0.0 <= p < 1.0)
+        for option in ("phm_dim", "phm_rank"):
+            _check_number(option, getattr(self, option), "an integer of at least 1", lambda n: n >= 1, int)
+        if self.inv_adapter_reduction_factor is not None:
+            _check_number("inv_adapter_reduction_factor", self.inv_adapter_reduction_factor, "above 0", lambda f: f > 0)
         factors = self.reduction_factor.values() if isinstance(self.reduction_factor, Mapping) else [self.reduction_factor]
         if not factors or not all(isinstance(f, (int, float)) and f > 0 for f in factors):
             raise ValueError(f"reduction_factor is {self.reduction_factor!r}; it must be a number above 0, or a dict of them")
@@ -307,8 +319,13 @@ class Adapter(WithBackend):
     def __init__(self, channels, config="seq_bn", *, bottleneck=None, backend="auto", device=None, dtype=None):
         super().__init__(backend)
         config = AdapterConfig.of(config)
+        if config.phm_layer and not isinstance(self, PHMAdapter):
+            raise ValueError("config has phm_layer, sums of Kronecker products; PHMAdapter has those")
+        bottleneck = config.bottleneck(channels) if bottleneck is None else bottleneck
+        for name, size in (("channels", channels), ("bottleneck", bottleneck)):
+            _check_number(name, size, "an integer of at least 1", lambda n: n >= 1, int)
         self.config, self.channels, self.kind = config, channels, kind_of(config)
-        self.bottleneck = bottleneck = bottleneck or config.bottleneck(channels)
+        self.bottleneck = bottleneck
         factory = {"device": device, "dtype": dtype}
         down, up = self._linear_layers(channels, bottleneck, factory)
         if config.ln_before:
@@ -439,22 +456,27 @@ class AdapterBank(nn.ModuleDict, WithBackend):
             index: int64 (B,) or (B, T), into `names`.
             names: of adapters; default all, in the order in which they were added.
 
-        Raises ValueError for adapters that are not `alike`.
+        Raises ValueError for adapters that are not `alike`, TypeError, ValueError or IndexError for an index that is not that.
         """
-        return _place(self._alike(names), hidden, residual, norm, index, last, self.backend)
+        return _place(self._alike(names, index), hidden, residual, norm, index, last, self.backend)
 
     def inner(self, x, res, *, index, names=None):
         """As `Adapter.inner`, for rows of several adapters."""
-        return _inner(self._alike(names), x, res, index, self.backend)
+        return _inner(self._alike(names, index), x, res, index, self.backend)
 
-    def _alike(self, names):
+    def _alike(self, names, index):
         names = list(self) if names is None else list(names)
         unknown = [name for name in names if name not in self]
         if unknown:
             raise ValueError(f"adapter {unknown[0]!r} is unknown; known are {', '.join(map(repr, self)) or 'none'}")
-        if not names or not self.alike(names):
+        if not names:
+            raise ValueError("names is empty; it must have adapters of the bank")
+        if not self.alike(names):
             raise ValueError(f"adapters {names} differ in more than their bottlenecks; they cannot be one bank")
-        return [self[name] for name in names]
+        adapters = [self[name] for name in names]
+        if self.backend == "eager" or adapters[0].config.use_gating:  # where ops.adapter does not see the index, or late
+            check_numbers("index", index, len(names), index.device, none="no adapter")
+        return adapters
 
 
 # --- What they compute -------------------------------------------------------------------------------------------------------
@@ -560,7 +582,7 @@ def _branch(adapters, x, index, backend, gate=None):
         if index is not None:
             out = torch.where(_per_row(index, out) == number, out, 0.0)
         total = out if total is None else total + out
-    return total if gate is None else total * gate[:, None, None]
+    return total if gate is None else total * _per_row(gate, total)
 
 
 def _after(config, y, residual, norm):
@@ -605,17 +627,26 @@ def _stacked(adapters, index):
         return tensor if not missing else F.pad(tensor, (0, missing) if axis == -1 else (0, 0, 0, missing))
 
     w_down = torch.stack([filled(part[0], -2) for part in parts])
-    b_down = None if parts[0][1] is None else torch.stack([filled(part[1], -1) for part in parts])
     w_up = torch.stack([filled(part[2], -1) for part in parts])
-    b_up = None if parts[0][3] is None else torch.stack([part[3] for part in parts])
+    b_down = _biases([(part[0], part[1]) for part in parts], size)
+    b_up = _biases([(part[2], part[3]) for part in parts], w_up.shape[1])
     scale = adapters[0].scaling
     if isinstance(scale, torch.Tensor):
         scale = torch.stack([adapter.scaling for adapter in adapters])
     return (w_down, b_down, w_up, b_up), scale
 
 
+def _biases(layers, size):
+    """(A, size) of the (weight, bias) of layers, some of which have no bias; None where none has."""
+    if all(bias is None for _, bias in layers):
+        return None
+    biases = [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in layers]
+    return torch.stack([F.pad(bias, (0, size - bias.shape[0])) for bias in biases])
+
+
 def _gate(adapters, x, index):
-    """(B,): the mean over the tokens of sigmoid(w_g x + c_g), times the choice of stochastic depth; None without both."""
+    """(B,), or (B, T) with an index of tokens: the mean over an example's tokens of sigmoid(w_g x + c_g), times the choice of
+    stochastic depth; None without both."""
     config = adapters[0].config
     gate = None
     if config.use_gating:
@@ -623,10 +654,10 @@ def _gate(adapters, x, index):
         if index is None:
             gate = gates[:, 0]
         else:
-            gate = gates.gather(1, index.clamp(min=0)[:, None])[:, 0]
+            gate = gates.gather(1, index.clamp(min=0).reshape(len(gates), -1)).reshape(index.shape)
     if adapters[0].training and config.stochastic_depth:
         depth = _depth(config, x)
-        gate = depth if gate is None else gate * depth
+        gate = depth if gate is None else gate * _per_row(depth, gate)
     return gate
 
 

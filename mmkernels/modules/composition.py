@@ -9,6 +9,8 @@ Blocks hold names only; a `Place` computes them.
 """
 
 import dataclasses
+import math
+import threading
 
 import torch
 
@@ -149,6 +151,8 @@ class Average(Block):
         weights = [float(weight) for weight in weights]
         if len(weights) != len(children):
             raise ValueError(f"weights has {len(weights)} numbers; there are {len(children)} children")
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"weights is {weights}; they must be finite")
         if normalize_weights:
             total = sum(weights)
             if total == 0:
@@ -170,6 +174,13 @@ def parse(setup) -> Block | None:
     if isinstance(setup, str):
         return Stack(setup)
     raise TypeError(f"setup is {setup!r}, a {type(setup).__name__}; it must be the name of an adapter, a block or None")
+
+
+def parse_some(setup) -> Block:
+    """As `parse`, of something."""
+    if setup is None:
+        raise ValueError("setup is None; it must be the name of an adapter or a block")
+    return parse(setup)
 
 
 def from_dict(content) -> Block:
@@ -208,44 +219,83 @@ def _sizes(name, sizes, count):
 
 
 @dataclasses.dataclass
+class Pass:
+    """A forward pass of a model.
+
+    task_ids: numbers (B,), or names, of the children of a MultiTask; of a row and what stands beside it where `generate`
+        repeats rows (`beside`: all beams of a row, then those of the next).
+    batch: the number of rows before Parallel repeated them, once it has.
+    ahead: the rows were repeated before the model began.
+    depth: how many of the model and its parts are being called, one inside the other.
+    """
+
+    task_ids: object = None
+    beside: bool = False
+    batch: int | None = None
+    ahead: bool = False
+    depth: int = 0
+
+
+@dataclasses.dataclass
 class Activation:
-    """What is active in a model; all its places share one. The last three belong to the forward pass that is running.
+    """What is active in a model; all its places share one. Each thread has a forward pass of its own.
 
     compat: None, or "adapters": as the library `adapters` 1.3.0 computes, which differs where it is wrong: with
         original_ln_before the children of Parallel, BatchSplit, Split, Average, MultiTask and Fuse pass LN(h + r) again when
         they are Stacks, and always under MultiTask; Average divides by the number of children once more; a parallel adapter
         in a Stack replaces what the others gave; of the invertible adapters only that of the very first adapter is used.
-    task_ids: numbers (B,), or names, of the children of a MultiTask.
-    batch: the number of rows before Parallel repeated them, once it has.
-    depth: how many of the model and its parts are being called, one inside the other.
+    passes: of the threads in which the model runs.
+    last: the pass that began last, for what computes layers again once it is over, as checkpointing does in a backward.
     """
 
     setup: Block | None = None
     skip_layers: frozenset = frozenset()
     compat: str | None = None
-    task_ids: object = None
-    batch: int | None = None
-    depth: int = 0
+    passes: dict = dataclasses.field(default_factory=dict)
+    last: Pass = dataclasses.field(default_factory=Pass)
 
-    def begin(self, task_ids=None):
-        """A forward pass begins."""
-        self.task_ids, self.batch = task_ids, None
+    @property
+    def running(self) -> Pass:
+        """The pass of this thread."""
+        return self.passes.get(_thread(), self.last)
+
+    def enter(self, task_ids=None, **options) -> Pass:
+        """The model or a part of it is called: a forward pass begins, unless this is a part of one."""
+        thread = _thread()
+        now = self.passes.get(thread)
+        if now is None:
+            now = self.passes[thread] = self.last = Pass(task_ids, **options)
+        elif task_ids is not None:
+            now.task_ids, now.batch = task_ids, None
+        now.depth += 1
+        return now
+
+    def leave(self) -> None:
+        """The call is over, by an error or not."""
+        now = self.running
+        now.depth -= 1
+        if now.depth == 0:
+            self.passes.pop(_thread(), None)
 
     def repeated(self, block, *rows):
         """Every row once for each child of a Parallel, unless the model runs on all of them already."""
-        count, size = len(block.children), rows[0].shape[0]
-        if self.batch is None or size == self.batch:  # the decoder of a model begins with the batch again
-            self.batch = size
+        now, count, size = self.running, len(block.children), rows[0].shape[0]
+        if not now.ahead and (now.batch is None or size == now.batch):  # a decoder begins with the batch again
+            now.batch = size
             return [t.repeat((count,) + (1,) * (t.dim() - 1)) for t in rows]
-        if size != count * self.batch:
-            raise ValueError(f"the batch has {size} rows; {block} needs {self.batch} of each child")
+        if size % count or (not now.ahead and size != count * now.batch):
+            needed = "as many" if now.ahead else now.batch
+            raise ValueError(f"the batch has {size} rows; {block} needs {needed} of each child")
         return list(rows)
 
     def tasks(self, block, rows, device):
         """The numbers (rows,) of the children that the tasks of the batch mean."""
-        if self.task_ids is None:
+        now = self.running
+        ids = now.task_ids
+        if ids is None:
             raise ValueError(f"task_ids is None; {block} needs the task of each row")
-        ids = self.task_ids
+        if not isinstance(ids, (torch.Tensor, list, tuple)):
+            raise TypeError(f"task_ids is a {type(ids).__name__}; it must be an int64 tensor or a list of numbers or names")
         if not isinstance(ids, torch.Tensor):
             known = {
                 name: number
@@ -253,15 +303,17 @@ class Activation:
                 for name in (child, number)
                 if isinstance(name, (str, int))
             }
-            unknown = [task for task in ids if task not in known]
+            unknown = [task for task in ids if not isinstance(task, (str, int)) or isinstance(task, bool) or task not in known]
             if unknown:
                 raise ValueError(f"task_ids has {unknown[0]!r}; {block} has {', '.join(map(str, block.children))}")
-            ids = torch.tensor([known[task] for task in ids])
-        ids = ids.to(torch.int64)
-        if ids.dim() != 1 or rows % max(1, ids.shape[0]) or not ids.shape[0]:
+            ids = torch.tensor([known[task] for task in ids], dtype=torch.int64)
+        # of the batch, where a Parallel has repeated its rows, or of what `generate` was given
+        whole = ids.dim() == 1 and (ids.shape[0] == rows or ids.shape[0] == now.batch or now.beside)
+        if not whole or rows % max(1, ids.shape[0]):
             raise ValueError(f"task_ids has shape {tuple(ids.shape)}; it must be ({rows},), a task for each row")
         check_numbers("task_ids", ids, len(block.children), ids.device)
-        return ids.to(device).repeat(rows // ids.shape[0])
+        times, ids = rows // max(1, ids.shape[0]), ids.to(device, torch.int64)
+        return ids.repeat_interleave(times) if now.beside else ids.repeat(times)
 
 
 class Place:
@@ -513,6 +565,10 @@ def parts(node, hidden):
     if sum(sizes) != hidden.shape[axis]:
         raise IndexError(f"{node} is for {sum(sizes)} {what}; the batch has {hidden.shape[axis]}")
     return axis, sizes
+
+
+def _thread():
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _ended(hidden, residual, norm):

@@ -11,7 +11,7 @@ from .. import ops
 from . import composition, resampler
 from .adapter import Adapter, AdapterBank, AdapterConfig, AdapterFusion, FusionConfig, kind_of
 from .backend import WithBackend, gelu, gelu_form, linear, split_heads
-from .composition import Activation, Place
+from .composition import Activation, Pass, Place
 from .latent import LatentCrossAttention
 
 
@@ -85,6 +85,8 @@ def _kind_of_module(module):
         other = "one matrix makes queries, keys and values" if "LoRA" in kinds else "ops.adapter does not compute that"
         return ("forward", None, f"it has {' and '.join(sorted(kinds))}: {other}") if kinds else None
     if library == "peft" and hasattr(module, "lora_A"):
+        if not isinstance(module.lora_A, nn.ModuleDict):  # AdaLoRA
+            return "forward", None, f"a {type(module).__name__} is more than two matrices"
         linear = isinstance(getattr(module, "base_layer", None), nn.Linear)
         return "forward", LoraLinear, "" if linear else "its base is no torch.nn.Linear"
     if library == "transformers" and type(module).__name__ == "PerceiverAttention":
@@ -163,15 +165,11 @@ class LibraryPlace:
         if owner is None:
             return self.original(layer, hidden_states, residual_input, layer_norm)
         parallel = context is not None and context.adapters_parallelized
-        active = Activation(
-            setup=self._setup(setup),
-            compat="adapters",
-            task_ids=getattr(context, "task_ids", None),
-            batch=context.original_batch_size if parallel else None,
-        )
+        now = Pass(getattr(context, "task_ids", None), batch=context.original_batch_size if parallel else None)
+        active = Activation(setup=self._setup(setup), compat="adapters", last=now)
         out = Place(owner, -1, active)(hidden_states, residual_input, layer_norm)
-        if active.batch is not None and context is not None:
-            context.adapters_parallelized, context.original_batch_size = True, active.batch
+        if now.batch is not None and context is not None:
+            context.adapters_parallelized, context.original_batch_size = True, now.batch
         for name, fusion in owner.adapter_fusion_layer.items():
             layer.adapter_fusion_layer[name].T = fusion.T
         return out
@@ -340,7 +338,7 @@ class LibraryLora:
             return None
         if kind == "Average":  # the library's mean of what is weighted already
             return names, [float(weight) / len(names) for weight in setup.weights], None
-        active = Activation(task_ids=getattr(self.context.get_context(), "task_ids", None))
+        active = Activation(last=Pass(getattr(self.context.get_context(), "task_ids", None)))
         if kind == "MultiTask":
             return names, [1.0] * len(names), active.tasks(_our_block(setup), x.shape[0], x.device)
         if kind != "BatchSplit" or sum(setup.batch_sizes) != x.shape[0]:
@@ -363,6 +361,7 @@ class LoraLinear:
 
     def __call__(self, x, *args, **kwargs):
         layer, names = self.layer, kwargs.get("adapter_names")
+        layer._check_forward_args(x, *args, **kwargs)
         options = {name for name, value in kwargs.items() if value is not None} - {"adapter_names"}
         wanted = layer.active_adapters if names is None else dict.fromkeys(names)
         known = [name for name in wanted if name in layer.lora_A]

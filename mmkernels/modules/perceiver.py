@@ -1,5 +1,7 @@
 """The blocks of Perceiver and Perceiver IO, and what they are stacked to: an encoder and a decoder."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,13 +11,18 @@ from .backend import Gelu, Linear
 from .latent import LatentCrossAttention, LatentSelfAttention
 from .positions import reset_linear_, reset_table_
 
-# The released code has GELU in its tanh form; Hugging Face's checkpoints of it are run in the exact one.
-ACTIVATIONS = {"gelu_tanh": "tanh", "gelu": "none"}
+# The released code has GELU in its tanh form; Hugging Face's checkpoints of it are run in the exact one; it has others too.
+ACTIVATIONS = {
+    "gelu_tanh": functools.partial(Gelu, "tanh"),
+    "gelu": functools.partial(Gelu, "none"),
+    "relu": lambda backend: nn.ReLU(),
+    "silu": lambda backend: nn.SiLU(),
+}
 SHARING = ("after_first", "all", "none")
 
 
 class Mlp(nn.Sequential):
-    """Linear, GELU, Linear; the hidden layer is `widening` times as wide."""
+    """Linear, activation, Linear; the hidden layer is `widening` times as wide."""
 
     def __init__(self, channels, widening=1, activation="gelu_tanh", *, backend="auto", **factory):
         if activation not in ACTIVATIONS:
@@ -23,7 +30,7 @@ class Mlp(nn.Sequential):
         check_integer("widening", widening)
         super().__init__(
             Linear(channels, widening * channels, backend=backend, **factory),
-            Gelu(ACTIVATIONS[activation], backend=backend),
+            ACTIVATIONS[activation](backend=backend),
             Linear(widening * channels, channels, backend=backend, **factory),
         )
 
@@ -37,7 +44,7 @@ class CrossBlock(nn.Module):
         num_heads, qk_channels, v_channels, shape_for_attention, eps, backend: see `LatentCrossAttention`.
         widening: of the MLP.
         residual: whether the query is added to what it reads; without it y = CrossAttention(q, x).
-        activation: "gelu_tanh" or "gelu".
+        activation: "gelu_tanh", "gelu", "relu" or "silu".
         dropout: of the attention's and the MLP's result.
         attention_dropout: of the attention's weights.
     """
@@ -78,7 +85,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(channels, widening, activation, backend=backend, **factory)
         self.residual, self.dropout = residual, dropout
 
-    def forward(self, queries, inputs, *, position=None, key_mask=None, query_position=None, query_mask=None):
+    def forward(self, queries, inputs, *, position=None, key_mask=None, query_position=None, query_mask=None, group=None):
         """As `LatentCrossAttention.forward`; returns (B, N, channels)."""
         y = self.attention(
             queries,
@@ -87,6 +94,7 @@ class CrossBlock(nn.Module):
             key_mask=key_mask,
             query_position=query_position,
             query_mask=query_mask,
+            group=group,
         )
         if query_position is not None and self.residual:
             queries = torch.cat([queries, query_position.to(queries.dtype).expand(queries.shape[0], -1, -1)], -1)
@@ -248,15 +256,17 @@ class PerceiverEncoder(nn.Module):
         reset_table_(self.latents)
         _reset_layers(self)
 
-    def forward(self, inputs, *, position=None, key_mask=None):
+    def forward(self, inputs, *, position=None, key_mask=None, group=None):
         """Latents (B, N, D) of an input.
 
         Args:
             inputs: (B, M, Cx), the content.
             position: (M, Cp) with Cx + Cp = C, shared by the batch and never copied per example.
             key_mask: bool (B, M), True for elements that count.
+            group: a torch.distributed group whose ranks hold the M elements in parts, see `LatentCrossAttention.forward`. All
+                have the same latents then; with dropout their generators must be in the same state.
         """
-        return self._run(lambda cross, z: cross(z, inputs, position=position, key_mask=key_mask))
+        return self._run(lambda cross, z: cross(z, inputs, position=position, key_mask=key_mask, group=group))
 
     def stream(self, chunks, *, parameters=()):
         """`forward` for an input that is longer than memory: (B, N, D).

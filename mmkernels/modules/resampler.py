@@ -82,6 +82,8 @@ def renamed(state_dict, names, prefix) -> dict:
         state_dict = {start.sub("", name): tensor for name, tensor in state_dict.items() if start.match(name)}
     tensors, unknown = {}, []
     for name, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"state_dict has {name!r}: a {type(tensor).__name__}; it must map names to tensors")
         layer, own, kind = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.(weight|bias))?", name).groups("")
         ours = "latents" if own == "latents" else names.get(own)
         if ours is None:
@@ -96,6 +98,25 @@ def renamed(state_dict, names, prefix) -> dict:
         what = f"has {', '.join(sorted(unknown)[:4])}, which the module has not" if unknown else "has no latents"
         raise ValueError(f"state_dict {what}; it must be that of such a resampler")
     return tensors
+
+
+# Theirs that are of no layer, though a layer has one of the same name with us.
+_WHOLE = ("norm", "norm_out", "proj_in", "proj_out")
+
+
+def _theirs(name, names) -> str:
+    """The others' name, or names, of ours: of "layers.0.key.weight" 'layers.0.0.to_kv.weight' with Flamingo's `names`."""
+    layer, own, end = re.fullmatch(r"(layers\.\d+\.)?(\w+)(.*)", name).groups("")
+    both = (own, "key+value") if own in ("key", "value") else (own,)
+    found = [n for n, ours in names.items() if ours in both and (not layer or n not in _WHOLE)]
+    if not layer and end:
+        found = [n for n in found if n in _WHOLE]
+    return " or ".join(repr(f"{layer}{n}{end}") for n in found) or repr(name)
+
+
+def _check_dict(name, value, allowed="a state dict"):
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be {allowed}")
 
 
 # --- The layers -------------------------------------------------------------------------------------------------------------
@@ -316,7 +337,8 @@ class PerceiverResampler(WithBackend):
         dropout: of the attention weights in training.
         backend: a backend of `ops.attention`, or "eager": plain PyTorch with SDPA on joined keys.
 
-    Raises ValueError for sizes that are not positive, heads that are no multiple, unknown names.
+    Raises ValueError for sizes that are not positive, heads that are no multiple, unknown names, TypeError for what is no
+    number or bool.
     """
 
     def __init__(
@@ -357,6 +379,9 @@ class PerceiverResampler(WithBackend):
         for name, value, allowed in (("activation", activation, ACTIVATIONS), ("norm", norm, NORMS)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+        for name, value in (("gated", gated), ("bias", bias)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be True or False")
         check_number("eps", eps, "a positive number", lambda eps: eps > 0.0)
         self.dropout = check_number("dropout", dropout, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
         self.num_heads, self.kv_heads, self.activation, self.norm_kind, self.eps = num_heads, kv_heads, activation, norm, eps
@@ -393,6 +418,8 @@ class PerceiverResampler(WithBackend):
             (B, N, C), or (B, T, N, C); `output_channels` where given.
         """
         self._check(context, key_mask)
+        if key_mask is not None:  # NaN behind the mask must reach no sum, not those of the gradients either
+            context = torch.where(key_mask[..., None], context, 0.0)
         media, context = context.shape[:-2][:2], self._placed(context)
         context = context.flatten(0, len(media) - 1).flatten(1, -2)
         if key_mask is not None:
@@ -464,12 +491,15 @@ class PerceiverResampler(WithBackend):
             config: the model's perceiver_config, an object or a dict; default the module's own.
             options: `backend`, `device`, `dtype`, `dropout`; default the source's device, dtype and `attention_dropout`.
 
-        Raises ValueError for a state dict of something else, or without a config.
+        Raises ValueError for a state dict of something else, of a part, or without a config, TypeError for other types.
         """
         if isinstance(source, nn.Module):
             config, source = getattr(source, "config", None) if config is None else config, source.state_dict()
+        _check_dict("source", source, "a module or a state dict")
         if config is None:
             raise ValueError("config is None; with a state dict it must be the perceiver_config")
+        if not isinstance(config, dict) and not hasattr(config, "__dict__"):
+            raise TypeError(f"config is a {type(config).__name__}; it must be the perceiver_config, an object or a dict")
         values = config if isinstance(config, dict) else vars(config)
         hidden_act = values.get("hidden_act", "silu")
         if hidden_act not in _HIDDEN_ACTS:
@@ -477,7 +507,7 @@ class PerceiverResampler(WithBackend):
         tensors = renamed(source, IDEFICS2, "perceiver_resampler")
         options = dict(dropout=values.get("attention_dropout", 0.0)) | options
         shape = dict(head_dim=values.get("resampler_head_dim", 96), eps=values.get("rms_norm_eps", 1e-6))
-        return cls._from_tensors(tensors, activation=_HIDDEN_ACTS[hidden_act], **shape, **options)
+        return cls._from_tensors(tensors, IDEFICS2, activation=_HIDDEN_ACTS[hidden_act], **shape, **options)
 
     @classmethod
     def from_ip_adapter(cls, state_dict, *, head_dim=64, **options):
@@ -488,11 +518,13 @@ class PerceiverResampler(WithBackend):
             head_dim: D, which weights do not show; 64 in everything released.
             options: `backend`, `device`, `dtype`, `eps`, `dropout`; default the tensors' device and dtype.
 
-        Raises ValueError for a state dict of something else, such as one with latents of the mean of a context.
+        Raises ValueError for a state dict of something else, such as one with latents of the mean of a context, or of a part,
+        TypeError for what is none.
         """
+        _check_dict("state_dict", state_dict)
         if isinstance(state_dict.get("image_proj"), dict):
             state_dict = state_dict["image_proj"]
-        return cls._from_tensors(renamed(state_dict, IP_ADAPTER, "image_proj"), head_dim=head_dim, **options)
+        return cls._from_tensors(renamed(state_dict, IP_ADAPTER, "image_proj"), IP_ADAPTER, head_dim=head_dim, **options)
 
     @classmethod
     def from_flamingo(cls, state_dict, *, head_dim=64, **options):
@@ -501,21 +533,29 @@ class PerceiverResampler(WithBackend):
         Args:
             state_dict: of the resampler, or of a whole model that has it as `perceiver`.
             head_dim, options: as for `from_ip_adapter`.
+
+        Raises ValueError for a state dict of something else or of a part, TypeError for what is none.
         """
-        return cls._from_tensors(renamed(state_dict, FLAMINGO, "perceiver"), head_dim=head_dim, **options)
+        _check_dict("state_dict", state_dict)
+        return cls._from_tensors(renamed(state_dict, FLAMINGO, "perceiver"), FLAMINGO, head_dim=head_dim, **options)
 
     @classmethod
-    def _from_tensors(cls, tensors, *, head_dim, device=None, dtype=None, **options):
-        """A module of the sizes that its tensors have, with copies of them."""
+    def _from_tensors(cls, tensors, names, *, head_dim, device=None, dtype=None, **options):
+        """A module of the sizes that its tensors have, with copies of them; `names` are those of `renamed`, for errors."""
         check_integer("head_dim", head_dim)
         latents = tensors["latents"]
 
         def rows(name):
             return tensors[name].shape[0] if name in tensors else None
 
+        # What says the sizes; of a layer with a bias that is its weight.
+        biases = [name for name in tensors if name.endswith(".bias")]
+        for name in ("layers.0.query.weight", "layers.0.key.weight", *(f"{n.removesuffix('bias')}weight" for n in biases)):
+            if name not in tensors:
+                raise ValueError(f"state_dict has no {_theirs(name, names)}")
         wide = {"num_heads": rows("layers.0.query.weight"), "kv_heads": rows("layers.0.key.weight")}
         for name, width in wide.items():
-            if width is None or width % head_dim:
+            if width % head_dim:
                 raise ValueError(f"head_dim is {head_dim}; {name} times that must be {width}, the rows of the state dict's")
         model = cls(
             latents.shape[1],
@@ -523,10 +563,10 @@ class PerceiverResampler(WithBackend):
             depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers.")),
             head_dim=head_dim,
             mlp_channels=rows("layers.0.up.weight"),
-            gated="layers.0.gate.weight" in tensors,
-            norm="layer" if "layers.0.latent_norm.bias" in tensors else "rms",
+            gated="gate" in names.values(),
+            norm="layer" if any(name.endswith("norm.bias") for name in biases) else "rms",
             bias="layers.0.query.bias" in tensors,
-            input_channels=tensors["input.weight"].shape[1] if "input.weight" in tensors else None,
+            input_channels=tensors["input.weight"].shape[-1] if "input.weight" in tensors else None,
             output_channels=rows("output.weight"),
             max_length=rows("positions"),
             max_frames=rows("frames"),
@@ -535,6 +575,18 @@ class PerceiverResampler(WithBackend):
             **{name: width // head_dim for name, width in wide.items()},
             **options,
         )
+        own = model.state_dict()
+        for name in own | tensors:
+            theirs = _theirs(name, names)
+            if name not in tensors:
+                raise ValueError(f"state_dict has no {theirs}")
+            if name not in own:
+                raise ValueError(f"state_dict has {theirs}, which does not go with its other tensors")
+            if tensors[name].shape != own[name].shape:
+                shapes = tuple(tensors[name].shape), tuple(own[name].shape)
+                raise ValueError(
+                    f"state_dict has {theirs} of shape {shapes[0]}; with its other tensors it must be {shapes[1]}"
+                )
         target = dict(device=latents.device if device is None else device, dtype=latents.dtype if dtype is None else dtype)
         copies = {name: tensor.detach().to(**target, copy=True) for name, tensor in tensors.items()}
         model.load_state_dict(copies, assign=True)

@@ -253,7 +253,7 @@ def predict(checkpoint, paths: dict, output: Path, *, progress=True, device="cpu
         raise InputError(f"{checkpoint / TASK} does not describe an autoencoding: {error!r}") from error
     if set(paths) != set(readers):
         raise InputError(f"--input has {', '.join(sorted(paths)) or 'nothing'}; it must have {AUDIO}=FILE and {IMAGE}=FILE")
-    model = models.load(checkpoint, device=device, backend=backend).eval()
+    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
     # The middle of the clip, as held-out ones are read.
     starts = {name: max(reader.length(paths[name]) - reader.seconds, 0.0) / 2 for name, reader in readers.items()}
     item = {name: reader.read(paths[name], starts[name]) for name, reader in readers.items()}

@@ -108,6 +108,9 @@ def predict(arguments) -> int:
     if arguments.images or arguments.text:
         raise InputError("this model gives back clips: --input image=FILE or FOLDER and --input audio=FILE")
     output = arguments.output or Path("reconstruction")
+    # It is made later, with the folders above it.
+    if not (there := next(folder for folder in (output, *output.parents) if folder.exists())).is_dir():
+        raise InputError(f"--output is {output}, but {there} is not a folder")
     options = {"device": cli.device_of(arguments), "backend": arguments.backend}
     for name, probability in autoencode.predict(arguments.checkpoint, cli.inputs_of(arguments), output, **options):
         print(f"label\t{name}\t{probability:.4f}")

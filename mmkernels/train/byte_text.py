@@ -178,7 +178,7 @@ def predict(checkpoint, texts: list, *, device="cpu", backend="auto") -> list:
 
     Raises InputError for a model of another vocabulary and for texts that are too long.
     """
-    model = models.load(checkpoint, device=device, backend=backend).eval()
+    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
     if model.config.input.get("vocab_size") != SIZE:
         raise InputError(f"{checkpoint} has a vocabulary of {model.config.input.get('vocab_size')}; bytes have {SIZE}")
     return [decode(row) for row in fill(model, [encode_blanks(text) for text in texts])]

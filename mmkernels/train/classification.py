@@ -159,7 +159,7 @@ def predict(checkpoint, paths, *, device="cpu", backend="auto") -> list:
         classes, preprocessing = [str(name) for name in task["classes"]], Preprocessing(**task["preprocessing"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint / TASK} does not describe an image classification: {error!r}") from error
-    model = models.load(checkpoint, device=device, backend=backend).eval()
+    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
     wanted = (*_image_shape(model.config), num_classes(model.config))
     if (preprocessing.size, preprocessing.size, len(preprocessing.mean), len(classes)) != wanted:
         raise InputError(

@@ -75,18 +75,26 @@ def edge_weights(height: int, width: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def tiled_flow(model, frames, *, overlap=20, batch_size=1, progress=True) -> torch.Tensor:
+def tiled_flow(model, frames, *, overlap=None, batch_size=1, progress=True) -> torch.Tensor:
     """The flow (H, W, 2) in pixels between two frames (2, H, W, 3) in [-1, 1] of any size.
 
     Tiles of the size that the model was trained on, blended by their distance to the tiles' edges, as in the released demo.
     Smaller frames are continued by their border.
+
+    Args:
+        overlap: pixels that tiles share with their neighbours; default 20, or what a smaller tile allows.
+        batch_size: tiles that the model is given at once.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be 1 or more")
     tqdm = require("tqdm", "train").tqdm
     tile = tuple(model.config.input["shape"])
     height, width = frames.shape[1:3]
     more = [max(n - found, 0) for n, found in zip(tile, (height, width), strict=True)]
     padded = F.pad(frames.permute(0, 3, 1, 2), (0, more[1], 0, more[0]), mode="replicate").permute(0, 2, 3, 1)
-    rows, columns = (tile_starts(n, t, min(overlap, t - 1)) for n, t in zip(padded.shape[1:3], tile, strict=True))
+    rows, columns = (
+        tile_starts(n, t, min(20, t - 1) if overlap is None else overlap) for n, t in zip(padded.shape[1:3], tile, strict=True)
+    )
     corners = [(top, left) for top in rows for left in columns]
     weights = edge_weights(*tile)[..., None]
     device = next(model.parameters()).device
@@ -149,7 +157,7 @@ def load(checkpoint, *, device="cpu", backend="auto"):
     path = Path(checkpoint) / TASK
     if path.is_file() and (pixels := read_json(path).get("pixels")) != PIXELS:
         raise InputError(f"{path} has outputs in units of {pixels!r} pixels; allowed is {PIXELS:g}")
-    return models.load(checkpoint, device=device, backend=backend).eval()
+    return models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
 
 
 def predict(model, first, second, **options) -> torch.Tensor:

@@ -122,6 +122,8 @@ def predict(arguments) -> int:
     output = arguments.output or Path("flow.flo")
     if output.suffix.lower() != ".flo":
         raise InputError(f"--output is {output}; for a model of optical flow it must end in .flo")
+    if not output.parent.is_dir():
+        raise InputError(f"--output is {output}, but {output.parent} is not a folder")
     model = flow.load(arguments.checkpoint, device=cli.device_of(arguments), backend=arguments.backend)
     found = flow.predict(model, *arguments.images)
     flow_files.write_flo(output, found)

@@ -139,7 +139,7 @@ def predict(checkpoint, name: str | None, texts: list, *, device="cpu", backend=
     """
     checkpoint = Path(checkpoint)
     about = read_json(checkpoint / TASK).get("tasks")
-    model = models.load(checkpoint, device=device, backend=backend).eval()
+    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
     of_bytes = isinstance(model, perceiver_io.PerceiverIO)
     names = list(model.output.heads) if of_bytes else model.config.tasks
     if not isinstance(about, dict) or not all(isinstance(about.get(n), dict) and "classes" in about[n] for n in names):

@@ -59,7 +59,7 @@ def predict(arguments) -> int:
     path = Path(arguments.checkpoint) / classification.TASK
     task = read_json(path)
     device = cli.device_of(arguments)
-    model = models.load(arguments.checkpoint, device=device, backend=arguments.backend).eval()
+    model = models.load(arguments.checkpoint, device=device, dtype=torch.float32, backend=arguments.backend).eval()
     classes, count = task.get("classes"), task.get("points")
     if not isinstance(count, int) or not isinstance(classes, list) or len(classes) != model.config.output["num_classes"]:
         raise InputError(f"{path} does not describe a training on points of this model")

@@ -236,7 +236,7 @@ def predict(checkpoint, texts: list, *, device="cpu", backend="auto", num_beams=
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint / TASK} does not describe a training of text: {error!r}") from error
     tokens = tokenizer.load(checkpoint)
-    model = models.load(checkpoint, device=device, backend=backend).eval()
+    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
     if tokens.size > model.config.vocab_size:
         raise InputError(f"{checkpoint} has a tokenizer of {tokens.size} tokens and a model of {model.config.vocab_size}")
     found = []

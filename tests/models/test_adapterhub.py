@@ -1,9 +1,11 @@
 """AdapterHub: golden tensors of the library, published sizes, compositions row by row, folders, errors, MAD-X."""
 
+import concurrent.futures
 import copy
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -271,6 +273,52 @@ def test_different_adapters_in_one_batch():
     assert_close(run(hub, BatchSplit("a", "b", "c", batch_sizes=[2, 1, 3])), expected)
     assert_close(run(hub, MultiTask("c", "b", "a"), task_ids=["a", "a", "b", "c", "c", "c"]), expected)
     assert_close(run(hub, Parallel("a", "b", "c")), torch.cat([alone[n] for n in "abc"]))
+
+
+def test_threads_have_passes_of_their_own():
+    hub = hub_of(names="ab")
+    hub.set_active(MultiTask("a", "b"))
+    hub.model.eval()
+    ids = tokens()
+    expected = [run(hub, name, ids) for name in "ab"]
+    hub.set_active(MultiTask("a", "b"))
+    wrong, barrier = [], threading.Barrier(2)
+
+    def serve(task):
+        with torch.no_grad():
+            for _ in range(20):
+                barrier.wait()
+                out = hub.model(input_ids=ids, task_ids=[task] * len(ids))[0]
+                wrong.append(float((out - expected[task]).abs().max()))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(serve, task) for task in (0, 1)]:
+            future.result()
+    assert len(wrong) == 40 and max(wrong) < 1e-5
+    assert not hub.active.passes
+
+
+def test_adapters_with_and_without_biases_in_one_batch():
+    hub = AdapterHub(bert())
+    hub.add_adapter("a", "compacter++", phm_bias=False, non_linearity="relu", reduction_factor=2, phm_dim=2)
+    hub.add_adapter("b", "seq_bn", reduction_factor=4)
+    randomize(hub.model)
+    ids = tokens()
+    for names in ("ab", "ba"):
+        out = run(hub, BatchSplit(*names, batch_sizes=3), ids)
+        assert_close(out, torch.cat([run(hub, name, part) for name, part in zip(names, ids.split(3), strict=True)]))
+
+
+def test_heads_of_rows_without_any():
+    hub = hub_of(names="ab")
+    for name in "ab":
+        hub.add_head(name, num_labels=3)
+    hub.set_active(BatchSplit("a", "b", batch_sizes=[0, 6]))
+    labels = {"a": torch.zeros(0, dtype=torch.int64), "b": torch.tensor([0, 1, 2, 0, 1, 2])}
+    result = hub(input_ids=tokens(), labels=labels)
+    assert_close(result["loss"], torch.nn.functional.cross_entropy(result["logits"]["b"], labels["b"]))
+    with pytest.raises(TypeError, match="labels is a Tensor; it must be a dict of labels by the heads a, b"):
+        hub(input_ids=tokens(), labels=labels["b"])
 
 
 def test_tasks_belong_to_one_forward_pass():
@@ -544,13 +592,24 @@ def test_wrong_names_and_setups():
         (lambda: hub.add_adapter("d.e"), "without dots"),
         (lambda: hub.add_adapter("d", "pfeifer"), "config is 'pfeifer'; allowed are 'seq_bn'"),
         (lambda: hub.add_adapter("d", width=3), "unknown option 'width'"),
-        (lambda: hub.add_adapter("d", leave_out=["first"]), "leave_out is ('first',); it must have numbers of layers"),
+        (lambda: hub.add_adapter("d", leave_out=["first"]), "leave_out is ['first']; it must have numbers of layers"),
+        (lambda: hub.add_adapter("d", leave_out=5), "leave_out is 5; it must have numbers of layers"),
+        (lambda: hub.add_adapter("d", "compacter", phm_dim=0), "phm_dim is 0; it must be a number, an integer of at least 1"),
+        (lambda: hub.add_adapter("d", scaling=None), "scaling is None; it must be a number"),
+        (lambda: hub.add_adapter("d", dropout="a"), "dropout is 'a'; it must be a number"),
+        (lambda: hub.add_adapter("d", "seq_bn_inv", inv_adapter_reduction_factor="z"), "inv_adapter_reduction_factor is 'z'"),
         (lambda: hub.add_adapter("d", non_linearity="sine"), "non_linearity is 'sine'; allowed are"),
         (lambda: hub.add_adapter("d", reduction_factor={"0": 4}), "it has neither layer 1 nor 'default'"),
         (lambda: hub.add_adapter("d", "compacter"), "phm_dim 4 must divide it"),
         (lambda: hub.delete_adapter("a"), "in the fusion 'a,b'"),
         (lambda: hub.delete_adapter("e"), "adapter 'e' is unknown"),
         (lambda: hub.train_adapter_fusion("a"), "it must have a Fuse"),
+        (lambda: hub.train_adapter_fusion(None), "setup is None; it must be the name of an adapter"),
+        (lambda: hub.train_adapter(None), "setup is None; it must be the name of an adapter"),
+        (lambda: hub.add_adapter_fusion([]), "names is empty"),
+        (lambda: hub.add_adapter_fusion("ab"), "adapter 'ab' is unknown"),
+        (lambda: hub.add_adapter_fusion("a,b", name="keys"), "name is 'keys'; it must be a word"),
+        (lambda: Average("a", "b", weights=[1, float("nan")]), "they must be finite"),
         (lambda: hub.add_head("h", "classify"), "head_type is 'classify'; allowed are"),
         (lambda: hub.add_head("h", labels=3), "has no option 'labels'"),
         (lambda: hub(input_ids=tokens(), head="h"), "head 'h' is unknown"),
@@ -559,18 +618,20 @@ def test_wrong_names_and_setups():
         (lambda: AdapterHub(bert(), compat="peft"), "compat is 'peft'"),
         (lambda: run(hub, MultiTask("a", "b")), "task_ids is None"),
         (lambda: run(hub, MultiTask("a", "b"), task_ids=["a"] * 5 + ["d"]), "task_ids has 'd'"),
-        (lambda: run(hub, MultiTask("a", "b"), task_ids=torch.zeros(4)), "task_ids has shape (4,); it must be (6,)"),
+        (lambda: run(hub, MultiTask("a", "b"), task_ids=[True] * 6), "task_ids has True"),
+        (lambda: run(hub, MultiTask("a", "b"), task_ids=torch.zeros(4).long()), "task_ids has shape (4,); it must be (6,)"),
+        (lambda: run(hub, MultiTask("a", "b"), task_ids=torch.tensor([0, 1])), "task_ids has shape (2,); it must be (6,)"),
         (lambda: Parallel("a", Fuse("a", "b")), "cannot stand in a Parallel; allowed in it are names of adapters and Stack"),
         (lambda: Stack("a", Stack("b")), "cannot stand in a Stack"),
         (lambda: Split("a", Stack("b", Parallel("a", "b")), splits=2), "must be the outermost one"),
         (lambda: BatchSplit("a", "b", batch_sizes=[1]), "2 of them"),
     ]
     for wrong, message in cases:
-        before = list(hub.model.state_dict()), dict(hub.configs)
+        before = list(hub.model.state_dict()), dict(hub.configs), dict(hub.fusions)
         with pytest.raises(ValueError) as error:
             wrong()
         assert message in str(error.value), message
-        assert (list(hub.model.state_dict()), dict(hub.configs)) == before
+        assert (list(hub.model.state_dict()), dict(hub.configs), dict(hub.fusions)) == before
     for numbers in ([0, 1, 2, 0, 0, 0], [0, -1, 0, 0, 0, 0]):
         for setup in (MultiTask("a", "b"), MultiTask("a", Stack("a", "b")), MultiTask("a", "a")):
             with pytest.raises(IndexError, match=r"task_ids has numbers from -?\d to \d; they must be in \[0, 2\)"):
@@ -637,6 +698,22 @@ def test_broken_folders(tmp_path):
             hub.load_adapter(broken(change), load_as="new")
         assert message in str(error.value), message
         assert list(hub.model.state_dict()) == before and "new" not in hub.configs
+
+
+def test_adapters_that_are_there_stay_as_they_were_when_a_folder_is_broken(tmp_path):
+    hub = hub_of(names="ab", sizes=(4, 4))
+    hub.add_adapter_fusion(["a", "b"])
+    hub.add_head("a", num_labels=2)
+    hub.save_adapter("a", tmp_path / "alone")
+    hub.save_setup(Fuse("a", "b"), tmp_path / "setup")
+    randomize(hub.model, seed=8)
+    before = copy.deepcopy(hub.model.state_dict())
+    (tmp_path / "alone/pytorch_model_head.bin").write_bytes(b"PK damaged")
+    (tmp_path / "setup/a,b/pytorch_model_adapter_fusion.bin").write_bytes(b"PK damaged")
+    for load in (hub.load_adapter, hub.load_setup):
+        with pytest.raises(InputError):
+            load(tmp_path / ("alone" if load == hub.load_adapter else "setup"))
+        assert {n for n, t in hub.model.state_dict().items() if not torch.equal(t, before[n])} == set()
 
 
 def test_a_broken_head_or_setup_leaves_nothing(tmp_path):

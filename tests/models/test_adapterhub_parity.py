@@ -114,7 +114,7 @@ def both(kind, configs, compat="adapters", backend="auto", fusions=(), **options
         hub.add_adapter(name, preset, **changes)
     for names, config in fusions:
         theirs.add_adapter_fusion(list(names), config)
-        hub.add_adapter_fusion(names, config)
+        hub.add_adapter_fusion(list(names), config)
     randomize(theirs, ("adapter", "phm_rule"))
     state = {n: t for n, t in theirs.state_dict().items() if "prompt_tuning" not in n}
     assert set(model.state_dict()) == set(state)
@@ -757,3 +757,74 @@ def test_own_head_of_a_model_both_ways(tmp_path):
     other = AdapterHub(transformers.BertForTokenClassification(config))
     with pytest.raises(InputError, match="the model is BertForTokenClassification"):
         other.load_head(tmp_path / "ours")
+
+
+def _randomized_hub(kind, preset, **options):
+    hub = AdapterHub(build(kind), **options)
+    for name in "ab":
+        hub.add_adapter(name, preset, reduction_factor=4)
+    randomize(hub.model, ("adapter", "phm_rule"))
+    hub.model.eval()
+    return hub
+
+
+@pytest.mark.parametrize(
+    "kind, preset",
+    [("t5", "seq_bn_inv"), ("llama", "seq_bn_inv"), ("bert", "seq_bn_inv"), ("clip_text", "seq_bn"), ("clip", "seq_bn")],
+)
+def test_each_child_of_a_parallel_is_that_adapter_alone(kind, preset):
+    """Where the batch has to be repeated before the model begins: it makes masks, or finds tokens, by its inputs."""
+    hub, outputs = _randomized_hub(kind, preset), []
+    for setup in ("a", "b", Parallel("a", "b")):
+        hub.set_active(setup)
+        with torch.no_grad():
+            out = hub.model(**batch(kind))
+            outputs.append(out.text_embeds if kind == "clip" else out_of(out))
+    torch.testing.assert_close(outputs[2], torch.cat(outputs[:2]), atol=1e-5, rtol=1e-4)
+
+
+GENERATING = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, pad_token_id=0, **EAGER)
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5, decoder_start_token_id=0)),
+    "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**BART, decoder_start_token_id=2)),
+}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", GENERATING)
+def test_generates_by_tasks_and_in_parallel(kind, beams):
+    torch.manual_seed(0)
+    hub = AdapterHub(randomize(GENERATING[kind]()).eval())
+    for name in "ab":
+        hub.add_adapter(name, "seq_bn", reduction_factor=4)
+    randomize(hub.model, ("adapter",))
+    with torch.no_grad():
+        for name, parameter in hub.model.named_parameters():
+            if "adapter_up" in name:
+                parameter.mul_(20)  # so that the two give different words
+            elif ".ln_" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+    ids = batch("gpt2")["input_ids"]
+
+    def generate(setup, ids, **options):
+        hub.set_active(setup)
+        return hub.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=4,
+            min_new_tokens=4,
+            num_beams=beams,
+            do_sample=False,
+            **options,
+        )
+
+    alone = [generate(name, ids) for name in "ab"]
+    assert not torch.equal(*alone)
+    tasks = torch.tensor([0, 1, 1, 0, 1, 0])
+    mixed = generate(MultiTask("a", "b"), ids, task_ids=tasks)
+    assert torch.equal(mixed, torch.where(tasks[:, None] == 0, *alone))
+    assert torch.equal(generate(Parallel("a", "b"), ids), torch.cat(alone))
+    assert not hub.active.passes

@@ -302,3 +302,26 @@ def test_gelus_of_transformers(kind, monkeypatch):
     expected = [form] if own_gelu_is_faster(x, form) else []
     assert [options["approximate"] for options in calls] == expected
     assert converted(x.double()).dtype == torch.float64 and len(calls) == len(expected)  # no kernel has that dtype
+
+
+def test_of_peft_only_what_is_two_matrices():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    network = torch.nn.ModuleDict({"q": torch.nn.Linear(16, 16), "k": torch.nn.Linear(16, 24)})
+    network.forward = lambda x: network["k"](network["q"](x))
+    model = peft.get_peft_model(network, peft.AdaLoraConfig(target_modules=["q", "k"], total_step=10)).eval()
+    x = torch.randn(4, 5, 16)
+    before = model(x)
+    report = mmkernels.convert(model)
+    assert not report.replaced and all("more than two matrices" in why for why in report.kept.values()) and report.kept
+    assert torch.equal(model(x), before)
+
+
+def test_peft_still_counts_the_names_of_rows():
+    peft = pytest.importorskip("peft")
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 24))
+    model = peft.get_peft_model(layer, peft.LoraConfig(target_modules=["0"], r=2), adapter_name="a").eval()
+    mmkernels.convert(model)
+    for count in (1, 2, 5):
+        with pytest.raises(ValueError, match="adapter_names"):
+            model(torch.randn(4, 16), adapter_names=["a"] * count)

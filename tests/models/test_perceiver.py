@@ -167,6 +167,21 @@ def test_official_weights_against_the_formulas(backend, sharing, shape, resoluti
     assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in weights.values())
 
 
+def test_nested_and_flat_arrays():
+    """{module: {parameter: array}}, as the released files are, alone or as "params", and arrays by whole names."""
+    weights = official_weights(["cross_first"], ["latent_0"], latents=5, channels=12, width=9, classes=4)
+    config = {"num_cross_attends": 1, "layers_per_block": 1, "self_heads": 3, "num_bands": 1, "max_resolution": [3, 4]}
+    expected = perceiver.from_official(config, weights).state_dict()
+    nested = {}
+    for name, tensor in weights.items():
+        module, _, parameter = name.rpartition("/")
+        nested.setdefault(module, {})[parameter] = tensor.numpy()
+    for given in (nested, {"params": nested}, {name: tensor.numpy() for name, tensor in weights.items()}):
+        loaded = perceiver.from_official(config, given).state_dict()
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
 def test_official_names_are_checked():
     weights = official_weights(["cross_first"], ["latent_0"], latents=5, channels=12, width=9, classes=4)
     config = {"num_cross_attends": 1, "layers_per_block": 1, "self_heads": 3, "num_bands": 1, "max_resolution": [3, 4]}

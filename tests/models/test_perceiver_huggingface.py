@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import save_file
 
 from mmkernels import models
-from mmkernels.models import official, perceiver_io
+from mmkernels.models import official, perceiver, perceiver_io
 
 transformers.logging.set_verbosity_error()
 SIZES = {
@@ -90,7 +90,7 @@ def outputs(kind, theirs, ours, **mask):
     return expected, ours(channels_last(kind, inputs), **points, **mask)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu"])
 @pytest.mark.parametrize("kind", CASES)
 def test_same_outputs_and_gradients(kind, activation):
     theirs = library_model(kind, hidden_act=activation)
@@ -132,6 +132,8 @@ def test_files(tmp_path):
     """A folder as the library saves it becomes one of ours."""
     theirs = library_model("PerceiverForMaskedLM").float()
     theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(models.InputError, match="Hugging Face's library.*; models.perceiver_io.from_huggingface reads it"):
+        models.load(tmp_path / "theirs")
     ours = perceiver_io.from_huggingface(*official.read_huggingface(tmp_path / "theirs")).eval()
     assert not ours.config.mask_queries and ours.config.activation == "gelu"
     ours.save_pretrained(tmp_path / "ours")
@@ -152,6 +154,21 @@ def test_bare_weights_of_a_task():
     assert torch.equal(ours.encoder.latents, theirs.perceiver.embeddings.latents)
 
 
+def test_a_missing_entry_does_not_make_it_another_class():
+    """A text model without its bias is a broken text model, whether or not the config names the class."""
+    for kind in CASES:
+        theirs = library_model(kind)
+        config = {**theirs.config.to_dict(), "architectures": None}
+        state = theirs.state_dict()
+        for missing in state:
+            if missing.endswith("num_batches_tracked") or "latents" in missing:
+                continue
+            rest = {name: tensor for name, tensor in state.items() if name != missing}
+            assert perceiver_io.huggingface_kind(rest) == kind, missing
+        with pytest.raises(ValueError, match=f"no '{missing}', which a {kind} has"):
+            perceiver_io.from_huggingface(config, rest, **CASES[kind][1])
+
+
 def test_checkpoints_of_another_kind():
     theirs = {kind: library_model(kind) for kind in CASES}
     for kind, model in theirs.items():
@@ -163,17 +180,19 @@ def test_checkpoints_of_another_kind():
         perceiver_io.from_huggingface(flow.config.to_dict(), flow.state_dict(), kind="PerceiverForMaskedLM")
     with pytest.raises(ValueError, match="kind is 'Perceiver'; allowed are 'PerceiverForMaskedLM'"):
         perceiver_io.from_huggingface(flow.config.to_dict(), flow.state_dict(), kind="Perceiver")
-    with pytest.raises(ValueError, match="that of Hugging Face's PerceiverForMaskedLM; from_huggingface reads it"):
-        perceiver_io.from_official({}, words.state_dict())
+    for read in (perceiver_io.from_official, perceiver.from_official):
+        for model in theirs.values():
+            with pytest.raises(
+                ValueError, match="that of Hugging Face's Perceiver; models.perceiver_io.from_huggingface reads"
+            ):
+                read({}, model.state_dict())
     with pytest.raises(ValueError, match="model_type 'bert'; it must be 'perceiver'"):
         perceiver_io.from_huggingface({"model_type": "bert"}, {})
     with pytest.raises(ValueError, match="no 'embeddings.latents'.*'encoder/w'"):
         perceiver_io.from_huggingface({}, {"encoder/w": torch.zeros(1)})
-    with pytest.raises(ValueError, match="a Perceiver of 2021; models.perceiver.from_official"):
-        perceiver_io.from_official({}, {"latents/pos_embs": torch.zeros(1)})
     config, state = words.config.to_dict(), words.state_dict()
-    with pytest.raises(ValueError, match="hidden_act 'relu'; allowed are 'gelu'"):
-        perceiver_io.from_huggingface(config | {"hidden_act": "relu"}, state)
+    with pytest.raises(ValueError, match="hidden_act 'mish'; allowed are 'gelu'"):
+        perceiver_io.from_huggingface(config | {"hidden_act": "mish"}, state)
     with pytest.raises(ValueError, match="no 'perceiver.encoder.self_attends.2"):
         perceiver_io.from_huggingface(config | {"num_self_attends_per_block": 3}, state)
     with pytest.raises(ValueError, match="has 'perceiver.encoder.self_attends.1.*which a PerceiverForMaskedLM of this config"):

@@ -436,6 +436,8 @@ def test_padding_of_texts():
     changed = ids.clone()
     changed[0, 4:] = 0
     assert torch.equal(model(changed, key_mask=mask), output)
+    places = torch.tensor([1, 5])  # the second one of them is behind the mask of the first row
+    torch.testing.assert_close(model(ids, key_mask=mask, points=places), output[:, places])
     asked = model_of("masked words", mask_queries=False)(ids, key_mask=mask)
     torch.testing.assert_close(asked[mask], output[mask])
     assert not torch.equal(asked[0, 4], asked[0, 5])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmkernels.models import perceiver_io
+from mmkernels import models
+from mmkernels.models import perceiver, perceiver_io
 
 ENCODER = {"num_latents": 7, "latent_channels": 12, "num_blocks": 2, "layers_per_block": 2, "self_heads": 3}
 FOURIER = {"kind": "fourier", "num_bands": 2, "max_resolution": [4, 6], "released_rounding": True}
@@ -236,6 +237,39 @@ def test_configs_that_do_not_fit(case, changes, message):
     state = released(model_of(case), CASES[case][2])
     with pytest.raises(ValueError, match=message):
         perceiver_io.from_official({**official_config(case), **changes}, state)
+
+
+def test_flat_arrays():
+    state = released(model_of("stem"), CASES["stem"][2])
+    expected = perceiver_io.from_official(official_config("stem"), state).state_dict()
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    loaded = perceiver_io.from_official(official_config("stem"), arrays).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_checkpoints_of_another_kind():
+    """Every reader says what it was given and what reads that, whatever the config."""
+    own = "this package's "
+    kinds = {
+        f"{own}PerceiverIO; PerceiverIO.load_state_dict": [
+            models.load(name).state_dict() for name in ("perceiver-io-digits", "perceiver-io-autoencoder-tiny")
+        ],
+        f"{own}Perceiver; Perceiver.load_state_dict": [models.load("perceiver-digits").state_dict()],
+        "DeepMind's Perceiver IO; models.perceiver_io.from_official": [
+            load_file(GOLDEN / name / "weights.safetensors")
+            for name in ("image_fourier_shared_blocks", "mlm_masked", "multimodal_autoencode")
+        ],
+        "DeepMind's Perceiver of 2021; models.perceiver.from_official": [
+            load_file(GOLDEN / "perceiver1_iterative/weights.safetensors")
+        ],
+    }
+    for read in (perceiver_io.from_official, perceiver_io.from_huggingface, perceiver.from_official):
+        reader = f"{read.__module__.removeprefix('mmkernels.').removesuffix('.checkpoints')}.{read.__name__}"
+        for message, states in kinds.items():
+            for state in states:
+                with pytest.raises(ValueError) as caught:
+                    read({}, state)
+                assert (f"state_dict is that of {message} reads it" == str(caught.value)) != message.endswith(f"; {reader}")
 
 
 def test_weights_that_do_not_fit():

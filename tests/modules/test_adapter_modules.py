@@ -268,3 +268,46 @@ def test_set_backend_and_wrong_arguments():
     for make, error, message in wrong:
         with pytest.raises(error, match=message):
             make()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_gating": True}], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_bank_checks_its_index(backend, options):
+    bank = AdapterBank({name: Adapter(16, {"reduction_factor": 4, **options}) for name in "ab"}, backend=backend)
+    x = torch.randn(2, 3, 16)
+    for index, error, message in (
+        (torch.tensor([0, 99]), IndexError, "index has numbers from 0 to 99"),
+        (torch.tensor([-5, 0]), IndexError, "index has numbers from -5 to 0"),
+        (torch.tensor([0.0, 1.0]), TypeError, "index has dtype torch.float32"),
+    ):
+        with pytest.raises(error) as raised:
+            bank(x, index=index)
+        assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_gates_of_an_index_of_tokens(backend):
+    """Every token has the gate that its own adapter makes of the whole example."""
+    torch.manual_seed(0)
+    bank = AdapterBank({name: Adapter(16, {"reduction_factor": 4, "use_gating": True}) for name in "ab"}, backend=backend)
+    for parameter in bank.parameters():
+        torch.nn.init.normal_(parameter)
+    x, index = torch.randn(2, 3, 16), torch.tensor([[0, 1, -1], [1, 0, 0]])
+    alone = [bank["a"](x), bank["b"](x), x]
+    expected = torch.stack([torch.stack([alone[n][b, t] for t, n in enumerate(row)]) for b, row in enumerate(index.tolist())])
+    torch.testing.assert_close(bank(x, index=index), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Adapter(16, "compacter"), "PHMAdapter has those"),
+        (lambda: Adapter(16, bottleneck=0), "bottleneck is 0"),
+        (lambda: Adapter(0), "channels is 0"),
+        (lambda: AdapterBank()(torch.zeros(1, 1, 4), index=torch.tensor([0])), "names is empty"),
+    ],
+)
+def test_impossible_adapters(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)

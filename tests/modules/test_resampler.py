@@ -141,6 +141,34 @@ def test_the_names_of_released_adapters():
         PerceiverResampler.from_ip_adapter(files | {"to_latents_from_mean_pooled_seq.1.weight": torch.zeros(2, 2)})
 
 
+def test_parts_of_a_state_dict():
+    """Whichever tensor is missing, cut or of another type: the error has its name, as the others call it."""
+    adapter = randomised(IPAdapterPlusImageProjection(24, 32, 48, 1, 8, 6, 4, 2)).state_dict()
+    flamingo = flamingo_pytorch.PerceiverResampler(dim=48, depth=1, dim_head=8, heads=6, num_latents=4).state_dict()
+    theirs = idefics2(resampler_depth=1)
+    given = (
+        (PerceiverResampler.from_ip_adapter, adapter, dict(head_dim=8)),
+        (PerceiverResampler.from_ip_adapter, original_names(adapter), dict(head_dim=8)),
+        (PerceiverResampler.from_flamingo, flamingo, dict(head_dim=8)),
+        (PerceiverResampler.from_idefics2, theirs.state_dict(), dict(config=theirs.config)),
+    )
+    for begin, state, options in given:
+        begin(state, **options)
+        for name in state.keys() - {"latents", "media_pos_emb"}:
+            with pytest.raises(ValueError, match=rf"state_dict has no .*'{name}'"):
+                begin({n: t for n, t in state.items() if n != name}, **options)
+            with pytest.raises(TypeError, match=f"state_dict has '{name}': a NoneType; it must map names to tensors"):
+                begin(state | {name: None}, **options)
+        with pytest.raises(ValueError, match="state_dict has no '.*q.*weight'"):
+            begin({"latents": state["latents"]}, **options)
+        with pytest.raises(ValueError, match="state_dict has .*bias'|state_dict has .*of shape"):
+            begin({n: t[:-8] if "to_out" in n or "o_proj" in n else t for n, t in state.items()}, **options)
+        with pytest.raises(TypeError, match="(state_dict|source) is a NoneType; it must be a"):
+            begin(None, **options)
+    with pytest.raises(TypeError, match="config is a int; it must be the perceiver_config, an object or a dict"):
+        PerceiverResampler.from_idefics2(theirs.state_dict(), 3)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_flamingo(name):
     """With its embeddings of media, each of which is resampled by itself."""
@@ -286,11 +314,20 @@ def test_sixteen_bits(dtype):
     assert_within_budget(module.to(dtype)(x.to(dtype)), exact, plain, "output", factor=2.0)
 
 
-def test_what_stands_behind_the_mask_never_reaches_the_output():
-    module, x = small(FUSED), context(2, 70, 12)
+@pytest.mark.parametrize("options", [{}, dict(norm="rms", kv_heads=1), dict(backend="eager")], ids=str)
+def test_what_stands_behind_the_mask_reaches_neither_output_nor_gradients(options):
+    options = {"backend": FUSED, **options}
+    module, x = small(**options), context(2, 70, 12)
     mask = torch.arange(70) < torch.tensor([[50], [70]])
-    poisoned = torch.where(mask[..., None], x, float("nan"))
-    assert torch.equal(module(poisoned, key_mask=mask), module(x, key_mask=mask))
+    results = []
+    for rows in (x, torch.where(mask[..., None], x, float("nan"))):
+        rows = rows.detach().requires_grad_()
+        module.zero_grad()
+        out = module(rows, key_mask=mask)
+        out.square().sum().backward()
+        results.append([out.detach(), rows.grad, *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
+    assert all(map(torch.equal, *results)) and len(results[0]) > 3
+    assert not results[1][1][~mask].any()
 
 
 FEW = dict(num_latents=2, num_heads=3, kv_heads=3, head_dim=16)  # a latent costs less than a channel of a key
@@ -412,6 +449,10 @@ def test_errors(make, message):
 
 
 def test_wrong_types():
+    with pytest.raises(TypeError, match="bias is 1; it must be True or False"):
+        PerceiverResampler(16, bias=1)
+    with pytest.raises(TypeError, match="gated is 'x'; it must be True or False"):
+        PerceiverResampler(16, gated="x")
     with pytest.raises(TypeError, match="context is a list; it must be a tensor"):
         small()([1.0])
     with pytest.raises(TypeError, match="context has dtype torch.float64; it must be the module's, torch.float32"):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mmkernels.modules import LatentCrossAttention
+from mmkernels.modules import LatentCrossAttention, PerceiverEncoder
 from mmkernels.ops import latent_attention, latent_attention_sharded
 
 RANK, PORT, BACKEND = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -109,8 +109,18 @@ for (name, expected), ours in zip(single.named_parameters(), replicated.paramete
 module = LatentCrossAttention(12, 21, num_heads=3, backend=BACKEND)
 latents = torch.randn(1, 5, 12)
 whole = module(latents, x, position=position, key_mask=mask)
-shard = module(latents, mine(x, 1), position=mine(position, 0), key_mask=mine(mask, 1), group=dist.group.WORLD)
+local = dict(position=mine(position, 0), key_mask=mine(mask, 1), group=dist.group.WORLD)
+shard = module(latents, mine(x, 1), **local)
 torch.testing.assert_close(shard, whole, rtol=1e-4, atol=1e-4)
+
+sizes = dict(num_latents=5, latent_channels=16, num_cross_attends=2, num_blocks=2, layers_per_block=1, self_heads=4)
+encoder, found = PerceiverEncoder(21, backend=BACKEND, **sizes), []
+for out in (encoder(x, position=position, key_mask=mask), encoder(mine(x, 1), **local)):
+    encoder.zero_grad()
+    out.square().sum().backward()
+    found.append({"out": out.detach()} | {n: p.grad for n, p in encoder.named_parameters()})
+for name, expected in found[0].items():
+    torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # --- Ranks that disagree: an error on all of them --------------------------------------------------------------------------

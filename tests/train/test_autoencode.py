@@ -183,6 +183,8 @@ def test_a_training_and_its_reconstruction(data, tmp_path, capsys, source):
         (clip[:1], "--input has image; it must have audio=FILE and image=FILE"),
         (["picture.png"], "this model gives back clips"),
         ([clip[0], "--input=audio=gone.wav"], "gone.wav cannot be read as audio"),
+        # Before the clip is looked at.
+        (["--input=audio=gone.wav", f"--output={data / 'clips.csv'}/x"], f"x, but {data / 'clips.csv'} is not a folder"),
     ):
         assert run("predict", "--checkpoint", tmp_path / "run", *arguments) == 2
         error = capsys.readouterr().err

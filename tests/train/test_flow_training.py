@@ -104,6 +104,19 @@ def test_tiles_are_put_back_where_they_were_cut(size):
     assert all(cut.shape[1:] == (2, 12, 16, 3) and len(cut) <= 3 for cut in model.seen)
 
 
+def test_tiles_that_cannot_be():
+    frames = torch.zeros(2, 5, 40, 3)
+    for options, message in (
+        ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+        ({"overlap": 12}, "overlap is 12; it must be 0 or more, and below the size of a tile, 12"),
+        ({"overlap": -1}, "overlap is -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            flow.tiled_flow(Shift(), frames, progress=False, **options)
+    # The default overlap is more than such a tile has.
+    assert flow.tiled_flow(Shift(), frames, progress=False).shape == (5, 40, 2)
+
+
 def test_a_tile_counts_by_the_distance_to_its_edge():
     """Two tiles that disagree: from one's value to the other's in a line over what they share."""
 
@@ -146,6 +159,8 @@ def test_a_training_on_rendered_pairs_and_its_prediction(tiny, capsys):
         ([tiny / "a.png", tiny / "c.png"], "30 x 41 pixels"),
         ([tiny / "a.png", tiny / "gone.png"], "gone.png cannot be read as an image"),
         ([tiny / "a.png", tiny / "b.png", "--output", "x.png"], "must end in .flo"),
+        # Before the pictures are looked at.
+        ([tiny / "gone.png", tiny / "b.png", "--output", tiny / "no/x.flo"], f"no/x.flo, but {tiny / 'no'} is not a folder"),
     ):
         assert run("predict", "--checkpoint", folder, *arguments) == 2
         error = capsys.readouterr().err

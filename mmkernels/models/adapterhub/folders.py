@@ -4,6 +4,7 @@ An adapter's folder has adapter_config.json, its weights and, where it has one, 
 of the library (adapter-transformers) wrote can be read as well.
 """
 
+import contextlib
 import io
 import json
 import warnings
@@ -71,25 +72,20 @@ class Folders:
         options, old = self._modern(options, config, tensors), config["name"]
         name = load_as or old
         left = tuple(sorted({*(options.get("leave_out") or ()), *leave_out}))
-        try:
-            adapter_config = AdapterConfig.of(options, leave_out=left)
-            present = name in self.configs
-            if present and self.configs[name] != adapter_config:
-                raise ValueError(f"the model has an adapter {name!r} of another config; give another name with load_as")
-            if not present:
-                self.add_adapter(name, adapter_config)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{folder}: {error}") from error
-        try:
+        with self._all_or_nothing(adapters=[name]):
+            try:
+                adapter_config = AdapterConfig.of(options, leave_out=left)
+                if name not in self.configs:
+                    self.add_adapter(name, adapter_config)
+                elif self.configs[name] != adapter_config:
+                    raise ValueError(f"the model has an adapter {name!r} of another config; give another name with load_as")
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{folder}: {error}") from error
             renamed = {_rename(key, old, name): tensor for key, tensor in tensors.items()}
             dropped = [key for key, (_, place) in self.places.items() if place.layer in leave_out]
             self._assign(self._tensors(name), renamed, where, ignored=dropped)
             if with_head and (Path(folder) / FILES["head"][0]).is_file():
                 self._load_fitting_head(folder, load_as, name)
-        except BaseException:
-            if not present:
-                self.delete_adapter(name)
-            raise
         if set_active:
             self.set_active(name)
         return name
@@ -108,20 +104,15 @@ class Folders:
         old = config["name"]
         name, names = load_as or old, config.get("adapter_names") or old.split(",")
         names = names.split(",") if isinstance(names, str) else names
-        try:
-            present = name in self.fusions
-            if not present:
-                self.add_adapter_fusion(names, config.get("config"), name=name)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{folder}: {error}") from error
-        try:
+        with self._all_or_nothing():  # an old one changes as a whole, or not
+            try:
+                if name not in self.fusions:
+                    self.add_adapter_fusion(names, config.get("config"), name=name)
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{folder}: {error}") from error
             inner = f"adapter_fusion_layer.{old}."
             renamed = {key.replace(inner, f"adapter_fusion_layer.{name}."): tensor for key, tensor in tensors.items()}
             self._assign(self._fusion_tensors(name), renamed, where)
-        except BaseException:
-            if not present:
-                self.delete_adapter_fusion(name)
-            raise
         if set_active:
             self.set_active(Fuse(*names, name=name))
         return name
@@ -187,7 +178,7 @@ class Folders:
 
     def save_setup(self, setup, folder, *, safetensors=False) -> None:
         """Writes a composition: adapter_setup.json, and its adapters and fusions in folders of their names."""
-        setup, folder = composition.parse(setup), Path(folder)
+        setup, folder = composition.parse_some(setup), Path(folder)
         self._known(setup.names())
         found = fuses(setup)
         for fuse in found:
@@ -207,21 +198,36 @@ class Folders:
             setup = composition.from_dict(content.get("adapter_setup"))
         except ValueError as error:
             raise InputError(f"{folder / SETUP}: {error}") from error
-        adapters, fusions = set(self.configs), set(self.fusions)
-        try:
+        with self._all_or_nothing(adapters=setup.names(), fusions=[fuse.name for fuse in fuses(setup)]):
             for name in setup.names():
                 self.load_adapter(folder / name, with_head=False)
             for fuse in fuses(setup):
                 self.load_adapter_fusion(folder / fuse.name)
-        except BaseException:
-            for name in set(self.fusions) - fusions:
-                self.delete_adapter_fusion(name)
-            for name in set(self.configs) - adapters:
-                self.delete_adapter(name)
-            raise
         if set_active:
             self.set_active(setup)
         return setup
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, adapters=(), fusions=()):
+        """An error inside takes back what was added, and the values of these adapters and fusions, where they were there."""
+        before, old = (set(self.configs), set(self.fusions)), []
+        for known, names, tensors in (
+            (self.configs, adapters, self._tensors),
+            (self.fusions, fusions, self._fusion_tensors),
+        ):
+            old += [tensor for name in names if name in known for tensor in tensors(name).values()]
+        values = [tensor.detach().clone() for tensor in old]
+        try:
+            yield
+        except BaseException:
+            for name in set(self.fusions) - before[1]:
+                self.delete_adapter_fusion(name)
+            for name in set(self.configs) - before[0]:
+                self.delete_adapter(name)
+            with torch.no_grad():
+                for tensor, value in zip(old, values, strict=True):
+                    tensor.copy_(value)
+            raise
 
     def _saved(self, key):
         return f"{self.prefix}{key}"
@@ -301,6 +307,11 @@ class Folders:
             f"{name} has shape {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}"
             for name, tensor in found.items()
             if tensor.shape != own[name].shape
+        ]
+        problems += [
+            f"{name} has dtype {tensor.dtype}, the model has {own[name].dtype}"
+            for name, tensor in found.items()
+            if tensor.is_floating_point() != own[name].is_floating_point()
         ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

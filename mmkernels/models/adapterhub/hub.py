@@ -1,5 +1,7 @@
 """The hub: adding, activating and training adapters, fusions of them, and heads."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import nn
 
@@ -30,7 +32,9 @@ def check_name(name) -> None:
 class AdapterHub(Folders):
     """Adapters in a Hugging Face model, which stays the user's own object and is what runs.
 
-    `model(..., task_ids=ids)` gives the task of each row to a `MultiTask`. Heads of `add_head` belong to `hub(...)`.
+    `model(..., task_ids=ids)`, and `model.generate`, give the task of each row to a `MultiTask`; with a Parallel the latter
+    generates for every child, as `model(...)` computes. Threads may call one model at a time each; what is active is the
+    same for all. Heads of `add_head` belong to `hub(...)`.
 
     Args:
         model: a model of transformers with or without a head, of the layout of BERT (RoBERTa, XLM-R, ELECTRA, DeBERTa, ...),
@@ -62,7 +66,8 @@ class AdapterHub(Folders):
         self.base.shared_parameters = nn.ModuleDict()
         self.inverted_name = patch_embeddings(model, self.base, self.active)
         parts = [getattr(self.base, name, None) for name in ("encoder", "decoder")]  # which `generate` calls alone
-        patch_calls(self.active, dict.fromkeys([model, self.base, *(part for part in parts if isinstance(part, nn.Module))]))
+        called = dict.fromkeys([model, self.base, *(part for part in parts if isinstance(part, nn.Module))])
+        patch_calls(self.active, model, called, self._invertible(), model.config.model_type.startswith("clip"))
 
     # --- Adding and taking away
 
@@ -129,13 +134,29 @@ class AdapterHub(Folders):
     def add_adapter_fusion(self, names: list, config="dynamic", *, name=None, set_active=False) -> None:
         """A new fusion of adapters, where all of them can be; `name` is theirs with commas between by default.
 
+        names: also as "a,b" or Fuse("a", "b").
         config: "dynamic", "static", a dict of options or a FusionConfig.
+
+        Raises ValueError for unknown adapters, a name that is taken, and adapters of which some have places that others have
+        not: after attention, after the feed-forward layer, after cross-attention.
         """
-        config, names = FusionConfig.of(config), list(names)
+        config = FusionConfig.of(config)
+        if isinstance(names, Fuse):
+            name, names = name or names.name, [path[-1] for child in names.children for path in composition.paths(child)[:1]]
+        names = names.split(",") if isinstance(names, str) else list(names)
         self._known(names)
+        if not names:
+            raise ValueError("names is empty; it must have names of adapters")
         name = name or ",".join(names)
+        check_name(name)
         if name in self.fusions:
             raise ValueError(f"name is {name!r}, which is taken; delete_adapter_fusion frees it")
+        locations = dict.fromkeys(location for location, _ in self.places.values())
+        where = {n: " and ".join(location for location in locations if getattr(self.configs[n], location)) for n in names}
+        if len(set(where.values())) > 1:
+            raise ValueError(
+                f"names is {names}, whose adapters stand at different places: {where}; a fusion needs all at each"
+            )
         dropout = self._rate("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
         for location, place in self.places.values():
             if all(getattr(self.configs[n], location) for n in names):
@@ -213,11 +234,14 @@ class AdapterHub(Folders):
         Raises ValueError for unknown adapters and fusions.
         """
         setup = composition.parse(setup)
+        skip_layers = () if skip_layers is None else skip_layers
+        if not isinstance(skip_layers, Iterable):
+            raise TypeError(f"skip_layers is {skip_layers!r}; it must be numbers of layers, such as range(3)")
         if setup is not None:
             self._known(setup.names())
             for fuse in fuses(setup):
                 self._known_fusion(fuse.name)
-        self.active.setup, self.active.skip_layers = setup, frozenset(skip_layers or ())
+        self.active.setup, self.active.skip_layers = setup, frozenset(skip_layers)
         if setup is not None:
             last = setup.paths()[-1][-1]
             if last in getattr(self.model, "heads", {}):
@@ -225,7 +249,7 @@ class AdapterHub(Folders):
 
     def train_adapter(self, setup, *, train_embeddings=False) -> None:
         """Activates a setup and freezes everything but its adapters, and heads; `model.train()` included."""
-        self.set_active(setup)
+        self.set_active(composition.parse_some(setup))
         self._freeze(train_embeddings)
         for name in self.active.setup.names():
             for parameter in self.parameters_of(name):
@@ -236,10 +260,11 @@ class AdapterHub(Folders):
 
     def train_adapter_fusion(self, setup, *, unfreeze_adapters=False) -> None:
         """Activates a setup and freezes everything but its fusions (and adapters, if asked for), and heads."""
-        self.set_active(setup)
-        found = fuses(self.active.setup)
+        setup = composition.parse_some(setup)
+        found = fuses(setup)
         if not found:
-            raise ValueError(f"setup is {self.active.setup}; it must have a Fuse")
+            raise ValueError(f"setup is {setup}; it must have a Fuse")
+        self.set_active(setup)
         self._freeze(False)
         for fuse in found:
             for _, place in self.places.values():
@@ -281,6 +306,8 @@ class AdapterHub(Folders):
             inputs["decoder_input_ids"] = shift_right(shifted, self.model.config)
         output = self.model(*args, **inputs)
         rows = None if head else self._rows_of_heads(output.last_hidden_state)
+        if rows is not None and labels is not None and not (isinstance(labels, Mapping) and rows.keys() <= labels.keys()):
+            raise TypeError(f"labels is a {type(labels).__name__}; it must be a dict of labels by the heads {', '.join(rows)}")
         of_rows = any(self.model.heads[which].is_of_rows for which in rows or [name])
         hidden, whole = represented(self.model.config, output, ids if of_rows else None)
         pooled = getattr(output, "pooler_output", None)
@@ -302,7 +329,12 @@ class AdapterHub(Folders):
             return result
         result = {"logits": {which: logits_of(which, part) for which, part in rows.items()}, "output": output}
         if labels is not None:
-            result["loss"] = sum(self.model.heads[n].loss(logits, labels[n]) for n, logits in result["logits"].items())
+            parts = [
+                self.model.heads[which].loss(logits, labels[which])
+                for which, logits in result["logits"].items()
+                if rows[which].stop > rows[which].start  # a mean over no rows would be NaN
+            ]
+            result["loss"] = sum(parts, hidden.new_zeros(()))
         return result
 
     # --- Inside

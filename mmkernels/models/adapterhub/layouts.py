@@ -417,27 +417,62 @@ def patch_embeddings(model, base, active) -> str:
 # --- Hooks: objects, not closures, so that a copy of the model gets copies of what they use --------------------------------
 
 
-def patch_calls(active, modules) -> None:
-    """A model, and parts of it that may be called alone, from outside in: the outermost call is a forward pass."""
+def patch_calls(active, model, modules, invertible, always_ahead) -> None:
+    """A model, and parts of it that may be called alone, from outside in: the outermost call is a forward pass.
+
+    `invertible`: the adapters behind the embeddings, or None. `always_ahead`: a Parallel cannot repeat rows inside of the
+    model, which asks its inputs again later on (CLIP for the places of its tokens).
+    """
     for module in modules:
-        module.register_forward_pre_hook(_Begin(active), with_kwargs=True)
+        module.register_forward_pre_hook(_Begin(active, invertible, always_ahead), with_kwargs=True)
         module.register_forward_hook(_End(active), always_call=True)
+    if hasattr(model, "generate"):
+        model.generate = _Generate(active, model)
+
+
+def _tiled(args, kwargs, count):
+    """What a model is given, with its rows `count` times."""
+    rows = {"input_ids", "inputs_embeds", "pixel_values", "inputs", "decoder_input_ids"}
+    given = [*args, *(value for name, value in kwargs.items() if name in rows)]
+    batches = {value.shape[0] for value in given if isinstance(value, torch.Tensor) and value.dim() > 1}
+
+    def tiled(name, value):
+        if isinstance(value, (list, tuple)) and name == "task_ids":
+            return list(value) * count
+        if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0] not in batches or "head_mask" in name:
+            return value
+        return value.repeat((count,) + (1,) * (value.dim() - 1))
+
+    return tuple(tiled("", value) for value in args), {name: tiled(name, value) for name, value in kwargs.items()}
+
+
+def _parallel(setup):
+    """The Parallel of a composition, which is the whole of it or in its Stack; or None."""
+    blocks = [setup, *(setup.children if isinstance(setup, composition.Stack) else ())]
+    return next((block for block in blocks if isinstance(block, composition.Parallel)), None)
 
 
 class _Begin:
-    """A forward pass begins, with the tasks of its rows. What it was about stays for what the backward computes again."""
+    """A forward pass begins, with the tasks of its rows.
 
-    def __init__(self, active):
-        self.active = active
+    A Parallel repeats the batch before the model begins where its adapters stand behind the embeddings already: masks,
+    caches and positions, which the model makes of its inputs, are right then.
+    """
+
+    def __init__(self, active, invertible, always_ahead):
+        self.active, self.invertible, self.always_ahead = active, invertible, always_ahead
 
     def __call__(self, module, args, kwargs):
-        tasks = None
-        if "task_ids" in kwargs:
-            kwargs = dict(kwargs)
-            tasks = kwargs.pop("task_ids")
-        if self.active.depth == 0 or tasks is not None:
-            self.active.begin(tasks)
-        self.active.depth += 1
+        kwargs = dict(kwargs)
+        tasks, block = kwargs.pop("task_ids", None), _parallel(self.active.setup)
+        now = self.active.enter(tasks)
+        if block is None or now.depth > 1:
+            return args, kwargs
+        behind = self.invertible is not None and any(name in self.invertible for name in block.names())
+        now.ahead = self.always_ahead or (behind and self.active.compat is None)
+        if now.ahead:
+            args, kwargs = _tiled(args, {**kwargs, "task_ids": tasks}, len(block.children))
+            now.task_ids = kwargs.pop("task_ids")
         return args, kwargs
 
 
@@ -446,7 +481,26 @@ class _End:
         self.active = active
 
     def __call__(self, module, args, output):
-        self.active.depth -= 1
+        self.active.leave()
+
+
+class _Generate:
+    """`generate` with `task_ids`, a task for each row of the prompts, and with a Parallel: the rows of its first child, then
+    those of the next, each prompt once for every child."""
+
+    def __init__(self, active, model):
+        self.active, self.model = active, model
+
+    def __call__(self, *args, task_ids=None, **kwargs):
+        block = _parallel(self.active.setup)
+        if block is not None:
+            args, kwargs = _tiled(args, {**kwargs, "task_ids": task_ids}, len(block.children))
+            task_ids = kwargs.pop("task_ids")
+        self.active.enter(task_ids, beside=True, ahead=block is not None)
+        try:
+            return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            self.active.leave()
 
 
 class _Invert:
@@ -470,7 +524,7 @@ class _RepeatLike:
         self.crossed = names.index("encoder_hidden_states") if "encoder_hidden_states" in names else len(names)
 
     def __call__(self, module, args, kwargs):
-        batch = self.active.batch
+        batch = self.active.running.batch
         if batch is None:
             return None
         crossed = args[self.crossed : self.crossed + 1]

@@ -48,19 +48,14 @@ def read_official(config: dict, state_dict: dict) -> tuple:
             Several modalities: `num_frames`, `image_size`, `patch`, `audio_samples`, `samples_per_patch`, `video_bands`,
             `video_max_resolution`, `audio_bands`, `audio_max_resolution`, `mask_probs`.
             `layer_norm_eps` (1e-5).
-        state_dict: `module path/parameter` -> tensor, linear weights (in, out), convolutions (height, width, in, out), and of
-            batch norms `state/module path/../average`. Or nested as the released files are, {module path: {parameter:
-            array}}, alone or as "params" beside "state". Every other size is read off the tensors.
+        state_dict: `module path/parameter` -> tensor or array, linear weights (in, out), convolutions (height, width, in,
+            out), and of batch norms `state/module path/../average`. Or nested as the released files are, {module path:
+            {parameter: array}}, alone or as "params" beside "state". Every other size is read off the tensors.
 
-    Raises ValueError for missing, unknown or misshapen entries.
+    Raises ValueError for another kind of Perceiver, for missing, unknown or misshapen entries.
     """
-    if isinstance(state_dict, dict) and any(isinstance(value, dict) for value in state_dict.values()):
-        state_dict = {name.removeprefix("params/"): t for name, t in official.flattened(state_dict).items()}
-    official.check_mappings(config, state_dict)
-    if (kind := huggingface_kind(state_dict)) is not None:
-        raise ValueError(f"state_dict is that of Hugging Face's {kind}; from_huggingface reads it")
-    if "latents/pos_embs" in state_dict:
-        raise ValueError("state_dict is that of a Perceiver of 2021; models.perceiver.from_official reads it")
+    state_dict = official.haiku_state(config, state_dict)
+    official.check_perceiver("models.perceiver_io.from_official", state_dict)
     return _Official(config, state_dict).read()
 
 
@@ -386,16 +381,17 @@ class _Official:
 
 # --- Checkpoints of Hugging Face ---------------------------------------------------------------------------------------------
 
-# A class of the library by an entry that no other one of them has, in this order; names without the prefix "perceiver.".
+# A class of the library by how names start that no later one of them has, more than one so that an entry may be missing;
+# names without the prefix "perceiver.".
 _HF_KINDS = {
-    "PerceiverForMaskedLM": "embedding_decoder.bias",
-    "PerceiverForMultimodalAutoencoding": "input_preprocessor.padding.audio",
-    "PerceiverForOpticalFlow": "input_preprocessor.conv_after_patches.weight",
-    "PerceiverForImageClassificationConvProcessing": "input_preprocessor.convnet.conv.weight",
-    "PerceiverForImageClassificationLearned": "input_preprocessor.convnet_1x1.weight",
-    "PerceiverForSequenceClassification": "input_preprocessor.embeddings.weight",
-    "PerceiverForImageClassificationFourier": "decoder.decoder.final_layer.weight",
-    "PerceiverModel": "embeddings.latents",
+    "PerceiverForMaskedLM": ("embedding_decoder.", "decoder.decoding_cross_attention.", "decoder.output_position_encodings."),
+    "PerceiverForMultimodalAutoencoding": ("input_preprocessor.padding.", "input_preprocessor.mask.", "decoder.modalities."),
+    "PerceiverForOpticalFlow": ("input_preprocessor.conv_after_patches.",),
+    "PerceiverForImageClassificationConvProcessing": ("input_preprocessor.convnet.",),
+    "PerceiverForImageClassificationLearned": ("input_preprocessor.convnet_1x1.", "input_preprocessor.positions_projection."),
+    "PerceiverForSequenceClassification": ("input_preprocessor.embeddings.", "input_preprocessor.position_embeddings.weight"),
+    "PerceiverForImageClassificationFourier": ("decoder.decoder.",),
+    "PerceiverModel": ("embeddings.latents",),
 }
 _HF_BLOCK = {
     "attention.query_norm.": "attention.self.layernorm1.",
@@ -421,7 +417,8 @@ _HF_NAMES = {
     "queries.modalities.label.table": "decoder.modalities.label.decoder.output_position_encodings.position_embeddings",
     "decoder.output.": "decoder.decoder.final_layer.",
 }
-_HF_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_HF_ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
+_HF_ACTIVATIONS |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
 
 
 def _hf_name(name, kind):
@@ -461,7 +458,7 @@ def huggingface_kind(state_dict: dict) -> str | None:
     names = {name.removeprefix("perceiver.") for name in state_dict}
     if "embeddings.latents" not in names:
         return None
-    return next(kind for kind, name in _HF_KINDS.items() if name in names)
+    return next(kind for kind, starts in _HF_KINDS.items() if any(name.startswith(starts) for name in names))
 
 
 def from_huggingface(config: dict, state_dict: dict, *, kind=None, image_shape=None, backend="auto") -> PerceiverIO:
@@ -478,11 +475,12 @@ def from_huggingface(config: dict, state_dict: dict, *, kind=None, image_shape=N
         kind: the class that is expected; default that in the config's `architectures`, or any.
         image_shape: (height, width) of the pictures of a Fourier or a convolutional classifier; default (224, 224).
 
-    Raises ValueError for another class than expected, for missing, unknown or misshapen entries.
+    Raises ValueError for another class than expected or another kind of Perceiver, for missing, unknown or misshapen entries.
     """
     official.check_mappings(config, state_dict)
     if config.get("model_type", "perceiver") != "perceiver":
         raise ValueError(f"config has model_type {config['model_type']!r}; it must be 'perceiver'")
+    official.check_perceiver("models.perceiver_io.from_huggingface", state_dict)
     found = huggingface_kind(state_dict)
     if found is None:
         raise ValueError(

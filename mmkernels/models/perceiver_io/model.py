@@ -33,7 +33,7 @@ class PerceiverIOConfig:
     encoder: dict = dataclasses.field(default_factory=dict)
     decoder: dict = dataclasses.field(default_factory=dict)
     mask_queries: bool = True  # a text's padding is no query either; Hugging Face's model asks it
-    activation: str = "gelu_tanh"  # or "gelu", the exact one, as Hugging Face's checkpoints are run
+    activation: str = "gelu_tanh"  # or "gelu", the exact one, as Hugging Face's checkpoints are run, "relu", "silu"
     dropout: float = 0.0  # in the encoder's residual branches
     attention_dropout: float = 0.0  # of all attentions' weights
     eps: float = 1e-5  # of all layer norms
@@ -152,7 +152,7 @@ class PerceiverIO(nn.Module):
         """
         latents, tokens, position = self.encode(inputs, key_mask=key_mask, masks=masks)
         if query_mask is None and isinstance(self.output, TokenOutput) and self.config.mask_queries:
-            query_mask = key_mask
+            query_mask = key_mask if key_mask is None or points is None else key_mask[:, points]
         return self.decode(latents, tokens=tokens, position=position, query_mask=query_mask, points=points, tasks=tasks)
 
     def encode(self, inputs, *, key_mask=None, masks=None):

@@ -140,10 +140,9 @@ class Video:
         return self.frames * self.stride / self.fps
 
     def length(self, path) -> float:
-        """Seconds of a video file or a folder of frames. Raises InputError where one of the frames, or the first of a video
-        file, cannot be read."""
-        check_frames(path, self.fps, self.read_side)
-        return video_seconds(path, self.fps)
+        """Seconds of a video file or a folder of frames. Raises InputError for a video file that is truncated, and where one
+        of the frames, or the first or last of a video file, cannot be read."""
+        return check_frames(path, self.fps, self.read_side)
 
     def read(self, path, start=0.0, generator=None) -> torch.Tensor:
         """float32 `shape` of the window that begins at `start` seconds; a shorter video is repeated."""

@@ -29,9 +29,8 @@ def size(path) -> tuple:
 
 def write_flo(path, flow, valid=None) -> None:
     """Writes flow (H, W, 2) as .flo; where `valid` (H, W) is false it is marked as unknown."""
-    flow = _checked(flow)
-    if valid is not None:
-        flow = flow.where(valid[..., None], torch.tensor(2 * UNKNOWN))
+    flow, valid = _checked(flow, valid)
+    flow = flow.where(valid[..., None], torch.tensor(2 * UNKNOWN))
     height, width = flow.shape[:2]
     numbers = flow.numpy().astype("<f4").tobytes()
     write_atomically(Path(path), MAGIC + struct.pack("<ii", width, height) + numbers)
@@ -43,8 +42,7 @@ def write_kitti(path, flow, valid=None) -> None:
     Raises InputError for valid flow that 16 bits cannot hold: below -512 or above 511.98 pixels.
     """
     av, numpy = require("av", "media"), require("numpy", "train")
-    flow = _checked(flow)
-    valid = torch.ones(flow.shape[:2], dtype=torch.bool) if valid is None else valid
+    flow, valid = _checked(flow, valid)
     codes = (flow * 64 + 32768).round().where(valid[..., None], 0.0)
     if not ((codes >= 0) & (codes <= 65535)).all():
         raise InputError(f"{path}: the flow has values up to {flow[valid].abs().max():.5g}; KITTI's files hold -512 to 511.98")
@@ -58,10 +56,16 @@ def write_kitti(path, flow, valid=None) -> None:
     write_atomically(Path(path), b"".join(map(bytes, packets)))
 
 
-def _checked(flow):
+def _checked(flow, valid):
+    """Both on the CPU, `flow` in float32; `valid` is true everywhere where it is None."""
     if flow.dim() != 3 or flow.shape[-1] != 2:
         raise InputError(f"flow has shape {tuple(flow.shape)}; it must be (height, width, 2)")
-    return flow.detach().float().cpu()
+    if valid is None:
+        valid = torch.ones(flow.shape[:2], dtype=torch.bool)
+    if valid.shape != flow.shape[:2] or valid.dtype != torch.bool:
+        found = f"shape {tuple(valid.shape)} and dtype {valid.dtype}"
+        raise InputError(f"valid has {found}; it must be {tuple(flow.shape[:2])}, as the flow, and torch.bool")
+    return flow.detach().float().cpu(), valid.cpu()
 
 
 def _flo_header(path):

@@ -2,6 +2,9 @@
 
 import contextlib
 import fractions
+import os
+import re
+import struct
 import wave
 from pathlib import Path
 
@@ -31,11 +34,13 @@ def _opened(path, kind):
 def read_audio(path, sample_rate: int) -> torch.Tensor:
     """The sound of a file (WAV, FLAC, MP3, Ogg, the track of a video...) as float32 (samples,), mono, at `sample_rate`.
 
-    Channels are averaged; other rates are resampled by FFmpeg. Raises InputError for a file that is no sound, holds none, or
-    holds numbers that are not finite.
+    Channels are averaged; other rates are resampled by FFmpeg. Raises InputError for a file that is no sound, holds none, is a
+    WAV that ends before its header says, or holds numbers that are not finite.
     """
     av, numpy = require("av", "media"), require("numpy", "train")
     with _opened(path, "audio") as (container, stream):
+        if container.format.name == "wav":
+            _check_wav(path)
         resampler = av.AudioResampler(format="fltp", rate=sample_rate)
         frames = [resampled for frame in container.decode(stream) for resampled in resampler.resample(frame)]
         frames += resampler.resample(None)  # what the filter holds back
@@ -48,8 +53,30 @@ def read_audio(path, sample_rate: int) -> torch.Tensor:
     return samples
 
 
+def _check_wav(path):
+    """Raises InputError where less sound is there than the header says: FFmpeg would take it for the whole."""
+    with open(path, "rb") as file:
+        if file.read(12)[:4] != b"RIFF":  # RF64 holds its size elsewhere
+            return
+        sample = 1
+        while len(header := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", header)
+            if name == b"fmt ":
+                sample = max(int.from_bytes(file.read(size)[12:14], "little"), 1)
+            elif name == b"data":
+                there = os.fstat(file.fileno()).st_size - file.tell()
+                # Who writes to a pipe does not know the size: some say 0, others about the largest number, signed or not.
+                if there < size < 0x7FFF0000:
+                    said = f"its header says {size // sample} samples, it has {there // sample}"
+                    raise InputError(f"{path} is truncated: {said}")
+                return
+            else:
+                file.seek(size, os.SEEK_CUR)
+            file.seek(size % 2, os.SEEK_CUR)
+
+
 def video_seconds(path, fps: float) -> float:
-    """How long a video lasts; a folder of frames is played at `fps`, a picture lasts one frame."""
+    """How long a video lasts, by its header; a folder of frames is played at `fps`, a picture lasts one frame."""
     if (frames := _pictures(path)) is not None:
         return len(frames) / fps
     with _opened(path, "video") as (container, stream):
@@ -57,14 +84,71 @@ def video_seconds(path, fps: float) -> float:
             return float(stream.duration * stream.time_base)
         if container.duration:
             return container.duration / 1e6
-        return sum(1 for _ in container.decode(stream)) / float(stream.average_rate or fps)
+    return _measured(path, fps)[1]
+
+
+def _measured(path, fps) -> tuple:
+    """(the time of the last frame, how long the video lasts) in seconds, by the packets that are there; none is decoded.
+
+    Raises InputError for a file that ends before its header says.
+    """
+    with _opened(path, "video") as (container, stream):
+        start = float((stream.start_time or 0) * stream.time_base)
+        times, end, last_end, cut = [], start, 0.0, False  # the last end is that of all streams
+        for packet in container.demux():
+            time = packet.dts if packet.pts is None else packet.pts
+            cut |= packet.is_corrupt  # by the end of the file
+            if time is None or packet.is_corrupt or packet.is_discard:
+                continue
+            packet_end = float((time + (packet.duration or 0)) * packet.time_base)
+            last_end = max(last_end, packet_end)
+            if packet.stream.index == stream.index:
+                times.append(float(time * packet.time_base))
+                end = max(end, packet_end)
+        times.sort()
+        frame = 1 / float(stream.average_rate or fps)
+        kind, there = container.format.name.split(",")[0], end - start
+        if kind == "avi":  # where its index is gone, the duration is of what is found; the header has the frames
+            said = float(max(stream.frames, stream.duration or 0) * stream.time_base)
+        elif stream.duration:
+            said = float(stream.duration * stream.time_base)
+        else:
+            said, there = (container.duration or 0) / 1e6, last_end
+        # Only MP4 says of the last frame how long it is shown; of other formats the header tells whether something is missing.
+        if (kind == "mov" or _is_shortened(path)) and said - there > (0 if cut else 1.5 * frame):
+            raise InputError(f"{path} is truncated: its header says {said:.2f} seconds, {there:.2f} can be read")
+        if not times:
+            raise InputError(f"{path} has a video stream without frames, or without their times")
+        return times[-1] - start, (end if end > times[-1] else times[-1] + frame) - start
+
+
+def _is_shortened(path) -> bool:
+    """Whether an AVI or Matroska (WebM) file has fewer bytes than its header says."""
+    with open(path, "rb") as file:
+        head, size = file.read(4096), os.fstat(file.fileno()).st_size
+    if head[:4] == b"RIFF":
+        return size < 8 + int.from_bytes(head[4:8], "little")
+    if head[:4] != b"\x1a\x45\xdf\xa3":
+        return False
+    length, begins = _ebml_number(head, 4)
+    length, begins = _ebml_number(head, begins + length + 4)  # all else is in one element behind the header
+    return length is not None and size < begins + length
+
+
+def _ebml_number(data, begins) -> tuple:
+    """(a number of as many bytes as the leading zeros of the first one tell, None where all its bits are set; its end)."""
+    end = begins + 9 - int.from_bytes(data[begins : begins + 1], "big").bit_length()
+    bits = 7 * (end - begins)
+    number = int.from_bytes(data[begins:end], "big") % (1 << bits)
+    return None if number == (1 << bits) - 1 else number, end
 
 
 def read_frames(path, times: list, fps: float, short_side: int) -> torch.Tensor:
     """The frames nearest to `times` (seconds, ascending) as uint8 (len(times), height, width, 3), RGB.
 
-    `path` is a video file, a folder of pictures in the order of their names, shown at `fps`, or a single picture. Frames are
-    scaled to the shorter side `short_side`; times past the end show the last frame. Raises InputError naming the file.
+    `path` is a video file, a folder of pictures in the natural order of their names (2.png before 10.png), shown at `fps`, or
+    a single picture. Frames are scaled to the shorter side `short_side`; times past the end show the last frame. Raises
+    InputError naming the file, also for a video file that ends before its header says and before one of `times`.
     """
     if (pictures := _pictures(path)) is not None:
         numbers = [min(round(time * fps), len(pictures) - 1) for time in times]
@@ -74,6 +158,14 @@ def read_frames(path, times: list, fps: float, short_side: int) -> torch.Tensor:
         for number, frame in read.items():
             _check_shape(pictures[number], frame.shape, pictures[numbers[0]], first.shape)
         return torch.stack([read[number] for number in numbers])
+    try:
+        return _video_frames(path, times, fps, short_side)
+    except InputError:
+        _measured(path, fps)  # of a truncated file it says that, not what the decoder stumbled over
+        raise
+
+
+def _video_frames(path, times, fps, short_side):
     shown = []
     with _opened(path, "video") as (container, stream):
         start = (stream.start_time or 0) * stream.time_base
@@ -92,20 +184,29 @@ def read_frames(path, times: list, fps: float, short_side: int) -> torch.Tensor:
         if frame is None:
             raise InputError(f"{path} has a video stream without frames")
         if missing := len(times) - len(shown):
+            found = None if frame.time is None else frame.time - float(start)
+            if found is not None and times[-1] > found + half and found + 3 * half < (last := _measured(path, fps)[0]):
+                raise InputError(f"{path} is damaged: it has frames up to {last:.2f} seconds, up to {found:.2f} can be read")
             shown += [_scaled(frame, short_side)] * missing
     return torch.stack(shown)
 
 
-def check_frames(path, fps: float, short_side: int) -> None:
-    """Raises InputError where `read_frames` would: every picture of a folder is decoded, of a video the first frame."""
+def check_frames(path, fps: float, short_side: int) -> float:
+    """How long a video lasts, by what is there. Raises InputError where `read_frames` would.
+
+    Every picture of a folder is decoded; of a video file the first and the last frame, and its packets are counted.
+    """
     if (pictures := _pictures(path)) is None:
-        read_frames(path, [0.0], fps, short_side)
-        return
+        last, seconds = _measured(path, fps)
+        for time in (0.0, last):
+            read_frames(path, [time], fps, short_side)
+        return seconds
     first = None
     for picture in pictures:
         size = _scaled_size(read_picture(picture).size, short_side)
         first = first or size
         _check_shape(picture, size, pictures[0], first)
+    return len(pictures) / fps
 
 
 def _check_shape(path, shape, other, expected):
@@ -127,11 +228,17 @@ def _pictures(path):
     """The frames of a folder, [path] for a picture, None for anything else."""
     path = Path(path)
     if path.is_dir():
-        frames = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+        frames = sorted((p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file()), key=_natural)
         if not frames:
             raise InputError(f"{path} has no frames; allowed are files ending in {', '.join(EXTENSIONS)}")
         return frames
     return [path] if path.suffix.lower() in EXTENSIONS and path.suffix.lower() != ".gif" else None
+
+
+def _natural(path):
+    """The key of names in natural order, by which 2.png is before 10.png."""
+    parts = re.split(r"(\d+)", path.name)  # every second one is a number
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
 def read_picture(path):

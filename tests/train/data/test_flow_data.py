@@ -153,6 +153,12 @@ def test_broken_flow_files_are_named(tmp_path, known):
         flow_files.read(tmp_path / "gone.flo")
     with pytest.raises(InputError, match=r"flow has shape \(3, 2\)"):
         flow_files.write_flo(tmp_path / "x.flo", torch.zeros(3, 2))
+    flow_files.write_flo(tmp_path / "x.flo", known[0])
+    for write in (flow_files.write_flo, flow_files.write_kitti):
+        for valid in (known[1][:3, :3], known[1][:1], known[1].T, known[1][..., None], known[1].float()):
+            with pytest.raises(InputError, match=r"valid has shape \(.*\) and dtype .*; it must be \(5, 7\), as the flow"):
+                write(tmp_path / "x.flo", known[0], valid)
+    assert torch.equal(flow_files.read(tmp_path / "x.flo")[0], known[0])
 
 
 def test_colours_are_middleburys():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from media_files import tone, write_wav
+from media_files import numbered, tone, write_video, write_wav
 
 from mmkernels.models import InputError
 from mmkernels.train.data import manifest
@@ -145,6 +145,19 @@ def test_damaged_frames_are_found_before_training(folder, damage):
         manifest.load(path, readers, seed=0)
     training, held_out, _, problems = manifest.load(path, readers, seed=0, on_error="skip")
     assert (len(training), len(held_out), len(problems)) == (2, 1, 1) and told in problems[0]
+
+
+def test_truncated_videos_are_found_before_training(folder):
+    for clip in "abcd":
+        write_video(folder / f"{clip}.mkv", numbered(25, 20, 24), 25)
+    content = (folder / "b.mkv").read_bytes()
+    (folder / "b.mkv").write_bytes(content[: len(content) * 6 // 10])
+    path = table(folder, "rgb,label,split", "a.mkv,x,train", "b.mkv,x,train", "c.mkv,y,train", "d.mkv,x,val")
+    readers = {"rgb": Video(frames=4, stride=8, size=8)}
+    with pytest.raises(InputError, match=r"has 1 broken row: line 3: .*b.mkv is truncated: its header says 1.00 seconds, 0\."):
+        manifest.load(path, readers, seed=0)
+    training, held_out, _, problems = manifest.load(path, readers, seed=0, on_error="skip")
+    assert (len(training), len(held_out), len(problems)) == (2, 1, 1) and training.lengths[0]["rgb"] == pytest.approx(1.0)
 
 
 def test_tables_that_cannot_be_used(folder):

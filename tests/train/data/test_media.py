@@ -1,5 +1,6 @@
 """Sound and frames from files."""
 
+import fractions
 import math
 import struct
 import wave
@@ -11,7 +12,7 @@ from PIL import Image
 
 from mmkernels.models import InputError
 from mmkernels.train.data import media
-from mmkernels.train.data.media import read_audio, read_frames, video_seconds
+from mmkernels.train.data.media import check_frames, read_audio, read_frames, video_seconds
 
 
 def fails(message, function, *arguments):
@@ -64,6 +65,110 @@ def test_frames_of_a_folder_and_of_a_picture(tmp_path):
     assert torch.equal(read_frames(tmp_path / "002.png", [0.0, 1.0], 10, 12), frames[[2, 2]])
     Image.new("RGB", (16, 16)).save(tmp_path / "004.png")
     fails("another shape", read_frames, tmp_path, [0.0, 0.4], 10, 12)
+
+
+def test_frames_of_a_folder_are_in_natural_order(tmp_path):
+    names = ["frame1", "frame02", "frame10", "frame10b", "frame11", "later3"]
+    for pixels, name in zip(numbered(6), names, strict=True):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{name}.png")
+    assert torch.equal(read_frames(tmp_path, [i / 10 for i in range(6)], 10, 12), numbered(6))
+
+
+# (file, codec, with sound, options of the container)
+VIDEOS = [
+    ("a.mp4", "mpeg4", True, {"movflags": "faststart"}),
+    ("b.mp4", "libx264", False, {"movflags": "faststart"}),
+    ("a.mkv", "mpeg4", False, {}),
+    ("b.mkv", "libx264", True, {}),
+    ("a.webm", "libvpx", False, {}),
+    ("a.avi", "mpeg4", True, {}),
+]
+
+
+def encode(path, codec, sound, options, times=range(40)):
+    """40 frames of noise, 10 ticks of `times` a second, key frames among them, and as much sound, at 48 kHz."""
+    import av
+
+    frames = torch.randint(0, 256, (len(times), 32, 48, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with av.open(str(path), "w", options=options) as container:
+        video = container.add_stream(codec, rate=10)
+        video.width, video.height, video.pix_fmt, video.codec_context.gop_size = 48, 32, "yuv420p", 8
+        voice = container.add_stream("mp3" if path.suffix == ".avi" else "aac", rate=48000) if sound else None
+        for number, (pixels, time) in enumerate(zip(frames, times, strict=True)):
+            frame = av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
+            frame.pts, frame.time_base = time, fractions.Fraction(1, 10)
+            container.mux(video.encode(frame))
+            if voice:
+                tones = av.AudioFrame.from_ndarray(tone(440, 0.1, 48000)[None].numpy(), format="fltp", layout="mono")
+                tones.sample_rate, tones.pts = 48000, 4800 * number
+                container.mux(voice.encode(tones))
+        for stream in (video, voice) if voice else (video,):
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("video", VIDEOS, ids=lambda video: video[0])
+def test_truncated_videos(tmp_path, video):
+    """The check before training finds them; what it lets pass has lost a frame at most, and all of that can be read."""
+    whole = encode(tmp_path / video[0], *video[1:])
+    assert check_frames(whole, 10, 16) == pytest.approx(4.0, abs=0.11)
+    content, cut = whole.read_bytes(), tmp_path / f"cut{whole.suffix}"
+    for share in (0.4, 0.6, 0.8, 0.9):
+        cut.write_bytes(content[: int(len(content) * share)])
+        for function, arguments in ((check_frames, ()), (read_frames, ([3.8],))):
+            with pytest.raises(
+                InputError, match=f"{cut} is truncated: its header says [34].[019][0-9] seconds, [0-3].[0-9]+ can"
+            ):
+                function(cut, *arguments, 10, 16)
+    cut.write_bytes(content[:-40])
+    try:
+        seconds = check_frames(cut, 10, 16)
+    except InputError as error:
+        assert "is truncated" in str(error)
+    else:
+        assert seconds > 3.85
+        assert len(read_frames(cut, [i / 10 for i in range(39)], 10, 16)) == 39
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_whole_videos_with_gaps_between_their_frames(tmp_path, name):
+    times = [0, 1, 2, 5, 6, 7, 20, 21, 30, 31]
+    path = encode(tmp_path / name, "mpeg4", False, {}, times)
+    assert check_frames(path, 10, 16) == pytest.approx(3.2, abs=0.11)
+    assert torch.equal(*read_frames(path, [3.1, 9.0], 10, 16))
+
+
+def test_videos_that_do_not_say_how_long_they_are(tmp_path):
+    """As a browser records them."""
+    path = encode(tmp_path / "a.webm", "libvpx", False, {"live": "1"})
+    assert check_frames(path, 10, 16) == video_seconds(path, 10) == pytest.approx(4.0)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert check_frames(path, 10, 16) == video_seconds(path, 10) < 3.0
+
+
+def test_a_video_whose_end_cannot_be_decoded(tmp_path):
+    """Of full length, as a download in parts leaves it: zeros where the second half has not come."""
+    path = encode(tmp_path / "a.mp4", "libx264", False, {"movflags": "faststart"})
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    fails(f"{path} ", check_frames, path, 10, 16)
+
+
+@pytest.mark.parametrize("where", [(), (b"LIST", 5, b"notes\0")])
+def test_truncated_wavs(tmp_path, where):
+    def sound(size, there=2000):
+        more = struct.pack("<4sI", *where[:2]) + where[2] if where else b""
+        header = struct.pack("<4sI4s4sIHHIIHH", b"RIFF", 36 + len(more), b"WAVE", b"fmt ", 16, 1, 2, 8000, 32000, 4, 16)
+        path = tmp_path / "a.wav"
+        path.write_bytes(header + more + struct.pack("<4sI", b"data", size) + bytes(range(200)) * (4 * there // 200))
+        return path
+
+    for there in (2000, 50):
+        said = f"a.wav is truncated: its header says 8000 samples, it has {there}"
+        fails(said, read_audio, sound(4 * 8000, there), 8000)
+    # Written to a pipe, where nobody knew how much would come.
+    for size in (4 * 2000, 0, 0xFFFFFFFF, 0x7FFFF000):
+        assert len(read_audio(sound(size), 8000)) == 2000
 
 
 def test_what_cannot_be_read(tmp_path):
