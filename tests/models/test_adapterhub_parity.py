@@ -227,6 +227,7 @@ OPTIONS = {
     "AdapterPlus": dict(original_ln_before=True, residual_before_ln=False, original_ln_after=False, scaling="channel"),
     "residual after the norm, two norms": dict(original_ln_before=True, residual_before_ln=False, ln_before=True),
     "leakyrelu": dict(non_linearity="leakyrelu"),
+    "gelu_fast": dict(non_linearity="gelu_fast"),
     "gelu_new": dict(non_linearity="gelu_new"),
     "layers": dict(reduction_factor={"1": 2, "default": 8}, leave_out=[0]),
     "own Kronecker rule": dict(phm_layer=True, shared_phm_rule=False, reduction_factor=4),

@@ -430,11 +430,16 @@ def patch_calls(active, model, modules, invertible, always_ahead) -> None:
         model.generate = _Generate(active, model)
 
 
-def _tiled(args, kwargs, count):
-    """What a model is given, with its rows `count` times."""
-    rows = {"input_ids", "inputs_embeds", "pixel_values", "inputs", "decoder_input_ids"}
-    given = [*args, *(value for name, value in kwargs.items() if name in rows)]
+# Arguments of models whose first axis is that of the batch.
+_ROWS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_features", "input_values", "decoder_input_ids")
+
+
+def _tiled(args, kwargs, block):
+    """What a model is given, with its rows once for each child of a Parallel."""
+    count, given = len(block.children), [*args, *(kwargs.get(name) for name in _ROWS)]
     batches = {value.shape[0] for value in given if isinstance(value, torch.Tensor) and value.dim() > 1}
+    if not batches:
+        raise ValueError(f"{block} has nothing to repeat: the model is given none of {', '.join(_ROWS)}")
 
     def tiled(name, value):
         if isinstance(value, (list, tuple)) and name == "task_ids":
@@ -471,7 +476,7 @@ class _Begin:
         behind = self.invertible is not None and any(name in self.invertible for name in block.names())
         now.ahead = self.always_ahead or (behind and self.active.compat is None)
         if now.ahead:
-            args, kwargs = _tiled(args, {**kwargs, "task_ids": tasks}, len(block.children))
+            args, kwargs = _tiled(args, {**kwargs, "task_ids": tasks}, block)
             now.task_ids = kwargs.pop("task_ids")
         return args, kwargs
 
@@ -494,7 +499,7 @@ class _Generate:
     def __call__(self, *args, task_ids=None, **kwargs):
         block = _parallel(self.active.setup)
         if block is not None:
-            args, kwargs = _tiled(args, {**kwargs, "task_ids": task_ids}, len(block.children))
+            args, kwargs = _tiled(args, {**kwargs, "task_ids": task_ids}, block)
             task_ids = kwargs.pop("task_ids")
         self.active.enter(task_ids, beside=True, ahead=block is not None)
         try:
