@@ -558,7 +558,7 @@ def test_overrides():
         ("pixels", {"output": {"kind": "latents"}}, "the output 'latents' reads the latents and takes no queries"),
         ("pixels", {"output": {"kind": "tokens", "vocab_size": 11}}, "takes the table of an input 'tokens'"),
         ("pixels", {"decoder": {"heads": 3}}, "decoder has an unknown 'heads'"),
-        ("pixels", {"activation": "relu"}, "activation is 'relu'; allowed are 'gelu_tanh', 'gelu'"),
+        ("pixels", {"activation": "tanh"}, "activation is 'tanh'; allowed are 'gelu_tanh', 'gelu', 'relu', 'silu'"),
         ("pixels", {"dropout": 1.0}, "dropout is 1.0"),
         ("pixels", {"eps": 0}, "eps is 0; it must be a positive number"),
         ("pixels", {"backend": "gpu"}, "backend is 'gpu'"),
