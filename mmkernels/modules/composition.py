@@ -222,8 +222,8 @@ def _sizes(name, sizes, count):
 class Pass:
     """A forward pass of a model.
 
-    task_ids: numbers (B,), or names, of the children of a MultiTask; of a row and what stands beside it where `generate`
-        repeats rows (`beside`: all beams of a row, then those of the next).
+    task_ids: numbers (B,), or names, of the children of a MultiTask.
+    beside: the pass is of `generate`, which repeats rows for its beams: all of a row, then those of the next.
     batch: the number of rows before Parallel repeated them, once it has.
     ahead: the rows were repeated before the model began.
     depth: how many of the model and its parts are being called, one inside the other.

@@ -438,6 +438,8 @@ def test_padding_of_texts():
     assert torch.equal(model(changed, key_mask=mask), output)
     places = torch.tensor([1, 5])  # the second one of them is behind the mask of the first row
     torch.testing.assert_close(model(ids, key_mask=mask, points=places), output[:, places])
+    with pytest.raises(IndexError, match="points has numbers from 0 to 99"):
+        model(ids, key_mask=mask, points=torch.tensor([0, 99]))
     asked = model_of("masked words", mask_queries=False)(ids, key_mask=mask)
     torch.testing.assert_close(asked[mask], output[mask])
     assert not torch.equal(asked[0, 4], asked[0, 5])

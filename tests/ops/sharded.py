@@ -1,5 +1,6 @@
 """One of three processes that share one input: `sharded.py RANK PORT BACKEND`."""
 
+import copy
 import sys
 from datetime import timedelta
 
@@ -7,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mmkernels.modules import LatentCrossAttention, PerceiverEncoder
+from mmkernels.modules import LatentCrossAttention, PerceiverEncoder, set_backend
 from mmkernels.ops import latent_attention, latent_attention_sharded
+from mmkernels.testing import assert_within_budget, usual_error
 
 RANK, PORT, BACKEND = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 SIZES = (40, 0, 57)  # rows of the ranks: one has none
@@ -114,13 +116,23 @@ shard = module(latents, mine(x, 1), **local)
 torch.testing.assert_close(shard, whole, rtol=1e-4, atol=1e-4)
 
 sizes = dict(num_latents=5, latent_channels=16, num_cross_attends=2, num_blocks=2, layers_per_block=1, self_heads=4)
-encoder, found = PerceiverEncoder(21, backend=BACKEND, **sizes), []
-for out in (encoder(x, position=position, key_mask=mask), encoder(mine(x, 1), **local)):
-    encoder.zero_grad()
+encoder = PerceiverEncoder(21, backend=BACKEND, **sizes)
+
+
+def results(model, rows, **options):
+    model.zero_grad()
+    out = model(rows, **options)
     out.square().sum().backward()
-    found.append({"out": out.detach()} | {n: p.grad for n, p in encoder.named_parameters()})
-for name, expected in found[0].items():
-    torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    return {"out": out.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+
+shard = results(encoder, mine(x, 1), **local)
+eager = results(set_backend(copy.deepcopy(encoder), "eager"), x, position=position, key_mask=mask)
+double = set_backend(copy.deepcopy(encoder), "eager").double()
+exact = results(double, x.double(), position=position.double(), key_mask=mask)
+typical = usual_error(eager, exact)
+for name, right in exact.items():
+    assert_within_budget(shard[name], right, eager[name], name, typical=typical)
 
 
 # --- Ranks that disagree: an error on all of them --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ...modules.kinds import build, make
 from ...modules.perceiver import ACTIVATIONS
 from ...modules.postprocessors import POSTPROCESSORS, MultimodalOutput, TaskOutput, TokenOutput
 from ...modules.preprocessors import PREPROCESSORS, MultimodalInput, TokenInput
-from ...modules.queries import QUERIES, InputQueries, MultimodalQueries
+from ...modules.queries import QUERIES, InputQueries, MultimodalQueries, check_points
 from ...ops._shared.arguments import check_number
 from ..registry import save_pretrained
 
@@ -152,7 +152,10 @@ class PerceiverIO(nn.Module):
         """
         latents, tokens, position = self.encode(inputs, key_mask=key_mask, masks=masks)
         if query_mask is None and isinstance(self.output, TokenOutput) and self.config.mask_queries:
-            query_mask = key_mask if key_mask is None or points is None else key_mask[:, points]
+            query_mask = key_mask
+            if key_mask is not None and points is not None:
+                check_points(points, key_mask.shape[1], key_mask.device)
+                query_mask = key_mask[:, points]
         return self.decode(latents, tokens=tokens, position=position, query_mask=query_mask, points=points, tasks=tasks)
 
     def encode(self, inputs, *, key_mask=None, masks=None):
