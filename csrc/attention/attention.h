@@ -15,9 +15,11 @@
 
 namespace mmk {
 
-constexpr int64_t kBlockKeys = 144;  // keys in cache at a time: a multiple of every tile height
-constexpr int64_t kChunkRows = 128;  // queries in cache at a time in the backward: a multiple of every panel
-constexpr int64_t kKeptRows = 1024;  // up to this many queries the backward packs them once and keeps them
+constexpr int64_t kBlockKeys = 144;           // keys in cache at a time: a multiple of every tile height
+constexpr int64_t kChunkRows = 128;           // queries in cache at a time in the backward: a multiple of every panel
+constexpr int64_t kFew = 8;                   // up to this many queries, or keys, have forms of their own
+constexpr int64_t kFewRow = kBlockKeys + 16;  // row length of tiles over a block of keys; a stretch may end beyond it
+constexpr int64_t kKeptRows = 1024;           // up to this many queries the backward packs them once and keeps them
 
 // Rows of one array, or of two: those of the second come behind the first `boundary`. An array without data is absent:
 // a gradient that nobody wants, a mask that hides nothing.
@@ -44,12 +46,26 @@ void for_arrays(const Joined& joined, int64_t row, int64_t rows, F f) {
   if (first < rows) f(joined.part[1], row + first - joined.boundary, first, rows - first);
 }
 
+// Of keys that are values too and are wanted by one or two queries, reading them is the cost. They may be left as they
+// lie, before their normalisation: then load_keys multiplies them, and a key is (k - mean) factor.
+constexpr int64_t kRawQueries = 2;
+
+struct RawKeys {
+  const float* rows;  // (count, row): queries, and in the backward behind them the gradients of what they get
+  int64_t row, count;
+  float* products;                       // (count, kFewRow), with k; at last the rows' weights in the keys' gradients
+  const float *mean, *factor = nullptr;  // null: k is the key
+  float level[kFewRow], slope[kFewRow];  // averages of a key's gradient, and of the gradient times the key
+};
+
 struct KeyBlock {
   int64_t begin, end;          // keys [begin, end) of the problem
   int64_t count;               // how many of them are visible: the rows of k and v
   int32_t offset[kBlockKeys];  // of row i from `begin`; rising
   const float *k, *v;          // float32, row-major
   int64_t k_row, v_row;
+  RawKeys* raw = nullptr;  // where keys may be raw
+  bool is_raw() const { return raw != nullptr && raw->factor != nullptr; }
   float *dk, *dv;  // where their gradients may be written as they are; null where store_key_gradients has to do it
   int64_t dk_row, dv_row;
 };
@@ -68,6 +84,7 @@ struct Attention {
   Joined key_mask;  // bool (B,M) in the last two dimensions
   LoadKeys* load_keys;
   int64_t key_space;
+  bool raw_keys = false;  // may load_keys leave whole blocks as they lie? See RawKeys
 
   Strided bias;                 // (B,H,N,M) with stride 0 where broadcast, or no data
   bool bias_per_query = false;  // N is not broadcast
@@ -144,6 +161,7 @@ struct PlainAttention : Attention {
 inline bool find_visible(const Attention& a, int64_t batch, KeyBlock& block) {
   block.count = 0;
   block.dk = block.dv = nullptr;
+  if (block.raw != nullptr) block.raw->factor = nullptr;
   for_arrays(a.key_mask, block.begin, block.end - block.begin,
              [&](const Strided& mask, int64_t row, int64_t done, int64_t count) {
                for (int64_t i = 0; i < count; ++i)

@@ -11,12 +11,10 @@ namespace mmk::MMK_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int64_t kFew = 8;  // up to this many queries, or keys, have forms of their own
 // Keys whose weighted values are summed in one go. Sums of a whole block are off by half as much again, as is then the
 // backward's delta, where values have much in common.
 constexpr int64_t kWeightedKeys = kBlockKeys / 2;
 constexpr int64_t kFewFloats = 32768;           // of keys and values that they meet at a time: they stay in cache
-constexpr int64_t kFewRow = kBlockKeys + 16;    // row length of tiles over a block of keys; a stretch may end beyond it
 constexpr int64_t kChunkRow = kChunkRows + 16;  // row length of tiles over a chunk: see padded_row
 
 int64_t panels(int64_t rows) { return ceil_div(rows, kPanel); }
@@ -235,10 +233,59 @@ void online_softmax(const Attention& a, const KeyBlock& block, float* scores, fl
 
 bool few_queries(const Attention& a) { return a.queries <= kFew; }
 
-// Keys of a block: few enough that a wide one is still in cache when its weighted sum is taken.
+// Keys of a block: few enough that a wide one is still in cache when its weighted sum is taken. What may be left as it
+// lies comes from memory, which should not rest while they are added up.
 int64_t few_block_keys(const Attention& a) {
   const int64_t row = padded_row(a.qk_dim) + (a.one_key_gradient ? 0 : padded_row(a.v_dim));
-  return smaller(kBlockKeys, std::max<int64_t>(kFewFloats / row / 8 * 8, 8));
+  return smaller(kBlockKeys, std::max<int64_t>((a.raw_keys ? kFewFloats / 4 : kFewFloats) / row / 8 * 8, 8));
+}
+
+// Keys that were left as they lie are read once to multiply them with the queries and once to add them up. What is
+// taken off the products is at most as large as what remains: load_keys normalises rows whose mean is more than a
+// standard deviation.
+
+// Products of raw keys become those of the keys; `totals` are the sums of what they were multiplied by.
+void normalise_products(const KeyBlock& block, const float* totals) {
+  const RawKeys& raw = *block.raw;
+  for (int64_t n = 0; n < raw.count; ++n)
+    for (int64_t i = 0; i < block.count; i += kWidth) {
+      float* s = raw.products + n * kFewRow + i;
+      store(s, (load(s) - load(raw.mean + i) * totals[n]) * load(raw.factor + i));
+    }
+}
+
+// to (rows, to_row) += weights (rows, kFewRow) times raw keys, which change the weights.
+void add_raw_keys(const KeyBlock& block, float* weights, int64_t rows, int64_t columns, float* to, int64_t to_row,
+                  float* space) {
+  constexpr int64_t kKeys = 4;
+  for (int64_t n = 0; n < rows; ++n) {
+    float* const weight = weights + n * kFewRow;
+    for (int64_t i = block.count; i % kKeys != 0; ++i) weight[i] = 0.0f;
+    float shift = 0.0f;
+    for (int64_t i = 0; i < block.count; ++i) shift -= (weight[i] *= block.raw->factor[i]) * block.raw->mean[i];
+    for (int64_t c = 0; c < columns; c += kWidth) store(space + c, splat(shift));
+    for (int64_t i = 0; i < block.count; i += kKeys) {
+      const float* keys[kKeys];
+      for (int64_t k = 0; k < kKeys; ++k) keys[k] = block.v + smaller(i + k, block.count - 1) * block.v_row;
+      for (int64_t c = 0; c < columns; c += kWidth) {
+        Vec sum = load(space + c);
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < kKeys; ++k) sum += load(keys[k] + c) * weight[i + k];
+        store(space + c, sum);
+      }
+    }
+    for (int64_t c = 0; c < columns; c += kWidth)
+      store(to + n * to_row + c, load(to + n * to_row + c) + load(space + c));
+  }
+}
+
+// The sums of rows.
+void add_up(const float* rows, int64_t ld, int64_t count, int64_t columns, float* totals) {
+  for (int64_t n = 0; n < count; ++n) {
+    Vec total[4]{};
+    for (int64_t c = 0; c < columns; c += kWidth) total[c / kWidth % 4] += load(rows + n * ld + c);
+    totals[n] = sum((total[0] + total[1]) + (total[2] + total[3]));
+  }
 }
 
 // The state of a part: O (rows, padded_row(E)), maxima, sums.
@@ -261,17 +308,25 @@ void few_forward(const Attention& a, const Part& part, float* state, float* spac
   float* q = carver.take(kFew * q_ld);
   float* scores = carver.take(kFew * kFewRow);
   float* bias = carver.take(kFew * kFewRow);
+  float* sums = carver.take(q_ld);
   float* key_space = carver.take(a.key_space);
+  float totals[kRawQueries];
   FewState s(a, state);
   load_rows(a.q, part, part.row_begin, rows, a.qk_dim, q, q_ld, a.scale);
+  if (a.raw_keys) add_up(q, q_ld, rows, a.qk_dim, totals);
   clear(state, few_state(a));
   for (int64_t n = 0; n < rows; ++n) s.maximum[n] = -kInfinity;
   KeyBlock block;
+  RawKeys raw{q, q_ld, rows, scores};
+  if (a.raw_keys) block.raw = &raw;
   for (block.begin = part.key_begin; block.begin < part.key_end; block.begin = block.end) {
     block.end = smaller(block.begin + few_block_keys(a), part.key_end);
     if (!find_visible(a, part.batch, block)) continue;
     a.load_keys(a, part.batch, part.head, block, key_space);
-    dots(q, q_ld, rows, block.k, block.k_row, block.count, scores, kFewRow, a.qk_dim);
+    if (block.is_raw())
+      normalise_products(block, totals);
+    else
+      dots(q, q_ld, rows, block.k, block.k_row, block.count, scores, kFewRow, a.qk_dim);
     if (a.bias.data != nullptr) add_few_bias(a, part, block, scores, bias);
     if (a.bias_blocks != nullptr) add_block_bias(a, part, block, part.row_begin, rows, scores, 1, kFewRow);
     for (int64_t n = 0; n < rows; ++n) {
@@ -298,8 +353,11 @@ void few_forward(const Attention& a, const Part& part, float* state, float* spac
       if (factor != 1.0f)
         for (int64_t e = 0; e < a.v_dim; e += kWidth) store(s.out + n * s.ld + e, load(s.out + n * s.ld + e) * factor);
     }
-    gemm<false>({scores, kFewRow, block.v, block.v_row, kPanel, s.out, s.ld, kPanel}, rows, a.v_dim, block.count, true,
-                kWeightedKeys);
+    if (block.is_raw())
+      add_raw_keys(block, scores, rows, a.v_dim, s.out, s.ld, sums);
+    else
+      gemm<false>({scores, kFewRow, block.v, block.v_row, kPanel, s.out, s.ld, kPanel}, rows, a.v_dim, block.count,
+                  true, kWeightedKeys);
   }
 }
 
@@ -393,7 +451,7 @@ int64_t forward_state(const Attention& a, int64_t rows) {
 
 int64_t forward_space(const Attention& a, int64_t rows) {
   const int64_t k_ld = padded_row(a.qk_dim), v_ld = padded_row(a.v_dim);
-  const int64_t own = few_queries(a) ? kFew * (k_ld + 2 * kFewRow)
+  const int64_t own = few_queries(a) ? kFew * (k_ld + 2 * kFewRow) + k_ld
                       : few_keys(a)  ? kFew * (k_ld + kChunkRow) + kChunkRows * (k_ld + v_ld)
                                      : panels(rows) * a.qk_dim * kPanel + 2 * kBlockKeys * kPanel;
   return own + a.key_space + 80;
@@ -623,34 +681,49 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
   float* dk = carver.take(kBlockKeys * (k_ld + v_ld));
   float* dv = one ? dk : dk + kBlockKeys * k_ld;
   float* key_space = carver.take(a.key_space);
+  float totals[2 * kRawQueries];
   load_rows(a.q, part, part.row_begin, rows, a.qk_dim, q, k_ld, a.scale);
   load_rows(a.dout, part, part.row_begin, rows, a.v_dim, dout, v_ld);
+  if (a.raw_keys) add_up(q, k_ld, 2 * rows, a.qk_dim, totals);
   row_statistics(a, part, lse, delta, row_pairs);
   KeyBlock block;
+  RawKeys raw{q, k_ld, 2 * rows, by_q};
+  const float average = 1.0f / static_cast<float>(a.qk_dim);
+  if (a.raw_keys) block.raw = &raw;
   for (block.begin = part.key_begin; block.begin < part.key_end; block.begin = block.end) {
     block.end = smaller(block.begin + few_block_keys(a), part.key_end);
     if (find_visible(a, part.batch, block)) {
       a.load_keys(a, part.batch, part.head, block, key_space);
-      dots(q, k_ld, one ? 2 * rows : rows, block.k, block.k_row, block.count, by_q, kFewRow, a.qk_dim);
+      if (block.is_raw())
+        normalise_products(block, totals);
+      else
+        dots(q, k_ld, one ? 2 * rows : rows, block.k, block.k_row, block.count, by_q, kFewRow, a.qk_dim);
       if (!one) dots(dout, v_ld, rows, block.v, block.v_row, block.count, by_dout, kFewRow, a.v_dim);
       if (a.bias.data != nullptr) add_few_bias(a, part, block, by_q, bias);
       if (a.bias_blocks != nullptr) add_block_bias(a, part, block, part.row_begin, rows, by_q, 1, kFewRow);
+      if (block.is_raw()) clear(raw.level, 2 * kFewRow);
       for (int64_t n = 0; n < rows; ++n) {
         const DropoutRow r = dropout_row_of(a, part, part.row_begin + n);
         for (int64_t i = n * kFewRow, key = 0; key < block.count; i += kWidth, key += kWidth) {
           const Vec weight = exp(load(by_q + i) - lse[n]);
           Vec keep = splat(1.0f);
           if (a.dropout) keep = drop(a, UintVec{} + r.low, UintVec{} + r.high, keys_of(a, block, key), keep);
-          store(by_q + i, weight * (load(by_dout + i) * keep - delta[n]));
+          const Vec ds = weight * (load(by_dout + i) * keep - delta[n]);
+          if (block.is_raw()) {
+            const Vec level = ds * totals[n] + weight * totals[rows + n];
+            const Vec slope = ds * load(by_q + i) + weight * load(by_dout + i);
+            store(raw.level + key, load(raw.level + key) + level * average);
+            store(raw.slope + key, load(raw.slope + key) + slope * average);
+          }
+          store(by_q + i, ds);
           store(by_dout + i, weight * keep);
         }
       }
-      if (a.wants_queries())
-        gemm<false>({by_q, kFewRow, block.k, block.k_row, kPanel, state, k_ld, kPanel}, rows, a.qk_dim, block.count,
-                    true);
       if (a.store_key_gradients && rows == 0) block.dk = nullptr, clear(dk, kBlockKeys * (k_ld + v_ld));
       const bool direct = block.dk != nullptr;
-      if (a.store_key_gradients) {
+      if (a.store_key_gradients && block.is_raw()) {
+        a.store_key_gradients(a, part.batch, part.head, block, key_space, nullptr, nullptr);
+      } else if (a.store_key_gradients) {
         gemm<true>({by_q, kFewRow, q, k_ld, kPanel, direct ? block.dk : dk, direct ? block.dk_row : k_ld, kPanel},
                    block.count, a.qk_dim, one ? 2 * rows : rows, false);
         if (!one)
@@ -658,8 +731,13 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
               {by_dout, kFewRow, dout, v_ld, kPanel, direct ? block.dv : dv, direct ? block.dv_row : v_ld, kPanel},
               block.count, a.v_dim, rows, false);
       }
+      if (a.wants_queries() && block.is_raw())
+        add_raw_keys(block, by_q, rows, a.qk_dim, state, k_ld, row_pairs);
+      else if (a.wants_queries())
+        gemm<false>({by_q, kFewRow, block.k, block.k_row, kPanel, state, k_ld, kPanel}, rows, a.qk_dim, block.count,
+                    true);
     }
-    if (a.store_key_gradients && block.dk == nullptr)
+    if (a.store_key_gradients && block.dk == nullptr && !block.is_raw())
       a.store_key_gradients(a, part.batch, part.head, block, key_space, dk, dv);
   }
 }

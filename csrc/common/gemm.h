@@ -51,7 +51,7 @@ struct Add {
     const auto put = [&](auto sum) {
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i, to += c_row)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) store(to + v * kWidth, sum(to + v * kWidth, acc[i][v]));
     };
     if (accumulate)
@@ -67,16 +67,16 @@ static void micro_kernel(const float* __restrict a, int64_t a_stride, const floa
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
   const auto multiply = [&](const auto& element) __attribute__((always_inline)) {
     Vec columns[kVecs];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Vec scalar = splat(element(i));
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[i][v] += scalar * columns[v];
     }
     b += b_row;
@@ -129,7 +129,17 @@ static void gemm(const Gemm& g, int64_t rows, int64_t columns, int64_t depth, bo
                  int64_t most = kStretch) {
   // Tiles of almost equal height, stretches of almost equal length: a last one of one row would be slow.
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, stretches = (depth + most - 1) / most;
-  for (int64_t j = 0; j < columns; j += kPanel) {
+  int64_t j = 0;
+  if constexpr (!kTransposed)
+    // One row has registers for many columns. Of a wide matrix a panel alone would be a line of cache in every page.
+    for (constexpr int kVecs = 8;
+         rows == 1 && g.b_panel == kPanel && g.c_panel == kPanel && j + kVecs * kWidth <= columns; j += kVecs * kWidth)
+      for (int64_t stretch = 0; stretch < stretches; ++stretch) {
+        const int64_t p = stretch * depth / stretches, length = (stretch + 1) * depth / stretches - p;
+        micro_kernel<1, kVecs, Order::kByRows>(g.a + p, g.a_stride, g.b + j + p * g.b_row, g.b_row, length,
+                                               Add{g.c + j, g.c_row, accumulate || stretch > 0});
+      }
+  for (; j < columns; j += kPanel) {
     const bool wide = columns - j > kWidth;
     for (int64_t stretch = 0; stretch < stretches; ++stretch) {
       const int64_t p = stretch * depth / stretches, length = (stretch + 1) * depth / stretches - p;

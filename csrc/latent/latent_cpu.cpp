@@ -54,6 +54,12 @@ LatentAttention describe_input(ScalarType dtype, const Tensor& x, const Optional
   return a;
 }
 
+// Can rows be read by vectors where they are, and is there nothing to do with them but a LayerNorm?
+bool may_be_raw(const LatentAttention& a) {
+  return 1 <= a.queries && a.queries <= kRawQueries && a.eps >= 0.0f && a.position.data == nullptr && !a.dropout &&
+         a.x.dtype == DType::kFloat32 && a.x.stride[3] == 1 && a.channels % 16 == 0;
+}
+
 // `q` is replaced where the kernels need a copy: the problem points into it.
 LatentAttention describe(Tensor& q, const Tensor& x, const OptionalTensor& position, const OptionalTensor& key_mask,
                          double scale, double eps, const OptionalTensor& seed, double dropout_p, int64_t first_key) {
@@ -70,6 +76,7 @@ LatentAttention describe(Tensor& q, const Tensor& x, const OptionalTensor& posit
   Strided rows = with_one_head(strided(q));
   if (q.size(0) == 1) rows.stride[0] = 0;
   a.q = rows;
+  a.raw_keys = may_be_raw(a);
   return a;
 }
 
@@ -203,6 +210,7 @@ Tensor inference(Tensor q, Tensor x, OptionalTensor w_k, Tensor w_v, OptionalTen
     if (q_batch == 1) rows.stride[0] = 0;
     a.q = rows;
   }
+  a.raw_keys = may_be_raw(a);
   attention_forward({&a});
   for_pieces(p.batch, p.v_dim, kernels.project);
   return out;

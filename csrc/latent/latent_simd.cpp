@@ -18,6 +18,57 @@ bool readable(const Strided& s, int64_t columns) {
   return s.dtype == DType::kFloat32 && s.stride[3] == 1 && columns % kWidth == 0;
 }
 
+constexpr int kTogether = 4;  // rows: processors fetch several that lie in memory faster than one
+
+// Sums of rows, of their squares, and of their products with kCount others. Fetches the rows that follow.
+template <int kCount, bool kMoments>
+void row_products(const float* const (&rows)[kTogether], const float* few, int64_t few_row, int64_t channels,
+                  float (*moments)[2], float* products) {
+  constexpr int kSums = kCount + 2 * kMoments;
+  const int64_t ahead = kMoments ? rows[kTogether - 1] - rows[0] + channels : 0;
+  Vec sums[kSums][kTogether]{};
+  for (int64_t c = 0; c < channels; c += kWidth)
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether; ++r) {
+      const Vec x = load(rows[r] + c);
+      __builtin_prefetch(rows[r] + c + ahead);
+#pragma GCC unroll 3
+      for (int n = 0; n < kCount; ++n) sums[n][r] += x * load(few + n * few_row + c);
+      if constexpr (kMoments) sums[kCount][r] += x, sums[kCount + 1][r] += x * x;
+    }
+#pragma GCC unroll 5
+  for (int n = 0; n < kSums; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether; ++r)
+      (n < kCount ? products[n * kFewRow + r] : moments[r][n - kCount]) = sum(sums[n][r]);
+}
+
+// Leaves rows as they lie, multiplies them, and finds what normalises them. False where some have to be normalised
+// first, because their means are so large that what would be taken off the products is most of them.
+bool multiply_raw(const LatentAttention& p, int64_t batch, KeyBlock& block, float* space) {
+  RawKeys& raw = *block.raw;
+  float *mean = space, *factor = space + kBlockKeys;
+  block.k = reinterpret_cast<const float*>(p.x.at(0, batch, block.begin));
+  block.k_row = p.x.stride[2];
+  for (int64_t i = 0; i < block.count; i += kTogether) {
+    const float* rows[kTogether];
+    float moments[kTogether][2];
+    for (int r = 0; r < kTogether; ++r) rows[r] = block.k + smaller(i + r, block.count - 1) * block.k_row;
+    row_products<1, true>(rows, raw.rows, raw.row, p.channels, moments, raw.products + i);
+    if (raw.count > 1)  // 2 or 4
+      (raw.count == 2 ? row_products<1, false> : row_products<3, false>)(rows, raw.rows + raw.row, raw.row, p.channels,
+                                                                         moments, raw.products + kFewRow + i);
+    for (int r = 0; r < kTogether; ++r) {
+      const float average = moments[r][0] / p.channels, variance = moments[r][1] / p.channels - average * average;
+      if (!(average * average <= variance)) return false;
+      mean[i + r] = average, factor[i + r] = 1.0f / std::sqrt(variance + p.eps);
+    }
+  }
+  block.v = block.k, block.v_row = block.k_row;
+  raw.mean = mean, raw.factor = factor;
+  return true;
+}
+
 void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, float* space) {
   constexpr int64_t kTileFloats = 4096;  // loaded, then normalised while in the first cache level
   const auto& p = static_cast<const LatentAttention&>(a);
@@ -25,6 +76,7 @@ void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, floa
   const int64_t most_rows = smaller(16, std::max<int64_t>(kTileFloats / ld, 1));
   const bool in_place = p.eps >= 0.0f && p.position.data == nullptr && readable(p.x, channels);
   float* factors = space + kBlockKeys * ld;
+  if (block.raw != nullptr && block.count == block.end - block.begin && multiply_raw(p, batch, block, space)) return;
   for_stretches(block, [&](int64_t i, int64_t offset, int64_t length) {
     for (int64_t done = 0; done < length; done += most_rows) {
       const int64_t rows = smaller(most_rows, length - done), key = block.begin + offset + done;
@@ -49,10 +101,42 @@ void load_keys(const Attention& a, int64_t batch, int64_t, KeyBlock& block, floa
   block.k_row = block.v_row = ld;
 }
 
+// The gradient of a raw row is a sum of few rows, of itself and of a constant.
+void store_raw_gradients(const LatentAttention& p, int64_t batch, const KeyBlock& block) {
+  const RawKeys& raw = *block.raw;
+  float* const dx = reinterpret_cast<float*>(p.dx.at(0, batch, block.begin));
+  float weights[2 * kRawQueries][kTogether];
+  for (int64_t i = 0; i < block.count; i += kTogether) {
+    const float* x[kTogether];
+    float* to[kTogether];
+    float own[kTogether], constant[kTogether];
+    for (int64_t r = 0; r < kTogether; ++r) {
+      const int64_t key = smaller(i + r, block.count - 1);
+      x[r] = block.k + key * block.k_row, to[r] = dx + key * p.dx.stride[2];
+      for (int64_t n = 0; n < raw.count; ++n) weights[n][r] = raw.products[n * kFewRow + key] * raw.factor[key];
+      own[r] = -raw.slope[key] * raw.factor[key] * raw.factor[key];
+      constant[r] = -raw.level[key] * raw.factor[key] - own[r] * raw.mean[key];
+    }
+    for (int64_t c = 0; c < p.channels; c += kWidth) {
+      Vec sums[kTogether];
+#pragma GCC unroll 4
+      for (int r = 0; r < kTogether; ++r) sums[r] = load(x[r] + c) * own[r] + constant[r];
+      for (int64_t n = 0; n < raw.count; ++n) {
+        const Vec v = load(raw.rows + n * raw.row + c);
+#pragma GCC unroll 4
+        for (int r = 0; r < kTogether; ++r) sums[r] += v * weights[n][r];
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kTogether; ++r) store(to[r] + c, sums[r]);
+    }
+  }
+}
+
 // The gradient of the normalised rows, turned into that of the raw ones and stored.
 void store_key_gradients(const Attention& a, int64_t batch, int64_t, const KeyBlock& block, const float* space,
                          float* dk, float*) {
   const auto& p = static_cast<const LatentAttention&>(a);
+  if (block.is_raw()) return store_raw_gradients(p, batch, block);
   const int64_t channels = p.channels, ld = padded_row(a.qk_dim);
   const int64_t length = block.end - block.begin, position_channels = channels - p.x_channels;
   auto clear_hidden = [&](const Strided& to, int64_t example, int64_t columns) {

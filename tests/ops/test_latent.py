@@ -123,6 +123,21 @@ def test_scale_and_eps(backend, generator):
     check(backend, generator, make(generator, (2, 9, 40), (16, 0), (16, 16)), scale=0.1, eps=0.5)
 
 
+@pytest.mark.parametrize("offsets", ["none", "of some rows", "of all rows"])
+@pytest.mark.parametrize("heads, queries", [(1, 1), (1, 2), (4, 2)], ids=str)
+def test_few_queries(backend, generator, heads, queries, offsets):
+    """The C++ kernel leaves rows as they lie for them, and only where no mean is larger than the deviation."""
+    tensors = make(generator, (3, queries, 150), (64, 0), (heads * 64, heads * 64), batch_q=1)
+    if offsets != "none":
+        rows = torch.rand(3, 150, 1, generator=generator) < (0.05 if offsets == "of some rows" else 1.0)
+        tensors["x"] += 5.0 * rows
+    mask = torch.rand(3, 150, generator=generator) < 0.9
+    mask[0] = True
+    assert absorbed(tensors, heads)
+    check(backend, generator, tensors, num_heads=heads)
+    check(backend, generator, tensors, num_heads=heads, key_mask=mask)
+
+
 def test_large_offsets_of_the_input(backend, generator):
     """The mean is far larger than the deviation: a norm folded into the scores, or one-pass statistics, would cancel."""
     tensors = make(generator, (1, 9, 64), (32, 0), (32, 32))
