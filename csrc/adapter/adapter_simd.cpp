@@ -485,20 +485,41 @@ void backward_of(const AdapterProblem& p, const AdapterPart& part, const Adapter
 
 // --- Gradients of the weights --------------------------------------------------------------------------------------
 
-// sums (r x columns) += narrow^T wide over the rows of a part. What rows of C elements leave far apart, 128 bytes of
-// each, is copied together: read where it lies, once for every tile of the bottleneck, it would cost a page's address
-// a row.
+constexpr int64_t kCopied = 96;  // columns
+
+// panels (columns / kPanel, depth, kPanel) = rows from `from` on. Several at a time come from memory faster.
+void copy_panels(const float* from, int64_t row, int64_t depth, int64_t columns, float* panels) {
+  constexpr int64_t kRows = 4;
+  for (int64_t i = 0; i < depth; i += kRows) {
+    const int64_t rows = std::min(kRows, depth - i);
+    int64_t c = 0;
+    const auto copy = [&](int64_t r, auto lanes) MMK_INLINE_LAMBDA {
+      store(panels + c / kPanel * depth * kPanel + (i + r) * kPanel + c % kPanel,
+            load(from + (i + r) * row + c, lanes));
+    };
+    for (; c + kWidth <= columns; c += kWidth)
+      if (rows == kRows)
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kRows; ++r) copy(r, Whole{});
+      else
+        for (int64_t r = 0; r < rows; ++r) copy(r, Whole{});
+    for (int64_t r = 0; c < columns && r < rows; ++r) copy(r, Rest{columns - c});
+  }
+}
+
+// sums (r x columns) += narrow^T wide over the rows of a part. What rows of C elements leave far apart is copied
+// together: read where it lies, once for every tile of the bottleneck, it would cost a page's address a row.
 void product(const float* narrow, int64_t narrow_row, const float* wide, int64_t wide_row, int64_t rows,
              int64_t bottleneck, int64_t columns, float* sums, int64_t sums_row, bool accumulate) {
-  alignas(64) float panel[kStretch * kPanel];
+  alignas(64) float panels[kStretch * kCopied];
   const int64_t stretches = ceil_div(rows, kStretch);
-  for (int64_t j = 0; j < columns; j += kPanel)
+  for (int64_t j = 0; j < columns; j += kCopied)
     for (int64_t s = 0; s < stretches; ++s) {
       const int64_t begin = s * rows / stretches, depth = (s + 1) * rows / stretches - begin;
-      const int64_t width = std::min<int64_t>(kPanel, columns - j);
-      load_tile(panel, kPanel, wide + begin * wide_row + j, wide_row, 1, depth, width, 1.0f);
-      gemm<true>({narrow + begin * narrow_row, narrow_row, panel, kPanel, 0, sums + j, sums_row, 0}, bottleneck, width,
-                 depth, accumulate || s > 0);
+      const int64_t width = std::min(kCopied, columns - j);
+      copy_panels(wide + begin * wide_row + j, wide_row, depth, width, panels);
+      gemm<true>({narrow + begin * narrow_row, narrow_row, panels, kPanel, depth * kPanel, sums + j, sums_row, kPanel},
+                 bottleneck, width, depth, accumulate || s > 0);
     }
 }
 
