@@ -77,11 +77,12 @@ void pack(const AdapterProblem& p, const AdapterWeights& w, float* panels) {
 
 // --- A block of rows -----------------------------------------------------------------------------------------------
 
-// Rows that pass through together: their three arrays and the packed weights share the second cache level. Weights
-// that do not fit there are worth more rows.
+// Rows that pass through together: their three arrays share the second cache level with a part of the packed weights.
+// Weights that do not fit there are worth more rows.
 int64_t block_rows(const AdapterProblem& p) {
   const bool fits = p.channels * p.bottleneck <= 128 * 1024;
-  return std::clamp<int64_t>((fits ? 50 : 100) * 1024 / padded_row(p.channels), 12, fits ? 96 : 128);
+  const int64_t floats = fits ? std::clamp<int64_t>(second_cache() / 20, 25 * 1024, 50 * 1024) : 100 * 1024;
+  return std::clamp<int64_t>(floats / padded_row(p.channels), 12, fits ? 96 : 128);
 }
 
 // The same for blocks of almost equal length: the last one of few rows would be slow.

@@ -1,5 +1,7 @@
 // What the CPU kernels of all instruction sets and their callers share: strided arrays, sizes. No torch here.
 #pragma once
+#include <unistd.h>
+
 #include <cstdint>
 #include <utility>
 
@@ -31,5 +33,14 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Row length in floats for `columns` of them: whole panels of up to 32, and an odd number of cache lines, so that rows
 // of one column do not compete for the same cache set.
 inline int64_t padded_row(int64_t columns) { return round_up(columns, 32) + 16; }
+
+// Bytes of a core's second cache level; where the system does not say, what most have.
+inline int64_t second_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return found;
+#endif
+  return 1 << 20;
+}
 
 }  // namespace mmk
