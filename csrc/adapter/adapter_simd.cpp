@@ -82,13 +82,13 @@ void pack(const AdapterProblem& p, const AdapterWeights& w, float* panels) {
 int64_t block_rows(const AdapterProblem& p) {
   const bool fits = p.channels * p.bottleneck <= 128 * 1024;
   const int64_t floats = fits ? std::clamp<int64_t>(second_cache() / 20, 25 * 1024, 50 * 1024) : 100 * 1024;
-  return std::clamp<int64_t>(floats / padded_row(p.channels), 12, fits ? 96 : 128);
+  return round_up(std::clamp<int64_t>(floats / padded_row(p.channels), 12, fits ? 96 : 120), kTileRows);
 }
 
-// The same for blocks of almost equal length: the last one of few rows would be slow.
+// The same for blocks of whole tiles and almost equal length: the last one of few rows would be slow.
 int64_t even_block(const AdapterProblem& p, const AdapterPart& part) {
   const int64_t rows = part.end - part.begin;
-  return ceil_div(rows, ceil_div(rows, block_rows(p)));
+  return round_up(ceil_div(rows, ceil_div(rows, block_rows(p))), kTileRows);
 }
 
 // Scratch memory of a worker: arrays of rows of C and of r elements, and single rows.
