@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from .. import models
 from ..models.registry import InputError, read_json, require, write_atomically
 from .classification import CURVE, TASK, draw_losses, png
 from .data import derive_seed
 from .data.clips import READERS, Video, Waveform
 from .data.media import write_video, write_wav
-from .loop import Task, split_by
+from .loop import Task, split_by, trained_model
 
 IMAGE, AUDIO, LABEL = "image", "audio", "label"
 RANGE = 2.0  # of pixels and of samples, both in [-1, 1]
@@ -253,7 +252,7 @@ def predict(checkpoint, paths: dict, output: Path, *, progress=True, device="cpu
         raise InputError(f"{checkpoint / TASK} does not describe an autoencoding: {error!r}") from error
     if set(paths) != set(readers):
         raise InputError(f"--input has {', '.join(sorted(paths)) or 'nothing'}; it must have {AUDIO}=FILE and {IMAGE}=FILE")
-    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
+    model = trained_model(checkpoint, device, backend)
     # The middle of the clip, as held-out ones are read.
     starts = {name: max(reader.length(paths[name]) - reader.seconds, 0.0) / 2 for name, reader in readers.items()}
     item = {name: reader.read(paths[name], starts[name]) for name, reader in readers.items()}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from .. import models
 from ..models.registry import InputError, require, write_atomically
 from . import tokenizer
 from .classification import CURVE, TASK, draw_losses, png
+from .loop import trained_model
 from .masked_lm import IGNORED, Masking
 
 PAD, BOS, EOS, MASK, CLS, SEP = range(6)
@@ -178,7 +178,7 @@ def predict(checkpoint, texts: list, *, device="cpu", backend="auto") -> list:
 
     Raises InputError for a model of another vocabulary and for texts that are too long.
     """
-    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
+    model = trained_model(checkpoint, device, backend)
     if model.config.input.get("vocab_size") != SIZE:
         raise InputError(f"{checkpoint} has a vocabulary of {model.config.input.get('vocab_size')}; bytes have {SIZE}")
     return [decode(row) for row in fill(model, [encode_blanks(text) for text in texts])]

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from .. import models
 from ..models.registry import InputError, read_json, require, write_atomically
 from .data import derive_seed
 from .data.images import Images, Preprocessing
-from .loop import Task, split_by
+from .loop import Task, split_by, trained_model
 from .objective import mixed
 
 TASK, CURVE = "task.json", "learning-curve.png"
@@ -159,7 +158,7 @@ def predict(checkpoint, paths, *, device="cpu", backend="auto") -> list:
         classes, preprocessing = [str(name) for name in task["classes"]], Preprocessing(**task["preprocessing"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint / TASK} does not describe an image classification: {error!r}") from error
-    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
+    model = trained_model(checkpoint, device, backend)
     wanted = (*_image_shape(model.config), num_classes(model.config))
     if (preprocessing.size, preprocessing.size, len(preprocessing.mean), len(classes)) != wanted:
         raise InputError(

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from .. import models
 from ..models.registry import InputError, read_json, require, write_atomically
 from .classification import CURVE, TASK, draw_losses, png
 from .data import derive_seed, flow_files, flow_pairs
-from .loop import Task, split_by
+from .loop import Task, split_by, trained_model
 
 PIXELS = 20.0  # that one of a model's output stands for, as in the released demo
 PICTURE = "flow.png"
@@ -157,7 +156,7 @@ def load(checkpoint, *, device="cpu", backend="auto"):
     path = Path(checkpoint) / TASK
     if path.is_file() and (pixels := read_json(path).get("pixels")) != PIXELS:
         raise InputError(f"{path} has outputs in units of {pixels!r} pixels; allowed is {PIXELS:g}")
-    return models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
+    return trained_model(checkpoint, device, backend)
 
 
 def predict(model, first, second, **options) -> torch.Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..models.registry import InputError, read_tensors, require, write_atomically
+from ..models.registry import InputError, load, read_tensors, require, write_atomically
 from . import checkpoint
 from .data import batches, loader
 
@@ -236,6 +236,11 @@ def save_best(folder: Path, model) -> None:
 
 def load_best(folder: Path, model) -> None:
     model.load_state_dict(read_tensors(folder / BEST))
+
+
+def trained_model(folder, device, backend):
+    """The model of a finished training, ready to predict: in float32, whatever its folder has, as results are written."""
+    return load(folder, device=device, dtype=torch.float32, backend=backend).eval()
 
 
 def _precision(settings, device):

@@ -12,7 +12,7 @@ from .classification import TASK, learning_curve, num_classes, png
 from .data import derive_seed
 from .data.clips import READERS, Clips
 from .data.manifest import Labels
-from .loop import Task
+from .loop import Task, trained_model
 from .objective import Objective, clip_logits
 
 KINDS = {reader: kind for kind, reader in READERS.items()}
@@ -90,7 +90,7 @@ def predict(checkpoint, paths: dict, *, windows=4, device="cpu", backend="auto")
     for name in paths:
         if name not in readers:
             raise InputError(f"--input has the modality {name!r}; allowed are {', '.join(readers)}")
-    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
+    model = trained_model(checkpoint, device, backend)
     if (classes := num_classes(model.config)) != len(labels.names):
         raise InputError(f"{checkpoint} has {len(labels.names)} classes in {TASK} and {classes} in config.json")
     if isinstance(model, models.perceiver_io.PerceiverIO) and set(paths) != set(readers):

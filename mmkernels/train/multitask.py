@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from .. import models
 from ..models import ca_mtl, perceiver_io
 from ..models.registry import InputError, read_json, write_atomically
 from . import byte_text, text, tokenizer, uncertainty
 from .classification import CURVE, TASK
 from .data import derive_seed
 from .data.pairs import BySize, Candidates, Pair, Pairs, classes_of
-from .loop import Task, best_row, load_best, split_by, to_device
+from .loop import Task, best_row, load_best, split_by, to_device, trained_model
 
 SAMPLINGS = ("size", "uncertainty")
 ARGUMENTS = ("input_ids", "task_id", "attention_mask", "token_type_ids")
@@ -139,7 +138,7 @@ def predict(checkpoint, name: str | None, texts: list, *, device="cpu", backend=
     """
     checkpoint = Path(checkpoint)
     about = read_json(checkpoint / TASK).get("tasks")
-    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
+    model = trained_model(checkpoint, device, backend)
     of_bytes = isinstance(model, perceiver_io.PerceiverIO)
     names = list(model.output.heads) if of_bytes else model.config.tasks
     if not isinstance(about, dict) or not all(isinstance(about.get(n), dict) and "classes" in about[n] for n in names):

@@ -48,18 +48,18 @@ def predict(arguments) -> int:
     """Prints the class of every file of points."""
     import torch
 
-    from .. import models
     from ..models import InputError
     from ..models.registry import read_json
     from . import classification
     from .data import points
+    from .loop import trained_model
 
     if arguments.text or arguments.input or not arguments.images:
         raise InputError(f"this model classifies clouds of points: give files ending in {', '.join(points.EXTENSIONS)}")
     path = Path(arguments.checkpoint) / classification.TASK
     task = read_json(path)
     device = cli.device_of(arguments)
-    model = models.load(arguments.checkpoint, device=device, dtype=torch.float32, backend=arguments.backend).eval()
+    model = trained_model(arguments.checkpoint, device, arguments.backend)
     classes, count = task.get("classes"), task.get("points")
     if not isinstance(count, int) or not isinstance(classes, list) or len(classes) != model.config.output["num_classes"]:
         raise InputError(f"{path} does not describe a training on points of this model")

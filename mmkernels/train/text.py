@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from .. import models
 from ..models.registry import InputError, read_json, require, write_atomically
 from . import text_metrics, tokenizer
 from .classification import CURVE, TASK, draw_losses, png
 from .data import derive_seed
 from .data.text import Mixture, Texts, pad, rates
-from .loop import Task, best_row, load_best
+from .loop import Task, best_row, load_best, trained_model
 
 AVERAGE = "average"
 
@@ -236,7 +235,7 @@ def predict(checkpoint, texts: list, *, device="cpu", backend="auto", num_beams=
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint / TASK} does not describe a training of text: {error!r}") from error
     tokens = tokenizer.load(checkpoint)
-    model = models.load(checkpoint, device=device, dtype=torch.float32, backend=backend).eval()
+    model = trained_model(checkpoint, device, backend)
     if tokens.size > model.config.vocab_size:
         raise InputError(f"{checkpoint} has a tokenizer of {tokens.size} tokens and a model of {model.config.vocab_size}")
     found = []
