@@ -29,8 +29,8 @@ class Report(NamedTuple):
 
 def convert(model: nn.Module, filter_fn=None) -> Report:
     """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and of transformers the attentions of Perceiver
-    and of Idefics2's perceiver resampler, compute with fused ops, Perceiver's linear layers with `ops.linear` and the GELUs of
-    transformers with `ops.bias_gelu` where that was measured to be faster.
+    and of Idefics2's perceiver resampler, compute with fused ops. Where it was measured to be faster, the linear layers of
+    Perceiver and of models of `adapters` take `ops.linear` and the GELUs of transformers `ops.bias_gelu`.
 
     The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
     and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead
@@ -80,8 +80,8 @@ def _kind_of_module(module):
     if library == "adapters" and hasattr(module, "adapter_modules_name"):
         parts = [part for part in module.adapter_modules.values() if isinstance(part, nn.Module)] or [module]
         kinds = {type(part).__name__ for part in parts} if len(module.adapter_modules) else ()
-        if "LoRA" in kinds and type(module).__name__ == "LoRALinearTorch":
-            return "forward", LibraryLora, ""
+        if type(module).__name__ == "LoRALinearTorch" and (not kinds or "LoRA" in kinds):
+            return "forward", LibraryLora if kinds else LibraryLinear, ""
         other = "one matrix makes queries, keys and values" if "LoRA" in kinds else "ops.adapter does not compute that"
         return ("forward", None, f"it has {' and '.join(sorted(kinds))}: {other}") if kinds else None
     if library == "peft" and hasattr(module, "lora_A"):
@@ -97,13 +97,15 @@ def _kind_of_module(module):
 
 
 def _parts_of_transformers(model):
-    """(module, class of its replacement) of what is converted where it is a child of a module of transformers."""
+    """(module, class of its replacement) of what is converted where it is a child of a module of transformers, or of one that
+    `adapters` made of that."""
     for module in model.modules():
-        if type(module).__module__.startswith("transformers."):
-            perceiver = type(module).__name__.startswith("Perceiver")
+        library = type(module).__module__.partition(".")[0]
+        if library == "transformers" or (library == "adapters" and _of_transformers(module)):
+            fast = library == "adapters" or type(module).__name__.startswith("Perceiver")
             for child in module.children():
-                if perceiver and type(child) is nn.Linear:
-                    yield child, PerceiverLinear
+                if fast and type(child) is nn.Linear:
+                    yield child, PlainLinear
                 elif gelu_form(child) is not None and not isinstance(child, WithBackend):  # an AdapterHub's are fast
                     yield child, LibraryGelu
 
@@ -275,9 +277,14 @@ ATTENTIONS = {
 
 def _plain_attention(layer):
     """The class of transformers that the library's attention extends, where it is one of ATTENTIONS."""
-    bases = (c for c in type(layer).__mro__ if c.__module__.startswith("transformers.") and "forward" in vars(c))
-    plain = next(bases, None)
+    plain = _of_transformers(layer)
     return plain if plain is not None and plain.__name__ in ATTENTIONS else None
+
+
+def _of_transformers(module):
+    """The class of transformers whose `forward` a module has, or repeats; None for other modules."""
+    bases = (c for c in type(module).__mro__ if c.__module__.startswith("transformers.") and "forward" in vars(c))
+    return next(bases, None)
 
 
 class LibraryAttention:
@@ -317,12 +324,14 @@ class LibraryLora:
     def __call__(self, x):
         layer = self.layer
         setup = None if layer.merged else layer.get_active_setup()
-        wanted = None if setup is None else self._wanted(setup, x)
+        wanted = ([], [], None) if setup is None else self._wanted(setup, x)
         if wanted is None or not all(self._can(name, x) for name in wanted[0]):
             return self.original(layer, x)
         names, weights, index = wanted
         loras = [layer.loras[name] for name in names]
-        result = F.linear(x, layer.weight.T if layer.fan_in_fan_out else layer.weight, layer.bias)
+        result = linear(x, layer.weight.T if layer.fan_in_fan_out else layer.weight, layer.bias, "auto")
+        if not names:
+            return result
         scales = [lora.scaling * weight for lora, weight in zip(loras, weights, strict=True)]
         return _added(x, result, [lora.lora_A for lora in loras], [lora.lora_B for lora in loras], scales, index)
 
@@ -351,6 +360,10 @@ class LibraryLora:
         drops = lora.training and getattr(getattr(lora, "lora_dropout", None), "p", 0.0) > 0
         plain = type(lora).__name__ == "LoRA" and not (lora.use_gating or lora.use_dora or drops)
         return plain and lora.lora_A.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+class LibraryLinear(LibraryLora):  # adapters may be added later
+    """linear layer of `adapters` on ops.linear where that is faster"""
 
 
 class LoraLinear:
@@ -423,8 +436,8 @@ def _wide(x, result, downs, ups, scales, index):
     return result + F.linear(inner, torch.cat([u * s for u, s in zip(ups, scales, strict=True)], 1))
 
 
-class PerceiverLinear:
-    """linear layer of Perceiver on ops.linear where that is faster"""
+class PlainLinear:
+    """linear layer on ops.linear where that is faster"""
 
     def __init__(self, layer):
         self.layer = layer

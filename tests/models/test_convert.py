@@ -1,6 +1,7 @@
 """`mmkernels.convert` on live models of `adapters` and PEFT: the same outputs, gradients and state dict, fewer calls."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels
-from mmkernels import ops, testing
+from mmkernels import _library, ops, testing
 from mmkernels.modules import convert
 from mmkernels.modules.backend import own_gelu_is_faster
 
@@ -86,7 +87,7 @@ def test_adapters(preset):
     converted = copy.deepcopy(plain)
     before = {n: t.clone() for n, t in converted.state_dict().items()}
     report = mmkernels.convert(converted)
-    assert len(report.replaced) == 8 and not report.kept  # two places, the attention and the GELU of two layers
+    assert len(report.replaced) == 20 and not report.kept  # two places, attention, GELU, six linear layers; of two layers
     after = converted.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
     for name, setup in SETUPS.items():
@@ -182,6 +183,41 @@ def test_lora_of_adapters(options):
     check_same(plain, converted)
 
 
+GPT2 = dict(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("method", ["seq_bn", "lora"])
+@pytest.mark.parametrize("kind, options", [("Bert", BERT), ("GPT2", GPT2)])
+def test_linear_layers_where_ours_is_faster(kind, options, method, monkeypatch):
+    """With adapters, without, and with those that come later; GPT-2's weights lie the other way round."""
+    monkeypatch.setattr(_library, "SLOW_MKL", True)
+    monkeypatch.setattr(importlib.import_module("mmkernels.ops.linear.api"), "LEAST_ROWS", 1)
+    called, linear = [], ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *layer, backend: (called.append(layer[1]), linear(*layer, backend=backend))[1])
+    plain = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options))
+    adapters.init(plain)
+    everywhere = {} if method == "seq_bn" else dict(intermediate_lora=True, output_lora=True)
+    plain.add_adapter("a", config=adapters.AdapterConfig.load(method, **everywhere))
+    converted = copy.deepcopy(randomized(plain))
+    mmkernels.convert(converted)
+    for model in (plain, converted):
+        torch.manual_seed(6)
+        model.add_adapter("later", config=adapters.AdapterConfig.load("lora", r=2, intermediate_lora=True, output_lora=True))
+        randomized(model)
+    layers = [
+        m
+        for n, m in converted.named_modules()
+        if type(m).__name__ == "LoRALinearTorch" or n.endswith("attention.output.dense")
+    ]
+    for setup in (None, "a", "later"):
+        called.clear()
+        for model in (plain, converted):
+            model.set_active_adapters(setup)
+        check_same(plain, converted)
+        pointers = {weight.data_ptr() for weight in called}
+        assert layers and all(layer.weight.data_ptr() in pointers for layer in layers), setup
+
+
 def test_methods_of_adapters_that_stay():
     for config, options in (("lora", {"use_gating": True}), ("dora", {}), ("lora", {"dropout": 0.5})):
         plain = lora_model("a", config, **options).train("dropout" in options)
@@ -225,7 +261,9 @@ def test_attention_with_and_without_prefixes(kind, attention):
 def test_filter_and_wrong_model():
     model = library_model("double_seq_bn")
     report = mmkernels.convert(model, lambda name, module: "layer.0" in name)
-    names = "attention.self", "attention.output", "intermediate.intermediate_act_fn", "output"
+    names = ["attention.self", "attention.output", "intermediate.intermediate_act_fn", "output"]
+    names += [f"attention.self.{name}" for name in ("query", "key", "value")]
+    names += [f"{name}.dense" for name in ("attention.output", "intermediate", "output")]
     assert set(report.replaced) == {f"encoder.layer.0.{name}" for name in names}
     with pytest.raises(TypeError, match="model is a dict"):
         mmkernels.convert({})

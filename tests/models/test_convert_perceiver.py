@@ -68,7 +68,7 @@ def test_outputs_and_gradients(kind):
     plain, converted, report = pair(kind)
     blocks = 3 if kind == "PerceiverModel" else 4  # the cross-attention, two self-attentions, the decoder
     linears = {name for name, module in plain.named_modules() if type(module) is torch.nn.Linear}
-    assert {n for n, what in report.replaced.items() if what == convert.PerceiverLinear.__doc__} == linears
+    assert {n for n, what in report.replaced.items() if what == convert.PlainLinear.__doc__} == linears
     gelus = {name for name, module in plain.named_modules() if type(module).__name__ == "GELUActivation"}
     assert {n for n, what in report.replaced.items() if what == convert.LibraryGelu.__doc__} == gelus and len(gelus) == blocks
     attentions = report.replaced.keys() - linears - gelus
