@@ -29,20 +29,20 @@ class Report(NamedTuple):
 
 def convert(model: nn.Module, filter_fn=None) -> Report:
     """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and of transformers the attentions of Perceiver
-    and of Idefics2's perceiver resampler, compute with fused ops. Where it was measured to be faster, the linear layers of
-    Perceiver and of models of `adapters` take `ops.linear` and the GELUs of transformers `ops.bias_gelu`.
+    and of Idefics2's perceiver resampler, compute with fused ops. Where it was measured to be faster, linear layers and GELUs of
+    the models of transformers take `ops.linear` and `ops.bias_gelu`.
 
     The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
     and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead
     of a loop over the adapters.
 
     Args:
-        model: with bottleneck adapters or LoRA layers (`adapters.init(model)`, `peft.get_peft_model`), a Perceiver of
-            transformers, or an `Idefics2PerceiverResampler`, by itself or in a model, whose attention then never joins context
-            and latents. What a call cannot do (gating scores, fusion attentions or attention probabilities asked for, head
-            masks, DoRA, merged weights, dropout of a LoRA layer in training, a Stack of several LoRA layers, ...) the library
-            goes on computing; and everything of other methods, (IA)³ and prefixes. The attention of BERT and RoBERTa models of
-            `adapters` is transformers' own where nothing stands in it.
+        model: of transformers, as it is or with bottleneck adapters or LoRA layers (`adapters.init(model)`,
+            `peft.get_peft_model`); a Perceiver, or an `Idefics2PerceiverResampler`, by itself or in a model, whose attention then
+            never joins context and latents. What a call cannot do (gating scores, fusion attentions or attention probabilities
+            asked for, head masks, DoRA, merged weights, dropout of a LoRA layer in training, a Stack of several LoRA layers, ...)
+            the library goes on computing; and everything of other methods, (IA)³ and prefixes. The attention of BERT and RoBERTa
+            models of `adapters` is transformers' own where nothing stands in it.
         filter_fn: (name, module) -> whether to convert it; default all.
 
     Returns:
@@ -102,9 +102,8 @@ def _parts_of_transformers(model):
     for module in model.modules():
         library = type(module).__module__.partition(".")[0]
         if library == "transformers" or (library == "adapters" and _of_transformers(module)):
-            fast = library == "adapters" or type(module).__name__.startswith("Perceiver")
             for child in module.children():
-                if fast and type(child) is nn.Linear:
+                if type(child) is nn.Linear:
                     yield child, PlainLinear
                 elif gelu_form(child) is not None and not isinstance(child, WithBackend):  # an AdapterHub's are fast
                     yield child, LibraryGelu
@@ -380,7 +379,7 @@ class LoraLinear:
         known = [name for name in wanted if name in layer.lora_A]
         if args or options or layer.disable_adapters or layer.merged or not self._can(known, x):
             return self.original(layer, x, *args, **kwargs)
-        result = layer.base_layer(x)
+        result = self._base(x)
         if not known:
             return result
         downs = [layer.lora_A[name].weight for name in known]
@@ -393,6 +392,12 @@ class LoraLinear:
             places = {name: number for number, name in enumerate(known)}
             index = composition.numbers_of(tuple(places.get(name, -1) for name in names), x.device)
         return _added(x, result, downs, ups, scales, index)
+
+    def _base(self, x):
+        base = self.layer.base_layer
+        hooked = base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
+        plain = type(base) is nn.Linear and not hooked
+        return linear(x, base.weight, base.bias, "auto") if plain else base(x)
 
     def _can(self, names, x):
         layer = self.layer

@@ -1,5 +1,6 @@
 """`mmkernels.convert` on live models of `adapters` and PEFT: the same outputs, gradients and state dict, fewer calls."""
 
+import collections
 import copy
 import importlib
 
@@ -87,7 +88,8 @@ def test_adapters(preset):
     converted = copy.deepcopy(plain)
     before = {n: t.clone() for n, t in converted.state_dict().items()}
     report = mmkernels.convert(converted)
-    assert len(report.replaced) == 20 and not report.kept  # two places, attention, GELU, six linear layers; of two layers
+    # Of two layers two places, the attention, the GELU and six linear layers; and the pooler.
+    assert len(report.replaced) == 21 and not report.kept
     after = converted.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
     for name, setup in SETUPS.items():
@@ -285,10 +287,34 @@ def test_lora_of_peft(active):
     converted = copy.deepcopy(plain)
     names = list(converted.state_dict())
     report = mmkernels.convert(converted)
-    assert len(report.replaced) == 8 and list(converted.state_dict()) == names
+    found = collections.Counter(report.replaced.values())
+    assert found == {convert.LoraLinear.__doc__: 6, convert.LibraryGelu.__doc__: 2, convert.PlainLinear.__doc__: 7}
+    assert list(converted.state_dict()) == names
     for model in (plain, converted):
         model.base_model.set_adapter(active)
     check_same(plain, converted)
+
+
+def test_linear_layers_around_those_of_peft(monkeypatch):
+    monkeypatch.setattr(_library, "SLOW_MKL", True)
+    monkeypatch.setattr(importlib.import_module("mmkernels.ops.linear.api"), "LEAST_ROWS", 1)
+    called, linear = [], ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *layer, backend: (called.append(layer[1]), linear(*layer, backend=backend))[1])
+    plain = peft_model()
+    converted = copy.deepcopy(plain)
+    mmkernels.convert(converted)
+    check_same(plain, converted)
+    own = [
+        m.weight for n, m in converted.named_modules() if type(m) is torch.nn.Linear and "lora" not in n and "pooler" not in n
+    ]
+    assert len(own) == 12 and all(any(weight is w for w in called) for weight in own)
+    seen = []
+    hook = converted.base_model.model.encoder.layer[0].attention.self.query.base_layer.register_forward_hook(
+        lambda *_: seen.append(1)
+    )
+    check_same(plain, converted)
+    assert seen
+    hook.remove()
 
 
 def test_mixed_batches_of_peft():
@@ -327,7 +353,7 @@ def test_gelus_of_transformers(kind, monkeypatch):
     plain = transformers.models.bert.modeling_bert.BertIntermediate(transformers.BertConfig(**BERT | {"hidden_act": kind}))
     converted = copy.deepcopy(plain)
     report = mmkernels.convert(converted)
-    assert report.replaced == {"intermediate_act_fn": convert.LibraryGelu.__doc__} and not report.kept
+    assert report.replaced.pop("intermediate_act_fn") == convert.LibraryGelu.__doc__ and not report.kept
     plain, converted = plain.intermediate_act_fn, converted.intermediate_act_fn
     x = 4 * torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(6))
     exact, eager, ours = (

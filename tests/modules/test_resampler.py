@@ -227,12 +227,13 @@ def test_convert_idefics2(rows):
     model = nn.ModuleDict({"connector": copy.deepcopy(theirs)})
     names = list(model.state_dict())
     report = mmkernels.convert(model)
-    assert report.replaced == {"connector": "perceiver resampler of Idefics2 on ops.attention"}
+    assert report.replaced.pop("connector") == "perceiver resampler of Idefics2 on ops.attention"
+    assert set(report.replaced.values()) == {"linear layer on ops.linear where that is faster"}
     assert list(model.state_dict()) == names
     x, mask = context(2, rows, 48), torch.arange(rows) < torch.tensor([[rows - 3], [rows]])
     expected, actual = (results(module, [x], mask.long()) for module in (theirs, model["connector"]))
     check_all(actual, expected, lambda t: t, 1e-5)
-    assert mmkernels.convert(model).kept == {"connector": "it is converted already"}
+    assert set(mmkernels.convert(model).kept.values()) == {"it is converted already"}
 
 
 class Seen(TorchDispatchMode):
