@@ -29,8 +29,8 @@ class Report(NamedTuple):
 
 def convert(model: nn.Module, filter_fn=None) -> Report:
     """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and of transformers the attentions of Perceiver
-    and of Idefics2's perceiver resampler, compute with fused ops. Where it was measured to be faster, linear layers and GELUs of
-    the models of transformers take `ops.linear` and `ops.bias_gelu`.
+    and of Idefics2's perceiver resampler, compute with fused ops. Where it was measured to be faster, linear layers and GELUs
+    of the models of transformers take `ops.linear` and `ops.bias_gelu`.
 
     The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
     and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead
@@ -38,11 +38,11 @@ def convert(model: nn.Module, filter_fn=None) -> Report:
 
     Args:
         model: of transformers, as it is or with bottleneck adapters or LoRA layers (`adapters.init(model)`,
-            `peft.get_peft_model`); a Perceiver, or an `Idefics2PerceiverResampler`, by itself or in a model, whose attention then
-            never joins context and latents. What a call cannot do (gating scores, fusion attentions or attention probabilities
-            asked for, head masks, DoRA, merged weights, dropout of a LoRA layer in training, a Stack of several LoRA layers, ...)
-            the library goes on computing; and everything of other methods, (IA)³ and prefixes. The attention of BERT and RoBERTa
-            models of `adapters` is transformers' own where nothing stands in it.
+            `peft.get_peft_model`); a Perceiver, or an `Idefics2PerceiverResampler`, by itself or in a model, whose attention
+            then never joins context and latents. What a call cannot do (gating scores, fusion attentions or attention
+            probabilities asked for, head masks, DoRA, merged weights, dropout of a LoRA layer in training, a Stack of several
+            LoRA layers, ...) the library goes on computing; and everything of other methods, (IA)³ and prefixes. The attention
+            of BERT and RoBERTa models of `adapters` is transformers' own where nothing stands in it.
         filter_fn: (name, module) -> whether to convert it; default all.
 
     Returns:
