@@ -396,7 +396,7 @@ class LoraLinear:
     def _base(self, x):
         base = self.layer.base_layer
         hooked = base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
-        plain = type(base) is nn.Linear and not hooked
+        plain = type(base) is nn.Linear and "forward" not in vars(base) and not hooked
         return linear(x, base.weight, base.bias, "auto") if plain else base(x)
 
     def _can(self, names, x):
