@@ -73,7 +73,7 @@ struct KeyBlock {
 struct Attention;
 // `space` holds key_space floats and stays untouched until the block's gradient is stored.
 using LoadKeys = void(const Attention&, int64_t batch, int64_t head, KeyBlock&, float* space);
-// dk and dv: (count, padded_row(D or E)); the same array when k and v are one.
+// dk and dv: (count, padded_row(D or E)); the same array when k and v are one, null where the block is_raw().
 using StoreKeyGradients = void(const Attention&, int64_t batch, int64_t head, const KeyBlock&, const float* space,
                                float* dk, float* dv);
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import ops
+from .. import _library, ops
 from . import composition, resampler
 from .adapter import Adapter, AdapterBank, AdapterConfig, AdapterFusion, FusionConfig, kind_of
 from .backend import WithBackend, gelu, gelu_form, linear, split_heads
@@ -30,7 +30,8 @@ class Report(NamedTuple):
 def convert(model: nn.Module, filter_fn=None) -> Report:
     """Makes the adapters and LoRA layers of the libraries `adapters` and PEFT, and of transformers the attentions of Perceiver
     and of Idefics2's perceiver resampler, compute with fused ops. Where it was measured to be faster, linear layers and GELUs
-    of the models of transformers take `ops.linear` and `ops.bias_gelu`.
+    of the models of transformers take `ops.linear` and `ops.bias_gelu`; where this machine's library multiplies as fast, only
+    Perceiver's linear layers are replaced.
 
     The model stays the same object with the same state dict and outputs, up to rounding; adapters can be added, trained, saved
     and deleted as before. Rows of several adapters (BatchSplit, MultiTask, Parallel; `adapter_names`) run in one call instead
@@ -80,8 +81,11 @@ def _kind_of_module(module):
     if library == "adapters" and hasattr(module, "adapter_modules_name"):
         parts = [part for part in module.adapter_modules.values() if isinstance(part, nn.Module)] or [module]
         kinds = {type(part).__name__ for part in parts} if len(module.adapter_modules) else ()
-        if type(module).__name__ == "LoRALinearTorch" and (not kinds or "LoRA" in kinds):
-            return "forward", LibraryLora if kinds else LibraryLinear, ""
+        if type(module).__name__ == "LoRALinearTorch":
+            if "LoRA" in kinds:
+                return "forward", LibraryLora, ""
+            if not kinds and _library.SLOW_MKL:
+                return "forward", LibraryLinear, ""
         other = "one matrix makes queries, keys and values" if "LoRA" in kinds else "ops.adapter does not compute that"
         return ("forward", None, f"it has {' and '.join(sorted(kinds))}: {other}") if kinds else None
     if library == "peft" and hasattr(module, "lora_A"):
@@ -102,8 +106,9 @@ def _parts_of_transformers(model):
     for module in model.modules():
         library = type(module).__module__.partition(".")[0]
         if library == "transformers" or (library == "adapters" and _of_transformers(module)):
+            fast = _library.SLOW_MKL or type(module).__name__.startswith("Perceiver")
             for child in module.children():
-                if type(child) is nn.Linear:
+                if fast and type(child) is nn.Linear:
                     yield child, PlainLinear
                 elif gelu_form(child) is not None and not isinstance(child, WithBackend):  # an AdapterHub's are fast
                     yield child, LibraryGelu
