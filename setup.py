@@ -137,6 +137,25 @@ def cuda_archs() -> tuple:
     return archs, left_out
 
 
+def cuda_targets(file: str, archs) -> str:
+    """nvcc's flags for the GPUs of `archs`, and for newer ones.
+
+    PTX takes as long to make as a GPU's machine code, so that of the oldest GPU serves all. Kernels for clusters need that of
+    9.0 at least, and Hopper's have instructions of sm_90a.
+    """
+    numbers = {arch: int(re.match(r"\d+", arch)[0]) for arch in archs}
+
+    def oldest(number):
+        return min(n for n in numbers.values() if "_cluster_" not in file or (n >= 90) == (number >= 90))
+
+    targets = []
+    for arch, number in numbers.items():
+        ptx = arch if "_hopper_" in file and number == 90 else oldest(number)
+        targets.append(f"-gencode arch=compute_{ptx},code=sm_{arch}")
+    ptx = oldest(max(numbers.values()))
+    return " ".join([*targets, f"-gencode arch=compute_{ptx},code=compute_{ptx}"])
+
+
 def sources(*patterns) -> list:
     return sorted({str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)})
 
@@ -222,14 +241,12 @@ def plan_cuda(graph):
     if not release or version_tuple(release[1]) < OLDEST_NVCC:
         raise Unavailable(f"nvcc {release[1] if release else 'of unknown version'} is older than 12.0")
     cuda, (archs, left_out) = cuda_home(), cuda_archs()
-    newest = max((re.match(r"\d+", arch)[0] for arch in archs), key=int)
-    targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    targets.append(f"-gencode arch=compute_{newest},code=compute_{newest}")  # PTX, for GPUs newer than this build
     graph.rule(
         "nvcc", f"{quote(nvcc())} -ccbin {shlex.split(compiler())[-1]} $flags -MD -MF $out.d -c $in -o $out", depfile=True
     )
-    kernels = f"-std=c++20 -O3 -Icsrc -Xcompiler -fPIC,-fvisibility=hidden {' '.join(targets)}"
-    objects = graph.objects(sources("csrc/*/*_cuda.cu"), kernels, rule="nvcc")
+    flags, objects = "-std=c++20 -O3 -Icsrc -Xcompiler -fPIC,-fvisibility=hidden", []
+    for file in sources("csrc/*/*_cuda.cu"):
+        objects += graph.objects([file], f"{flags} {cuda_targets(file, archs)}", rule="nvcc")
     bindings = f"{torch_flags()} -O2 -DUSE_CUDA -isystem {quote(cuda / 'include')}"
     objects += graph.objects(sources("csrc/*/*_cuda.cpp"), bindings)
     folder, stubs = torch_folder() / "lib", []
@@ -246,7 +263,8 @@ def plan_cuda(graph):
         f"-L{quote(cuda / 'lib64')} -lcudart_static -ldl -lrt -lpthread",
         implicit=stubs,
     )
-    facts = {"compiler": f"nvcc {release[1]}", "archs": [f"sm_{arch}" for arch in archs], "ptx": f"compute_{newest}"}
+    facts = {"compiler": f"nvcc {release[1]}", "archs": [f"sm_{arch}" for arch in archs]}
+    facts["ptx"] = re.search(r"code=(compute_\d+)", cuda_targets("", archs))[1]
     return facts | ({"left_out": left_out} if left_out else {})
 
 

@@ -35,7 +35,6 @@ LIMITS = {
     90: {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 228 * 1024, "block_shared": 227 * 1024},
     100: {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 228 * 1024, "block_shared": 227 * 1024},
 }
-NVCC_TARGETS = {80: "80", 90: "90a", 100: "100"}
 # Tensor cores, asynchronous copies, loads for the tensor cores, and what spilling and arrays in local memory cost.
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDTM", "FFMA", "MUFU", "USETMAXREG", "LDL", "STL")
 TENSOR = ("HGMMA", "UTCHMMA", "HMMA")
@@ -211,8 +210,9 @@ def _nvcc() -> str | None:
 
 def _source_results(nvcc: str, source: str, arch: int, digest: str) -> list:
     """Kernels of one CUDA file, compiled as setup.py does."""
-    target = NVCC_TARGETS[arch]
-    command = [nvcc, "-std=c++20", "-O3", f"-I{CSRC}", "-cubin", "-gencode", f"arch=compute_{target},code=sm_{target}"]
+    target = "90a" if arch == 90 else str(arch)
+    ptx = target if "_hopper_" in source and arch == 90 else "90" if "_cluster_" in source and arch > 80 else "80"
+    command = [nvcc, "-std=c++20", "-O3", f"-I{CSRC}", "-cubin", "-gencode", f"arch=compute_{ptx},code=sm_{target}"]
 
     def compile():
         with tempfile.TemporaryDirectory() as folder:
@@ -224,7 +224,7 @@ def _source_results(nvcc: str, source: str, arch: int, digest: str) -> list:
             return _cuda_results(cubin, arch)
 
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    return _cached(compile, version, source, target, digest)
+    return _cached(compile, version, source, *command[-1:], digest)
 
 
 def _library_results(library: str, arch: int) -> list:

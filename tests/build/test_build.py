@@ -85,7 +85,7 @@ def fake_cuda(tree, compile):
     return str(home)
 
 
-COMPILES = 'for last; do :; done; touch "$last.d"; exec c++ -x c++ -fPIC -c csrc/one/one_cuda.cu -o "$last"'
+COMPILES = 'while [ $# -gt 3 ]; do shift; done; touch "$3.d"; exec c++ -x c++ -fPIC -c "$1" -o "$3"'
 FAILS = "echo 'one_cuda.cu(1): error: no such thing' >&2; exit 2"
 
 
@@ -168,13 +168,18 @@ def test_the_python_package_alone_is_one_line(tree):
 
 
 def test_cuda_library_for_the_architectures_that_nvcc_knows(tree):
+    for kind in ("hopper", "cluster"):
+        (tree / f"csrc/one/one_{kind}_cuda.cu").write_text(f"int {kind} = 1;\n")
     facts = built(tree, MMKERNELS_BUILD_CPU="0", CUDA_HOME=fake_cuda(tree, COMPILES))["cuda"]
     assert facts["built"] and facts["compiler"] == "nvcc 12.4"
-    assert facts["archs"] == ["sm_80", "sm_90a"] and facts["ptx"] == "compute_90"
-    assert facts["left_out"] == {"sm_100a": "this nvcc does not know it"}
+    assert facts["archs"] == ["sm_80", "sm_90a"] and facts["ptx"] == "compute_80"
+    assert facts["left_out"] == {"sm_100": "this nvcc does not know it"}
     assert (tree / "mmkernels/_C_cuda.so").is_file()
-    flags = (tree / "build/native/cuda/build.ninja").read_text()
-    assert "arch=compute_90a,code=sm_90a" in flags and "arch=compute_90,code=compute_90" in flags
+    steps = (tree / "build/native/cuda/build.ninja").read_text().split("\nbuild ")
+    for name, for_90, for_newer in (("one", 80, 80), ("one_hopper", "90a", 80), ("one_cluster", 90, 90)):
+        (step,) = (text for text in steps if f" nvcc csrc/one/{name}_cuda.cu" in text)
+        targets = [text.split()[0] for text in step.split("-gencode arch=compute_")[1:]]
+        assert targets == ["80,code=sm_80", f"{for_90},code=sm_90a", f"{for_newer},code=compute_{for_newer}"]
 
 
 def test_chosen_architectures(tree):

@@ -14,8 +14,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.slow
-
 
 def run(*command, cwd, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
