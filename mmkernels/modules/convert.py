@@ -1,6 +1,7 @@
 """`mmkernels.convert`: live models of `adapters`, PEFT and transformers compute with the ops of this package, in place."""
 
 import dataclasses
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -461,22 +462,23 @@ class PerceiverAttention:
 
     def __init__(self, layer):
         self.layer, self.original, self.view = layer, type(layer).forward, None
+        self.names = tuple(inspect.signature(self.original).parameters)[1:]  # `head_mask` only before transformers 5
         if isinstance(layer.self.layernorm2, nn.LayerNorm) and self._plain():
             self._view()
 
-    def __call__(
-        self, hidden_states, attention_mask=None, head_mask=None, inputs=None, inputs_mask=None, output_attentions=False
-    ):
+    def __call__(self, *args, **kwargs):
         layer, inner = self.layer, self.layer.self
-        mask = attention_mask if inputs is None else inputs_mask
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        hidden_states, inputs = given["hidden_states"], given.get("inputs")
+        mask = given.get("attention_mask" if inputs is None else "inputs_mask")
         out = None
-        if head_mask is None and not output_attentions and self._plain():
+        if given.get("head_mask") is None and not given.get("output_attentions") and self._plain():
             if inputs is None or (inner.training and inner.dropout.p > 0):
                 out = self._projected(hidden_states, inputs, mask)
             else:
                 out = self._cross(hidden_states, inputs, mask)
         if out is None:
-            return self.original(layer, hidden_states, attention_mask, head_mask, inputs, inputs_mask, output_attentions)
+            return self.original(layer, *args, **kwargs)
         return (out + hidden_states if layer.use_query_residual else out,)
 
     def _plain(self):

@@ -147,9 +147,11 @@ def fit(model, task: Task, settings: Settings, folder: Path, *, device="cpu", sa
     """
     tqdm = require("tqdm", "train").tqdm
     optimizer = make_optimizer(model, settings)
+    config = model.config
     identity = {
         "settings": dataclasses.asdict(settings),
-        "model": dataclasses.asdict(model.config) if dataclasses.is_dataclass(model.config) else model.config.to_dict(),
+        # transformers' configs, which became dataclasses in release 5, hold what JSON has not.
+        "model": json.loads(config.to_json_string(False)) if hasattr(config, "to_json_string") else dataclasses.asdict(config),
         "data": task.fingerprint,
     }
     if frozen := checkpoint.frozen_parameters(model):
