@@ -178,9 +178,7 @@ class Parts {
       const int64_t begin = call.begins[g], rows = call.begins[g + 1] - begin;
       first.push_back(static_cast<int64_t>(parts.size()));
       if (rows == 0) continue;
-      // Almost even, of whole tiles of any instruction set.
-      const int64_t step = std::min(round_up(ceil_div(rows, ceil_div(rows, size)), 12), size);
-      const int64_t adapter = g < call.adapters ? g : -1;
+      const int64_t step = ceil_div(rows, ceil_div(rows, size)), adapter = g < call.adapters ? g : -1;
       for (int64_t i = 0; i < rows; i += step)
         parts.push_back({begin + i, begin + std::min(i + step, rows), adapter, nullptr, nullptr});
       if (adapter >= 0) used.push_back(g);
