@@ -263,8 +263,8 @@ def plan_cuda(graph):
         f"-L{quote(cuda / 'lib64')} -lcudart_static -ldl -lrt -lpthread",
         implicit=stubs,
     )
-    facts = {"compiler": f"nvcc {release[1]}", "archs": [f"sm_{arch}" for arch in archs]}
-    facts["ptx"] = re.search(r"code=(compute_\d+)", cuda_targets("", archs))[1]
+    oldest = min((re.match(r"\d+", arch)[0] for arch in archs), key=int)
+    facts = {"compiler": f"nvcc {release[1]}", "archs": [f"sm_{arch}" for arch in archs], "ptx": f"compute_{oldest}"}
     return facts | ({"left_out": left_out} if left_out else {})
 
 

@@ -210,8 +210,8 @@ def _nvcc() -> str | None:
 
 def _source_results(nvcc: str, source: str, arch: int, digest: str) -> list:
     """Kernels of one CUDA file, compiled as setup.py does."""
-    target = "90a" if arch == 90 else str(arch)
-    ptx = target if "_hopper_" in source and arch == 90 else "90" if "_cluster_" in source and arch > 80 else "80"
+    file, target = Path(source).name, "90a" if arch == 90 else str(arch)
+    ptx = target if "_hopper_" in file and arch == 90 else "90" if "_cluster_" in file and arch >= 90 else "80"
     command = [nvcc, "-std=c++20", "-O3", f"-I{CSRC}", "-cubin", "-gencode", f"arch=compute_{ptx},code=sm_{target}"]
 
     def compile():
@@ -224,7 +224,7 @@ def _source_results(nvcc: str, source: str, arch: int, digest: str) -> list:
             return _cuda_results(cubin, arch)
 
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    return _cached(compile, version, source, *command[-1:], digest)
+    return _cached(compile, version, source, command[-1], digest)
 
 
 def _library_results(library: str, arch: int) -> list:

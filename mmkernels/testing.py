@@ -445,7 +445,7 @@ def fix_triton_interpreter() -> None:
         return launch(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, launched
-    # Small tensors never have the integers whose sums it looks after, in a quarter of the time.
+    # The check of integers' sums for overflow, a quarter of the time, is for sizes that nobody interprets.
     interpreter.interpreter_builder.options = dataclasses.replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
