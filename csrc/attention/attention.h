@@ -106,6 +106,7 @@ struct Attention {
   Joined dout;                                                // (B,H,N,E)
   const float* dlse = nullptr;                                // (B,H,N)
   Joined dq;                                                  // (B,H,N,D)
+  bool all_keys = false;                                      // that lse is of; else these may be some of them
   bool dq_shared = false;                                     // summed over the batch
   StoreKeyGradients* store_key_gradients = nullptr;           // null: not wanted
   bool one_key_gradient = false;                              // k and v are one array, dk and dv too

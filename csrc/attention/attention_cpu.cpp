@@ -235,6 +235,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 // What depends on the lengths, once those are known.
 void set_keys_in_memory(Attention& a) {
+  a.all_keys = true;
   a.load_keys = attention_kernels().load_keys;
   a.key_space = kBlockKeys * (padded_row(a.qk_dim) + padded_row(a.v_dim));
 }

@@ -567,8 +567,47 @@ bool few_queries_backward(const Attention& a) {
   return few_queries(a) && a.dbias.data == nullptr && a.dbias_blocks == nullptr;
 }
 
+// The state of a part in the general form: dQ^T, and what centres it. The scores' gradients of a row add up to its
+// dlse, but for the error of delta, and that reaches dQ times what all keys have in common.
+struct QueryState {
+  float *dq, *row_sums, *key_sums, *key_count;  // panels of (D, kPanel), (rows), (padded_row(D)), one number
+
+  QueryState(const Attention& a, float* state, int64_t rows) : dq(state) {
+    row_sums = dq + panels(rows) * kPanel * a.qk_dim;
+    key_sums = row_sums + panels(rows) * kPanel;
+    key_count = key_sums + padded_row(a.qk_dim);
+  }
+  static int64_t floats(const Attention& a, int64_t rows) {
+    return panels(rows) * kPanel * (a.qk_dim + 1) + padded_row(a.qk_dim) + 1;
+  }
+
+  void add_keys(const Attention& a, const KeyBlock& block) {
+    for (int64_t i = 0; i < block.count; ++i)
+      for (int64_t d = 0; d < a.qk_dim; d += kWidth)
+        store(key_sums + d, load(key_sums + d) + load(block.k + i * block.k_row + d));
+    *key_count += static_cast<float>(block.count);
+  }
+
+  // Takes the mean key off as often as the rows' sums are too large.
+  void centre(const Attention& a, const Part& part) {
+    if (*key_count == 0.0f) return;
+    const int64_t rows = part.row_end - part.row_begin;
+    const int64_t first = (part.batch * a.heads + part.head) * a.queries + part.row_begin;
+    for (int64_t r = 0; a.dlse != nullptr && r < rows; ++r)
+      if (a.lse[first + r] != -kInfinity) row_sums[r] -= a.dlse[first + r];
+    for (int64_t r = 0; r < rows; r += kPanel)
+      for (int64_t d = 0; d < a.qk_dim; ++d)
+        for (int64_t l = 0; l < kPanel; l += kWidth) {
+          float* to = dq + r * a.qk_dim + d * kPanel + l;
+          store(to, load(to) - load(row_sums + r + l) * (key_sums[d] / *key_count));
+        }
+  }
+};
+
+bool is_centred(const Attention& a) { return a.wants_queries() && a.all_keys; }
+
 int64_t backward_state(const Attention& a, int64_t rows) {
-  return few_queries_backward(a) ? kFew * padded_row(a.qk_dim) : few_keys(a) ? 0 : panels(rows) * kPanel * a.qk_dim;
+  return few_queries_backward(a) ? kFew * padded_row(a.qk_dim) : few_keys(a) ? 0 : QueryState::floats(a, rows);
 }
 
 int64_t backward_space(const Attention& a, int64_t rows) {
@@ -615,12 +654,13 @@ void row_statistics(const Attention& a, const Part& part, float* lse, float* del
   }
 }
 
-// scores -> (dropped) weights, dweights -> dS, both (count, ld).
+// scores -> (dropped) weights, dweights -> dS, both (count, ld); dS is added to `row_sums` where that is wanted.
 template <int kVecs>
 void softmax_gradient(const Attention& a, const KeyBlock& block, float* scores, float* dweights, int64_t ld,
-                      const float* lse, const float* delta, const PanelDropout* drop) {
+                      const float* lse, const float* delta, const PanelDropout* drop, float* row_sums) {
   for (int v = 0; v < kVecs; ++v) {
     const Vec row_lse = load(lse + v * kWidth), row_delta = load(delta + v * kWidth);
+    Vec total{};
     for (int64_t i = 0; i < block.count; ++i) {
       float* s = scores + i * ld + v * kWidth;
       float* d = dweights + i * ld + v * kWidth;
@@ -631,9 +671,12 @@ void softmax_gradient(const Attention& a, const KeyBlock& block, float* scores, 
         kept *= keep;
         dkept *= keep;
       }
+      const Vec ds = weight * (dkept - row_delta);
+      total += ds;
       store(s, kept);
-      store(d, weight * (dkept - row_delta));
+      store(d, ds);
     }
+    if (row_sums != nullptr) store(row_sums + v * kWidth, load(row_sums + v * kWidth) + total);
   }
 }
 
@@ -805,12 +848,15 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
   float* own_key_state = carver.take(kBlockKeys * (k_ld + v_ld));
   float* key_space = carver.take(a.key_space);
   row_statistics(a, part, lse, delta, row_pairs);
+  QueryState queries(a, state, rows);
+  const bool centred = is_centred(a);
   bool packed = false;
   KeyBlock block;
   for (block.begin = part.key_begin; block.begin < part.key_end; block.begin += kBlockKeys) {
     block.end = smaller(block.begin + kBlockKeys, part.key_end);
     const bool visible = find_visible(a, part.batch, block);
     if (visible) a.load_keys(a, part.batch, part.head, block, key_space);
+    if (visible && centred) queries.add_keys(a, block);
     float* dk = key_state == nullptr ? own_key_state : key_state + block.begin * (k_ld + v_ld);
     float* dv = a.one_key_gradient ? dk : dk + kBlockKeys * k_ld;
     if (a.store_key_gradients && key_state == nullptr && (a.one_key_gradient || rows == 0 || !visible))
@@ -825,6 +871,7 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
                   chunk_rows, a.v_dim, false);
       for (int64_t r = 0; r < chunk_rows; r += kPanel) {
         const int64_t row = begin + r, lanes = smaller(kPanel, chunk_rows - r);
+        float* sums = centred ? queries.row_sums + row : nullptr;
         if (a.bias.data != nullptr) {
           load_bias(a, part, block, part.row_begin + row, lanes, bias);
           for (int64_t i = 0; i < block.count; ++i)
@@ -837,11 +884,11 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
           add_block_bias(a, part, block, part.row_begin + row, lanes, scores + r, kChunkRow, 1);
         if (a.dropout) {
           const PanelDropout drop(a, part, part.row_begin + row);
-          softmax_gradient<2>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, &drop);
+          softmax_gradient<2>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, &drop, sums);
         } else if (lanes > kWidth) {
-          softmax_gradient<2>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, nullptr);
+          softmax_gradient<2>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, nullptr, sums);
         } else {
-          softmax_gradient<1>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, nullptr);
+          softmax_gradient<1>(a, block, scores + r, dscores + r, kChunkRow, lse + row, delta + row, nullptr, sums);
         }
         if (a.dbias.data != nullptr)
           add_bias_gradient(a, part, block, part.row_begin + row, lanes, dscores + r, kChunkRow, transposed);
@@ -852,9 +899,9 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
         }
       }
       if (a.wants_queries())
-        gemm<true>(
-            {block.k, block.k_row, dscores, kChunkRow, kPanel, state + begin * a.qk_dim, kPanel, kPanel * a.qk_dim},
-            a.qk_dim, chunk_rows, block.count, true);
+        gemm<true>({block.k, block.k_row, dscores, kChunkRow, kPanel, queries.dq + begin * a.qk_dim, kPanel,
+                    kPanel * a.qk_dim},
+                   a.qk_dim, chunk_rows, block.count, true);
       if (a.store_key_gradients) {
         const bool add_to = key_state != nullptr || a.one_key_gradient || begin > 0;
         gemm<false>({scores, kChunkRow, chunk.dout_rows, v_ld, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim,
@@ -882,9 +929,10 @@ void finish_queries(const Attention& a, const Part& part, float* states, int64_t
     for (int64_t i = 0; i < kFew * ld; ++i) states[i] *= a.scale;
     return store_rows(a.dq, part, part.row_begin, rows, a.qk_dim, states, ld);
   }
+  for (int64_t c = 1; c < count; ++c) add(states, states + c * stride, QueryState::floats(a, rows));
+  if (is_centred(a)) QueryState(a, states, rows).centre(a, part);
   for (int64_t row = 0; row < rows; row += kPanel) {
     float* s = states + row * a.qk_dim;
-    for (int64_t c = 1; c < count; ++c) add(s, s + c * stride, a.qk_dim * kPanel);
     for (int64_t i = 0; i < a.qk_dim * kPanel; ++i) s[i] *= a.scale;
     store_panel(a.dq, part, part.row_begin + row, smaller(kPanel, rows - row), a.qk_dim, s);
   }
