@@ -16,12 +16,13 @@ constexpr int kChunkBytesOf = kChunk<T> * kRowBytes;  // of a chunk of a weight
 // Shared memory: facts of rows, sums, two stages (a weight's chunk and a chunk of rows), the bottleneck (backward: and
 // its gradient), resident rows.
 constexpr int kFacts = 8;
-constexpr int kFactBytes = kMostTile * 8 * 4 + kFacts * kMostTile * 4, kSumBytes = kWarps * 64 * 4;
+constexpr int kFactBytes = 4 * 8 + kFacts * 4;  // of a row
+constexpr int kSumBytes = kWarps * 64 * 4;
 
 inline int64_t bytes_of(int chunk, int channels, int bottleneck, int tile, bool resident, bool backward) {
   const int64_t row_chunk = tile * kRowBytes, hidden = (bottleneck + chunk - 1) / chunk;
   const int64_t kept = resident ? (channels + chunk - 1) / chunk : 0;
-  return kFactBytes + (backward ? kSumBytes : 0) + 2 * (chunk * kRowBytes + row_chunk) +
+  return tile * kFactBytes + (backward ? kSumBytes : 0) + 2 * (chunk * kRowBytes + row_chunk) +
          (hidden * (backward ? 2 : 1) + kept) * row_chunk;
 }
 
@@ -102,12 +103,12 @@ struct Block {
   __device__ __forceinline__ Block(const Adapter& d, int hidden_copies) : d(d), tile(d.tile) {
     unsigned char* shared = shared_memory();
     numbers = reinterpret_cast<int64_t*>(shared);
-    offsets = numbers + kMostTile;
-    facts = reinterpret_cast<float*>(numbers + 4 * kMostTile);
-    sums = facts + kFacts * kMostTile;
+    offsets = numbers + tile;
+    facts = reinterpret_cast<float*>(numbers + 4 * tile);
+    sums = facts + kFacts * tile;
     row_chunk = tile * kRowBytes;
     stage = kChunkBytesOf<T> + row_chunk;
-    ring = shared + kFactBytes + (hidden_copies - 1) * kSumBytes;  // the forward has no sums
+    ring = shared + tile * kFactBytes + (hidden_copies - 1) * kSumBytes;  // the forward has no sums
     hidden = ring + 2 * stage;
     const int chunks = (d.bottleneck + kWidth - 1) / kWidth;
     dhidden = hidden + (hidden_copies - 1) * chunks * row_chunk;
@@ -133,9 +134,9 @@ struct Block {
     for (int row = threadIdx.x; row < tile; row += kThreads) {
       const int64_t m = begin + row < end ? row_of(d, begin + row) : -1;
       numbers[row] = m;
-      offsets[kX * kMostTile + row] = m < 0 ? 0 : offset(d, d.x, m);
-      offsets[kInput * kMostTile + row] = m < 0 || !d.input_residual.data ? 0 : offset(d, d.input_residual, m);
-      offsets[kResidual * kMostTile + row] = m < 0 || !d.residual.data ? 0 : offset(d, d.residual, m);
+      offsets[kX * tile + row] = m < 0 ? 0 : offset(d, d.x, m);
+      offsets[kInput * tile + row] = m < 0 || !d.input_residual.data ? 0 : offset(d, d.input_residual, m);
+      offsets[kResidual * tile + row] = m < 0 || !d.residual.data ? 0 : offset(d, d.residual, m);
       float gain = 0.0f;
       DropoutRow drop{};
       if (m >= 0) {
@@ -149,7 +150,7 @@ struct Block {
     __syncthreads();
   }
 
-  __device__ __forceinline__ float& fact(Fact which, int row) const { return facts[which * kMostTile + row]; }
+  __device__ __forceinline__ float& fact(Fact which, int row) const { return facts[which * tile + row]; }
   __device__ __forceinline__ int own_adapter() const { return known ? adapter : 0; }
   __device__ __forceinline__ int chunks(int size) const { return (size + kWidth - 1) / kWidth; }
   // Threads from here on have no piece; whole warps of them.
@@ -180,7 +181,7 @@ struct Block {
 
   __device__ __forceinline__ void load_rows(float (&to)[V], Source which, int row, int c, int valid) const {
     const void* data = which == kX ? d.x.data : which == kInput ? d.input_residual.data : d.residual.data;
-    load_piece<T, V>(to, static_cast<const T*>(data) + offsets[which * kMostTile + row] + c, valid, d.by_vector);
+    load_piece<T, V>(to, static_cast<const T*>(data) + offsets[which * tile + row] + c, valid, d.by_vector);
   }
   __device__ __forceinline__ void load_dense(float (&to)[V], const void* t, int64_t m, int c, int valid) const {
     load_piece<T, V>(to, static_cast<const T*>(t) + m * d.channels + c, valid, d.by_vector);

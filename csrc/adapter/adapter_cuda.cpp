@@ -16,6 +16,7 @@ using OptionalTensor = std::optional<Tensor>;
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+constexpr int64_t kMostBottleneck = 1024;  // what fits shared memory, also on sm_80 in float32
 // Rows of an example from which on its own parts cost less than finding an order of all rows.
 constexpr int64_t kLongExample = 1024;
 
@@ -47,9 +48,8 @@ struct Call {
     STD_TORCH_CHECK(w_down.dim() == 2 || w_down.dim() == 3, "w_down has shape ", shape_text(w_down.sizes()),
                     "; it must have 2 or 3 dimensions");
     const int64_t c = d.channels, r = w_down.size(-2);
-    const int64_t most = type == ScalarType::Float ? 768 : 1024;  // what fits shared memory, also on sm_80
-    STD_TORCH_CHECK(r >= 1 && r <= most, "w_down has shape ", shape_text(w_down.sizes()),
-                    "; its bottleneck must be 1 to ", most);
+    STD_TORCH_CHECK(r >= 1 && r <= kMostBottleneck, "w_down has shape ", shape_text(w_down.sizes()),
+                    "; its bottleneck must be 1 to ", kMostBottleneck);
     d.bottleneck = static_cast<int>(r), d.adapters = 1;
     if (w_down.dim() == 3) {
       bank = {w_down.size(0)};

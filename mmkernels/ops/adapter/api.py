@@ -285,13 +285,15 @@ def explain_adapter_fusion(query, outputs, w_q, b_q, w_k, b_k, w_v, *, backend="
     return _backends.Explanation("adapter_fusion", name, "", {n: _fusion_refusals(n, outputs) for n in _backends.NAMES})
 
 
+MOST_BOTTLENECK = 1024  # of the CUDA kernels: a tile's bottleneck and its gradient lie in shared memory
+
+
 def _refusals(name, x, w_down):
     reasons = _backends.platform_refusals(name, x.device, x.dtype)
     if name == "sdpa":
         reasons.append("it is an attention")
-    most = 768 if x.dtype == torch.float32 else 1024  # a tile's bottleneck and its gradient lie in shared memory
-    if name == "cuda" and w_down.shape[-2] > most:
-        reasons.append(f"the bottleneck has {w_down.shape[-2]} columns, it takes up to {most} in {x.dtype}")
+    if name == "cuda" and w_down.shape[-2] > MOST_BOTTLENECK:
+        reasons.append(f"the bottleneck has {w_down.shape[-2]} columns, it takes up to {MOST_BOTTLENECK}")
     return reasons
 
 
