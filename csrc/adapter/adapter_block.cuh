@@ -17,12 +17,14 @@ constexpr int kChunkBytesOf = kChunk<T> * kRowBytes;  // of a chunk of a weight
 // its gradient), resident rows.
 constexpr int kFacts = 8;
 constexpr int kFactBytes = 4 * 8 + kFacts * 4;  // of a row
+// Rows that have room for facts. In float32 every byte counts: a bottleneck of 1024 fits sm_80 then.
+__host__ __device__ constexpr int fact_rows(int chunk, int tile) { return chunk == kChunk<float> ? tile : kMostTile; }
 constexpr int kSumBytes = kWarps * 64 * 4;
 
 inline int64_t bytes_of(int chunk, int channels, int bottleneck, int tile, bool resident, bool backward) {
   const int64_t row_chunk = tile * kRowBytes, hidden = (bottleneck + chunk - 1) / chunk;
   const int64_t kept = resident ? (channels + chunk - 1) / chunk : 0;
-  return tile * kFactBytes + (backward ? kSumBytes : 0) + 2 * (chunk * kRowBytes + row_chunk) +
+  return fact_rows(chunk, tile) * kFactBytes + (backward ? kSumBytes : 0) + 2 * (chunk * kRowBytes + row_chunk) +
          (hidden * (backward ? 2 : 1) + kept) * row_chunk;
 }
 
@@ -103,12 +105,12 @@ struct Block {
   __device__ __forceinline__ Block(const Adapter& d, int hidden_copies) : d(d), tile(d.tile) {
     unsigned char* shared = shared_memory();
     numbers = reinterpret_cast<int64_t*>(shared);
-    offsets = numbers + tile;
-    facts = reinterpret_cast<float*>(numbers + 4 * tile);
-    sums = facts + kFacts * tile;
+    offsets = numbers + facts_apart();
+    facts = reinterpret_cast<float*>(numbers + 4 * facts_apart());
+    sums = facts + kFacts * facts_apart();
     row_chunk = tile * kRowBytes;
     stage = kChunkBytesOf<T> + row_chunk;
-    ring = shared + tile * kFactBytes + (hidden_copies - 1) * kSumBytes;  // the forward has no sums
+    ring = shared + facts_apart() * kFactBytes + (hidden_copies - 1) * kSumBytes;  // the forward has no sums
     hidden = ring + 2 * stage;
     const int chunks = (d.bottleneck + kWidth - 1) / kWidth;
     dhidden = hidden + (hidden_copies - 1) * chunks * row_chunk;
@@ -134,9 +136,9 @@ struct Block {
     for (int row = threadIdx.x; row < tile; row += kThreads) {
       const int64_t m = begin + row < end ? row_of(d, begin + row) : -1;
       numbers[row] = m;
-      offsets[kX * tile + row] = m < 0 ? 0 : offset(d, d.x, m);
-      offsets[kInput * tile + row] = m < 0 || !d.input_residual.data ? 0 : offset(d, d.input_residual, m);
-      offsets[kResidual * tile + row] = m < 0 || !d.residual.data ? 0 : offset(d, d.residual, m);
+      offsets[kX * facts_apart() + row] = m < 0 ? 0 : offset(d, d.x, m);
+      offsets[kInput * facts_apart() + row] = m < 0 || !d.input_residual.data ? 0 : offset(d, d.input_residual, m);
+      offsets[kResidual * facts_apart() + row] = m < 0 || !d.residual.data ? 0 : offset(d, d.residual, m);
       float gain = 0.0f;
       DropoutRow drop{};
       if (m >= 0) {
@@ -150,7 +152,8 @@ struct Block {
     __syncthreads();
   }
 
-  __device__ __forceinline__ float& fact(Fact which, int row) const { return facts[which * tile + row]; }
+  __device__ __forceinline__ int facts_apart() const { return fact_rows(kWidth, tile); }
+  __device__ __forceinline__ float& fact(Fact which, int row) const { return facts[which * facts_apart() + row]; }
   __device__ __forceinline__ int own_adapter() const { return known ? adapter : 0; }
   __device__ __forceinline__ int chunks(int size) const { return (size + kWidth - 1) / kWidth; }
   // Threads from here on have no piece; whole warps of them.
@@ -181,7 +184,7 @@ struct Block {
 
   __device__ __forceinline__ void load_rows(float (&to)[V], Source which, int row, int c, int valid) const {
     const void* data = which == kX ? d.x.data : which == kInput ? d.input_residual.data : d.residual.data;
-    load_piece<T, V>(to, static_cast<const T*>(data) + offsets[which * tile + row] + c, valid, d.by_vector);
+    load_piece<T, V>(to, static_cast<const T*>(data) + offsets[which * facts_apart() + row] + c, valid, d.by_vector);
   }
   __device__ __forceinline__ void load_dense(float (&to)[V], const void* t, int64_t m, int c, int valid) const {
     load_piece<T, V>(to, static_cast<const T*>(t) + m * d.channels + c, valid, d.by_vector);

@@ -1,6 +1,9 @@
 """The kernel report on small kernels of its own: what it reads, what it flags. The whole report is a step of CI."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -28,31 +31,43 @@ def cases():
         yield ReportCase(name, product, signature, {"N": size}, options, capability)
 """
 MAIN = """
-import json, sys
+import json, pathlib, sys
 sys.path.insert(0, {folder!r})
 import tiny_kernels
 from mmkernels import kernel_report
+kernel_report.REPORT = pathlib.Path({folder!r}) / "kernels.json"
 print(json.dumps([kernel_report.triton_result(case) for case in tiny_kernels.cases()]))
 """
 BUDGETS = json.loads(report.BUDGETS.read_text())
 STRICT = {"default": BUDGETS["default"] | {"stack": 0, "local": 0}, "rules": []}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    import os
-    import subprocess
-    import sys
-
-    folder = tmp_path_factory.mktemp("kernels")
-    (folder / "tiny_kernels.py").write_text(SOURCE)
+def compile_tiny_kernels(folder) -> list:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"XDG_CACHE_HOME": str(folder)}
     command = [sys.executable, "-c", MAIN.format(folder=str(folder))]
     root = report.PACKAGE.parent
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=True).stdout
-    found = json.loads(output)
+    return json.loads(subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "tiny_kernels.py").write_text(SOURCE)
+    found = compile_tiny_kernels(folder)
     assert len(list(folder.glob("mmkernels/kernel-report/*"))) == len(found)  # cached by what they depend on
-    return {(r["name"], r["arch"]): r for r in found}
+    return {(r["name"], r["arch"]): r | {"folder": folder} for r in found}
+
+
+def test_what_the_report_has_of_the_same_code_is_not_compiled_again(results):
+    folder = results["triton/small", 80]["folder"]
+    rows = [{n: v for n, v in r.items() if n != "folder"} for r in results.values()]
+    other = {"registers": 1}  # what no compiler would say
+    committed = [rows[0] | other | {"key": "1"}, rows[1] | other, rows[2] | other]
+    (folder / "kernels.json").write_text(json.dumps({"kernels": committed}))
+    found = compile_tiny_kernels(folder)
+    assert found[0] == rows[0]  # compiled from other code
+    for own, row, other in zip(found[1:], rows[1:], committed[1:], strict=True):
+        assert own == (row if row["key"].startswith("0") else other)  # one in sixteen is compiled all the same
 
 
 def test_reads_the_machine_code(results):
