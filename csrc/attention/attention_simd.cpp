@@ -5,6 +5,7 @@
 #include "common/dots.h"
 #include "common/dropout.h"
 #include "common/gemm.h"
+#include "common/rows.h"
 #include "common/tiles.h"
 
 namespace mmk::MMK_ISA {
@@ -567,47 +568,52 @@ bool few_queries_backward(const Attention& a) {
   return few_queries(a) && a.dbias.data == nullptr && a.dbias_blocks == nullptr;
 }
 
-// The state of a part in the general form: dQ^T, and what centres it. The scores' gradients of a row add up to its
-// dlse, but for the error of delta, and that reaches dQ times what all keys have in common.
-struct QueryState {
-  float *dq, *row_sums, *key_sums, *key_count;  // panels of (D, kPanel), (rows), (padded_row(D)), one number
+// What centres dQ. A row's dS adds up to its dlse, but for the error of delta, and that reaches dQ times whatever all
+// keys have in common: the mean key is taken off as often as the sum is too large.
+bool is_centred(const Attention& a) { return a.wants_queries() && a.all_keys; }
 
-  QueryState(const Attention& a, float* state, int64_t rows) : dq(state) {
-    row_sums = dq + panels(rows) * kPanel * a.qk_dim;
-    key_sums = row_sums + panels(rows) * kPanel;
+struct Centre {
+  float *row_sums, *key_sums, *key_count;  // (rows), (padded_row(D)), one number
+
+  Centre(const Attention& a, float* at, int64_t rows) : row_sums(at), key_sums(at + rows) {
     key_count = key_sums + padded_row(a.qk_dim);
   }
-  static int64_t floats(const Attention& a, int64_t rows) {
-    return panels(rows) * kPanel * (a.qk_dim + 1) + padded_row(a.qk_dim) + 1;
-  }
+  static int64_t floats(const Attention& a, int64_t rows) { return rows + padded_row(a.qk_dim) + 1; }
 
   void add_keys(const Attention& a, const KeyBlock& block) {
-    for (int64_t i = 0; i < block.count; ++i)
-      for (int64_t d = 0; d < a.qk_dim; d += kWidth)
-        store(key_sums + d, load(key_sums + d) + load(block.k + i * block.k_row + d));
+    for_vectors(a.qk_dim, [&](int64_t d, int, auto) MMK_INLINE_LAMBDA {
+      Vec even = load(key_sums + d), odd{};
+      int64_t i = 0;
+      for (; i + 2 <= block.count; i += 2) {
+        even += load(block.k + i * block.k_row + d);
+        odd += load(block.k + (i + 1) * block.k_row + d);
+      }
+      if (i < block.count) even += load(block.k + i * block.k_row + d);
+      store(key_sums + d, even + odd);
+    });
     *key_count += static_cast<float>(block.count);
   }
 
-  // Takes the mean key off as often as the rows' sums are too large.
-  void centre(const Attention& a, const Part& part) {
-    if (*key_count == 0.0f) return;
-    const int64_t rows = part.row_end - part.row_begin;
+  // From sums over all keys: the mean key, and how often it is to be taken off.
+  void finish(const Attention& a, const Part& part) {
     const int64_t first = (part.batch * a.heads + part.head) * a.queries + part.row_begin;
-    for (int64_t r = 0; a.dlse != nullptr && r < rows; ++r)
+    for (int64_t r = 0; a.dlse != nullptr && r < part.row_end - part.row_begin; ++r)
       if (a.lse[first + r] != -kInfinity) row_sums[r] -= a.dlse[first + r];
-    for (int64_t r = 0; r < rows; r += kPanel)
-      for (int64_t d = 0; d < a.qk_dim; ++d)
-        for (int64_t l = 0; l < kPanel; l += kWidth) {
-          float* to = dq + r * a.qk_dim + d * kPanel + l;
-          store(to, load(to) - load(row_sums + r + l) * (key_sums[d] / *key_count));
-        }
+    for (int64_t d = 0; d < a.qk_dim; ++d) key_sums[d] = *key_count == 0.0f ? 0.0f : key_sums[d] / *key_count;
   }
 };
 
-bool is_centred(const Attention& a) { return a.wants_queries() && a.all_keys; }
+// The state of a part: dQ, by rows of few or by panels of (D, kPanel), and its Centre.
+int64_t dq_floats(const Attention& a, int64_t rows) {
+  return few_queries_backward(a) ? kFew * padded_row(a.qk_dim) : panels(rows) * kPanel * a.qk_dim;
+}
+int64_t state_rows(const Attention& a, int64_t rows) { return few_queries_backward(a) ? kFew : panels(rows) * kPanel; }
+Centre centre_of(const Attention& a, float* state, int64_t rows) {
+  return {a, state + dq_floats(a, rows), state_rows(a, rows)};
+}
 
 int64_t backward_state(const Attention& a, int64_t rows) {
-  return few_queries_backward(a) ? kFew * padded_row(a.qk_dim) : few_keys(a) ? 0 : QueryState::floats(a, rows);
+  return few_keys(a) ? 0 : dq_floats(a, rows) + Centre::floats(a, state_rows(a, rows));
 }
 
 int64_t backward_space(const Attention& a, int64_t rows) {
@@ -732,6 +738,8 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
   KeyBlock block;
   RawKeys raw{q, k_ld, 2 * rows, by_q};
   const float average = 1.0f / static_cast<float>(a.qk_dim);
+  Centre centre = centre_of(a, state, rows);
+  const bool centred = is_centred(a);
   if (a.raw_keys) block.raw = &raw;
   for (block.begin = part.key_begin; block.begin < part.key_end; block.begin = block.end) {
     block.end = smaller(block.begin + few_block_keys(a), part.key_end);
@@ -745,8 +753,10 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
       if (a.bias.data != nullptr) add_few_bias(a, part, block, by_q, bias);
       if (a.bias_blocks != nullptr) add_block_bias(a, part, block, part.row_begin, rows, by_q, 1, kFewRow);
       if (block.is_raw()) clear(raw.level, 2 * kFewRow);
+      if (centred) centre.add_keys(a, block);
       for (int64_t n = 0; n < rows; ++n) {
         const DropoutRow r = dropout_row_of(a, part, part.row_begin + n);
+        Vec total{};
         for (int64_t i = n * kFewRow, key = 0; key < block.count; i += kWidth, key += kWidth) {
           const Vec weight = exp(load(by_q + i) - lse[n]);
           Vec keep = splat(1.0f);
@@ -758,9 +768,11 @@ void few_backward(const Attention& a, const Part& part, float* state, float* spa
             store(raw.level + key, load(raw.level + key) + level * average);
             store(raw.slope + key, load(raw.slope + key) + slope * average);
           }
+          total += key + kWidth <= block.count ? ds : only(ds, Rest{block.count - key});
           store(by_q + i, ds);
           store(by_dout + i, weight * keep);
         }
+        if (centred) centre.row_sums[n] += sum(total);
       }
       if (a.store_key_gradients && rows == 0) block.dk = nullptr, clear(dk, kBlockKeys * (k_ld + v_ld));
       const bool direct = block.dk != nullptr;
@@ -823,6 +835,14 @@ void backward_few_keys(const Attention& a, const Part& part, float* key_state, f
                   true);
       gemm<false>({dscores, kChunkRow, q.data, q.stride, kPanel, dk, k_ld, kPanel}, block.count, a.qk_dim, rows, true);
     }
+    if (is_centred(a) && a.dlse == nullptr && block.count > 0)  // all keys are here: each row's sum is taken off evenly
+      for (int64_t r = 0; r < rows; r += kWidth) {
+        Vec total{};
+        for (int64_t i = 0; i < block.count; ++i) total += load(dscores + i * kChunkRow + r);
+        total *= 1.0f / static_cast<float>(block.count);
+        for (int64_t i = 0; i < block.count; ++i)
+          store(dscores + i * kChunkRow + r, load(dscores + i * kChunkRow + r) - total);
+      }
     if (a.wants_queries())
       store_product(a.dq, part, row, rows, a.qk_dim, dscores, block.k, block.k_row, block.count, row_space);
   }
@@ -848,7 +868,7 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
   float* own_key_state = carver.take(kBlockKeys * (k_ld + v_ld));
   float* key_space = carver.take(a.key_space);
   row_statistics(a, part, lse, delta, row_pairs);
-  QueryState queries(a, state, rows);
+  Centre centre = centre_of(a, state, rows);
   const bool centred = is_centred(a);
   bool packed = false;
   KeyBlock block;
@@ -856,7 +876,7 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
     block.end = smaller(block.begin + kBlockKeys, part.key_end);
     const bool visible = find_visible(a, part.batch, block);
     if (visible) a.load_keys(a, part.batch, part.head, block, key_space);
-    if (visible && centred) queries.add_keys(a, block);
+    if (visible && centred) centre.add_keys(a, block);
     float* dk = key_state == nullptr ? own_key_state : key_state + block.begin * (k_ld + v_ld);
     float* dv = a.one_key_gradient ? dk : dk + kBlockKeys * k_ld;
     if (a.store_key_gradients && key_state == nullptr && (a.one_key_gradient || rows == 0 || !visible))
@@ -871,7 +891,7 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
                   chunk_rows, a.v_dim, false);
       for (int64_t r = 0; r < chunk_rows; r += kPanel) {
         const int64_t row = begin + r, lanes = smaller(kPanel, chunk_rows - r);
-        float* sums = centred ? queries.row_sums + row : nullptr;
+        float* sums = centred ? centre.row_sums + row : nullptr;
         if (a.bias.data != nullptr) {
           load_bias(a, part, block, part.row_begin + row, lanes, bias);
           for (int64_t i = 0; i < block.count; ++i)
@@ -899,9 +919,9 @@ void backward(const Attention& a, const Part& part, float* state, float* key_sta
         }
       }
       if (a.wants_queries())
-        gemm<true>({block.k, block.k_row, dscores, kChunkRow, kPanel, queries.dq + begin * a.qk_dim, kPanel,
-                    kPanel * a.qk_dim},
-                   a.qk_dim, chunk_rows, block.count, true);
+        gemm<true>(
+            {block.k, block.k_row, dscores, kChunkRow, kPanel, state + begin * a.qk_dim, kPanel, kPanel * a.qk_dim},
+            a.qk_dim, chunk_rows, block.count, true);
       if (a.store_key_gradients) {
         const bool add_to = key_state != nullptr || a.one_key_gradient || begin > 0;
         gemm<false>({scores, kChunkRow, chunk.dout_rows, v_ld, kPanel, dv, v_ld, kPanel}, block.count, a.v_dim,
@@ -921,19 +941,27 @@ void add(float* to, const float* from, int64_t floats) {
 }
 
 void finish_queries(const Attention& a, const Part& part, float* states, int64_t count, int64_t stride) {
-  const int64_t rows = part.row_end - part.row_begin;
+  const int64_t rows = part.row_end - part.row_begin, ld = padded_row(a.qk_dim);
   if (few_keys(a)) return;
+  for (int64_t c = 1; c < count; ++c) add(states, states + c * stride, backward_state(a, rows));
+  Centre centre = centre_of(a, states, rows);
+  const bool centred = is_centred(a);
+  if (centred) centre.finish(a, part);
   if (few_queries_backward(a)) {
-    const int64_t ld = padded_row(a.qk_dim);
-    for (int64_t c = 1; c < count; ++c) add(states, states + c * stride, kFew * ld);
-    for (int64_t i = 0; i < kFew * ld; ++i) states[i] *= a.scale;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < ld; ++d) {
+        float& dq = states[r * ld + d];
+        dq = (centred ? dq - centre.row_sums[r] * centre.key_sums[d] : dq) * a.scale;
+      }
     return store_rows(a.dq, part, part.row_begin, rows, a.qk_dim, states, ld);
   }
-  for (int64_t c = 1; c < count; ++c) add(states, states + c * stride, QueryState::floats(a, rows));
-  if (is_centred(a)) QueryState(a, states, rows).centre(a, part);
   for (int64_t row = 0; row < rows; row += kPanel) {
     float* s = states + row * a.qk_dim;
-    for (int64_t i = 0; i < a.qk_dim * kPanel; ++i) s[i] *= a.scale;
+    for (int64_t d = 0; d < a.qk_dim; ++d)
+      for (int64_t l = 0; l < kPanel; ++l) {
+        float& dq = s[d * kPanel + l];
+        dq = (centred ? dq - centre.row_sums[row + l] * centre.key_sums[d] : dq) * a.scale;
+      }
     store_panel(a.dq, part, part.row_begin + row, smaller(kPanel, rows - row), a.qk_dim, s);
   }
 }

@@ -180,12 +180,15 @@ def test_every_instruction_set(isa):
     assert run.returncode == 0, run.stderr
 
 
-def test_what_keys_and_values_share_costs_no_precision(generator):
+@pytest.mark.parametrize("queries, keys", [(63, 400), (5, 400), (63, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_keys_and_values_share_costs_no_precision(generator, queries, keys, dtype):
     """Sums over keys: what all values share is in every one of them, and the gradient of q has what all keys share times the
     sum of dS, which is zero."""
-    q, k, v, grad = (torch.randn(2, 4, n, d, generator=generator) for n, d in ((63, 12), (400, 12), (400, 20), (63, 20)))
-    k, v = k + torch.randn(12, generator=generator), v + torch.randn(20, generator=generator)
-    tensors = {"q": q, "k": k, "v": v}
+    shapes = ((queries, 12), (keys, 12), (keys, 20), (queries, 20))
+    q, k, v, grad = (torch.randn(4, 16, *shape, generator=generator) for shape in shapes)
+    k, v = k + torch.randn(16, 1, 12, generator=generator), v + torch.randn(16, 1, 20, generator=generator)
+    tensors, grad = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}, grad.to(dtype)
     exact = testing.run(attention, {n: t.double() for n, t in tensors.items()}, ("q",), grad.double(), backend="reference")
     plain = testing.run(testing.eager_attention, tensors, ("q",), grad)
     ours = testing.run(attention, tensors, ("q",), grad, backend="cpp")
@@ -194,8 +197,29 @@ def test_what_keys_and_values_share_costs_no_precision(generator):
         differences = run.output - exact.output, run.gradients["q"] - exact.gradients["q"]
         return [float(d.square().mean().sqrt()) for d in differences]
 
-    for what, own, eager, factor in zip(("output", "gradient of q"), typical(ours), typical(plain), (0.8, 0.9), strict=True):
+    factors = (0.8 if dtype == torch.float32 and keys > 8 else 1.1, 0.9)
+    for what, own, eager, factor in zip(("output", "gradient of q"), typical(ours), typical(plain), factors, strict=True):
         assert own <= factor * eager, f"{what}: typical error {own:.2e}, eager's is {eager:.2e}"
+
+
+def test_a_gradient_of_lse_is_no_error_to_be_centred(generator):
+    """Where lse has a gradient a row's dS adds up to that; masked keys have no part in the mean."""
+    mask = torch.rand(2, 60, generator=generator) < 0.7
+    mask[1] = False
+    for queries, keys in ((20, 60), (3, 60), (20, 7)):
+        tensors = qkv(generator, 2, 2, queries, keys, 16, 16)
+        tensors["k"] = (tensors["k"] + 5.0 * torch.randn(16, generator=generator)).requires_grad_()
+        weights = torch.randn(2, 2, queries, generator=generator)
+
+        def gradient(dtype, backend, tensors=tensors, weights=weights, visible=mask[:, :keys]):
+            given = {n: t.detach().to(dtype).requires_grad_() for n, t in tensors.items()}
+            out, lse = attention(**given, key_mask=visible, return_lse=True, backend=backend)
+            loss = out.sum() + (lse[:1] * weights[:1].to(dtype)).sum()
+            return torch.autograd.grad(loss, given["q"])[0]
+
+        ours, exact = gradient(torch.float32, "cpp"), gradient(torch.float64, "reference")
+        torch.testing.assert_close(ours, exact.float(), rtol=1e-5, atol=1e-5)
+        assert not ours[1].any()
 
 
 @pytest.mark.parametrize("channels", [5, 64, 512, 700])
