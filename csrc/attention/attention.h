@@ -129,7 +129,8 @@ struct Part {
 
 struct AttentionKernels {
   int64_t lanes;  // queries in a panel
-  // Accumulated rows of one part: per panel O^T (E, lanes), maximum, sum; in the backward dQ^T (D, lanes), and what centres it.
+  // Accumulated rows of one part: per panel O^T (E, lanes), maximum, sum; in the backward dQ^T (D, lanes), and what
+  // centres it.
   int64_t (*forward_state)(const Attention&, int64_t rows);
   int64_t (*forward_space)(const Attention&, int64_t rows);
   void (*forward)(const Attention&, const Part&, float* state, float* space);
