@@ -3,6 +3,7 @@ interpreter made right for bfloat16, the emulator of the CUDA kernels.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import statistics
@@ -263,6 +264,33 @@ def assert_within_budget(actual, exact, eager, what, factor=2.0, typical=0.0):
 def usual_error(eager: dict, exact: dict) -> float:
     """The `typical` of named results: the median of eager's relative errors."""
     return statistics.median(max_error(eager[n], right) / (_largest(right) or 1.0) for n, right in exact.items())
+
+
+def farthest(exact: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    """The one of `tensors` that is farthest from `exact`: of several runs of eager, whose single one may be right by luck."""
+    return max(tensors, key=lambda tensor: max_error(tensor, exact))
+
+
+def neighbour(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each number replaced by the next one up or down, by chance, which is what float inputs are uncertain by."""
+    if not tensor.is_floating_point():
+        return tensor
+    sign = torch.randint(2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+    return tensor + tensor * sign * (torch.finfo(tensor.dtype).eps / 2)
+
+
+def farthest_of_nearby(run, module: torch.nn.Module, x: torch.Tensor, exact: dict, count: int = 5) -> dict:
+    """The results by name of `run(module, x)` that are farthest from `exact`, of `count` runs: at these parameters and this x,
+    and at neighbours of all of them. One run has one set of rounding errors, which hardly touch some of the gradients."""
+    generator = torch.Generator().manual_seed(8)
+    runs = [run(module, x)]
+    for _ in range(count - 1):
+        nearby = copy.deepcopy(module)
+        with torch.no_grad():
+            for parameter in nearby.parameters():
+                parameter.copy_(neighbour(parameter, generator))
+        runs.append(run(nearby, neighbour(x, generator)))
+    return {name: farthest(right, *(each[name] for each in runs)) for name, right in exact.items()}
 
 
 def _largest(tensor) -> float:

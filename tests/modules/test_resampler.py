@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmkernels
 from mmkernels import _library
 from mmkernels.modules import PerceiverResampler, resampler, set_backend
-from mmkernels.testing import assert_within_budget, max_error, usual_error
+from mmkernels.testing import assert_within_budget, farthest_of_nearby, usual_error
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
@@ -294,7 +294,7 @@ def test_all_options_on_all_backends(norm, gated, bias, rows):
     exact = small("eager", **options).double()
     x, mask = context(2, rows, 12), torch.arange(rows) < torch.tensor([[rows - 2], [0]])
     right = results(exact, [x.double()], key_mask=mask)
-    plain = farthest_of_nearby(small("eager", **options), x, right, key_mask=mask)
+    plain = farthest_of_nearby(lambda m, x: results(m, [x], key_mask=mask), small("eager", **options), x, right)
     typical = usual_error(plain, right)
     for name in BACKENDS:
         ours = results(set_backend(small(**options), name), [x], key_mask=mask)
@@ -331,24 +331,6 @@ def test_what_stands_behind_the_mask_reaches_neither_output_nor_gradients(option
     assert not results[1][1][~mask].any()
 
 
-def farthest_of_nearby(module, x, right, **options):
-    """The results that are farthest from `right` of five runs: at these numbers and at neighbours of all of them. One run has
-    one set of rounding errors, which hardly touch some of the gradients."""
-    generator = torch.Generator().manual_seed(8)
-
-    def neighbour(t):
-        return torch.nextafter(t, torch.where(torch.rand(t.shape, generator=generator) < 0.5, t - 1, t + 1))
-
-    runs = [results(module, [x], **options)]
-    for _ in range(4):
-        nearby = copy.deepcopy(module)
-        with torch.no_grad():
-            for parameter in nearby.parameters():
-                parameter.copy_(neighbour(parameter))
-        runs.append(results(nearby, [neighbour(x)], **options))
-    return {name: max((run[name] for run in runs), key=lambda t, r=r: max_error(t, r)) for name, r in right.items()}
-
-
 FEW = dict(num_latents=2, num_heads=3, kv_heads=3, head_dim=16)  # a latent costs less than a channel of a key
 
 
@@ -358,7 +340,7 @@ def test_few_latents_absorb_the_projections(norm, bias, rows, monkeypatch):
     options = dict(norm=norm, bias=bias, **FEW)
     x, mask = context(3, rows, 12), torch.arange(rows) < torch.tensor([[rows - 2], [0], [rows]])
     right = results(small("eager", **options).double(), [x.double()], key_mask=mask)
-    plain = farthest_of_nearby(small("eager", **options), x, right, key_mask=mask)
+    plain = farthest_of_nearby(lambda m, x: results(m, [x], key_mask=mask), small("eager", **options), x, right)
     monkeypatch.setattr(resampler.ops, "attention", None)  # not called
     module = small(**options)
     ours = results(module, [x], key_mask=mask)
